@@ -1,0 +1,111 @@
+"""What a model file says of itself: the contract between whoever writes an .onnx file and the server that runs it.
+
+Owns the pydantic models and their place in the file (one entry of the ONNX metadata). Must not know grpc, onnxruntime or torch.
+Axes are the graph's own; the wire puts batch first and time second whatever stands here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+METADATA_KEY = "conveyor.manifest"
+"""The key under which the manifest's JSON stands in the ONNX file's metadata."""
+
+DType = Literal["float32", "float16", "float64", "int64", "int32", "int8", "bool"]
+Size = Annotated[int, Field(ge=1)] | None
+"""The size of an axis; None where the graph takes any."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Part):
+    """A sequence that goes into the graph, or a tensor that comes out of it."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Size, ...]
+    batch_axis: int = Field(ge=0)
+    time_axis: int | None = Field(default=None, ge=0, description="None: an output that holds the last valid step's value")
+
+    @model_validator(mode="after")
+    def _axes_exist(self) -> TensorSpec:
+        for axis in (self.batch_axis, self.time_axis):
+            if axis is not None and (axis >= len(self.shape) or self.shape[axis] is not None):
+                raise ValueError(f"tensor {self.name!r}: axis {axis} must exist in shape {self.shape} and be free (null)")
+        if self.batch_axis == self.time_axis:
+            raise ValueError(f"tensor {self.name!r}: batch and time cannot be the same axis")
+        return self
+
+
+class StateSpec(_Part):
+    """A state that one run hands to the next: the graph's input and output for it."""
+
+    name: str = Field(description="its name on the wire")
+    input: str
+    output: str
+    dtype: DType
+    shape: tuple[Size, ...] = Field(description="null at the batch axis and nowhere else")
+    batch_axis: int = Field(ge=0)
+    initial: str | None = Field(
+        default=None,
+        description="base64 of the initial value, row-major, little-endian, the shape without its batch axis; null for zeros",
+    )
+
+    @model_validator(mode="after")
+    def _only_the_batch_is_free(self) -> StateSpec:
+        free = [axis for axis, size in enumerate(self.shape) if size is None]
+        if free != [self.batch_axis]:
+            raise ValueError(f"state {self.name!r}: shape {self.shape} must be null at axis {self.batch_axis} alone")
+        return self
+
+
+class ParityRow(_Part):
+    """One line of the verification: the largest difference seen in one kind of case."""
+
+    case: str = Field(description='what was compared, e.g. "random, ragged" or "whole against chunked"')
+    batch: int
+    steps: int
+    outputs: float = Field(description="largest error over the outputs")
+    states: float = Field(description="largest error over the final states")
+    bound: float = Field(description="what both must stay under")
+
+
+class Parity(_Part):
+    """The verification that export ran before it wrote the file."""
+
+    reference: str = Field(description='what the graph was held against, e.g. "NumPy float64"')
+    provider: str = Field(description="the onnxruntime execution provider that ran the graph")
+    rows: tuple[ParityRow, ...]
+
+
+class LayerSpec(_Part):
+    """One recurrent layer, for people and for placement on a device; the server does not need it to run the graph."""
+
+    cell: str
+    input_size: int
+    hidden_size: int
+    bidirectional: bool = False
+    peepholes: bool = False
+    reset: Literal["before", "after"] = "before"
+    activation: str = "tanh"
+    lowering: Literal["operator", "scan"] = "operator"
+
+
+class Manifest(_Part):
+    """Everything that the server needs to know of a model file."""
+
+    format: Literal[1] = 1
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    lengths: str | None = Field(default=None, description="the graph's input for the rows' lengths, int32[N]; null if it has none")
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    states: tuple[StateSpec, ...]
+    streamable: bool = Field(description="whether whole and chunked runs agree: no layer reads backward")
+    layers: tuple[LayerSpec, ...] = ()
+    head_on: Literal["every", "last"] = "every"
+    precision: Literal["float32", "float16", "int8"] = "float32"
+    parity: Parity | None = None
+    made_with: dict[str, str] = Field(default_factory=dict, description="versions of the libraries that wrote the file")
