@@ -1,7 +1,7 @@
 """The shape of a recurrent model, in words alone: which cells, how large, what stands before and after them.
 
-Owns the vocabulary that the reference, the fused modules, the weight layouts and the exporter share. Imports nothing but the
-standard library, so that each of them can be read without the others.
+Owns the vocabulary that the reference, the fused modules, the weight layouts and the exporter share. Imports nothing
+but the standard library, so that each of them can be read without the others.
 
 Canonical weights. A layer's weights are a dict of arrays in the *fused* layout, gates stacked along the first axis:
 
@@ -12,12 +12,13 @@ cell                  gates, in order    arrays
 ``lstm``              i f c o            ``W_x[4H, I] W_h[4H, H] b[4H]``
 ``lstm_peephole``     i f c o            the same, and ``V[3H]`` for i, f, o
 ``lstm_coupled``      f c o              ``W_x[3H, I] W_h[3H, H] b[3H]``, and ``V[2H]`` for f, o with peepholes
-``gru``               r z h              ``W_x[3H, I] W_h[3H, H] b[3H]``, and ``b_h[H]`` (inside the reset) with reset after
+``gru``               r z h              ``W_x[3H, I] W_h[3H, H] b[3H]``, with reset after ``b_h[H]`` too, inside the reset
 ====================  =================  ==========================================================================
 
-Products are ``W_x @ x`` for a column x, so ``x @ W_x.T`` for rows. A model's weights are one flat dict: ``layers.0.W_x`` for
-forward, ``layers.0.reverse.W_x`` for the backward direction, ``layers.0.h0[H]`` and ``layers.0.c0[H]`` for a learned initial
-state (``layers.0.reverse.h0`` likewise), ``embedding[V, E]``, ``head.W[O, F]`` and ``head.b[O]``.
+Products are ``W_x @ x`` for a column x, so ``x @ W_x.T`` for rows. A model's weights are one flat dict:
+``layers.0.W_x`` for forward, ``layers.0.reverse.W_x`` for the backward direction, ``layers.0.h0[H]`` and
+``layers.0.c0[H]`` for a learned initial state (``layers.0.reverse.h0`` likewise), ``embedding[V, E]``, ``head.W[O, F]``
+and ``head.b[O]``.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Layer:
         if self.cell not in GATES:
             raise ValueError(f"unknown cell {self.cell!r}; expected one of {', '.join(GATES)}")
         if self.input_size < 1 or self.hidden_size < 1:
-            raise ValueError(f"sizes must be positive, got input_size={self.input_size}, hidden_size={self.hidden_size}")
+            raise ValueError(
+                f"sizes must be positive, got input_size={self.input_size}, hidden_size={self.hidden_size}"
+            )
         if self.peepholes and self.cell not in PEEPHOLES:
             raise ValueError(f"cell {self.cell!r} has no form with peepholes")
 

@@ -1,6 +1,7 @@
-"""Writes the Python stubs of the wire contract into conveyor/v1, or with ``--check`` says whether those there are stale.
+"""Writes the Python stubs of the wire contract into conveyor/v1; with ``--check``, says whether those there are stale.
 
-Owns the call of protoc and the list of what it makes. Run it with the pinned grpcio-tools, so that everybody gets the same bytes.
+Owns the call of protoc and the list of what it makes. Run it with the pinned grpcio-tools, so that everybody gets the
+same bytes.
 """
 
 from __future__ import annotations

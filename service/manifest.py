@@ -1,7 +1,7 @@
 """What a model file says of itself: the contract between whoever writes an .onnx file and the server that runs it.
 
-Owns the pydantic models and their place in the file (one entry of the ONNX metadata). Must not know grpc, onnxruntime or torch.
-Axes are the graph's own; the wire puts batch first and time second whatever stands here.
+Owns the pydantic models and their place in the file (one entry of the ONNX metadata). Must not know grpc, onnxruntime
+or torch. Axes are the graph's own; the wire puts batch first and time second whatever stands here.
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ class TensorSpec(_Part):
     dtype: DType
     shape: tuple[Size, ...]
     batch_axis: int = Field(ge=0)
-    time_axis: int | None = Field(default=None, ge=0, description="None: an output that holds the last valid step's value")
+    time_axis: int | None = Field(
+        default=None, ge=0, description="None: an output that holds the last valid step's value"
+    )
 
     @model_validator(mode="after")
     def _axes_exist(self) -> TensorSpec:
         for axis in (self.batch_axis, self.time_axis):
             if axis is not None and (axis >= len(self.shape) or self.shape[axis] is not None):
-                raise ValueError(f"tensor {self.name!r}: axis {axis} must exist in shape {self.shape} and be free (null)")
+                raise ValueError(
+                    f"tensor {self.name!r}: axis {axis} must exist in shape {self.shape} and be free (null)"
+                )
         if self.batch_axis == self.time_axis:
             raise ValueError(f"tensor {self.name!r}: batch and time cannot be the same axis")
         return self
@@ -52,7 +56,7 @@ class StateSpec(_Part):
     batch_axis: int = Field(ge=0)
     initial: str | None = Field(
         default=None,
-        description="base64 of the initial value, row-major, little-endian, the shape without its batch axis; null for zeros",
+        description="base64 of the initial value, row-major, little-endian, without the batch axis; null for zeros",
     )
 
     @model_validator(mode="after")
@@ -100,7 +104,9 @@ class Manifest(_Part):
 
     format: Literal[1] = 1
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    lengths: str | None = Field(default=None, description="the graph's input for the rows' lengths, int32[N]; null if it has none")
+    lengths: str | None = Field(
+        default=None, description="the graph's input for the rows' lengths, int32[N]; null if it has none"
+    )
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     states: tuple[StateSpec, ...]
     streamable: bool = Field(description="whether whole and chunked runs agree: no layer reads backward")

@@ -1,0 +1,40 @@
+# Every target sets up what it needs by itself: git, make and Python 3.11 or later are enough.
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench proto test-gpu bench-gpu
+
+export PYTHON
+RUN := .venv/bin/python
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+venv:
+	@sh scripts/venv.sh
+
+demo: venv  ## train, export, serve and stream, on handwritten digits: about a minute
+	@$(RUN) -m demo
+
+test: venv  ## the tests that need no GPU
+	$(RUN) -m pytest
+
+lint: venv  ## style, types, the order of imports, stale stubs
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m importlinter.cli lint
+	$(RUN) proto/generate.py --check
+
+proto: venv  ## the stubs in conveyor/v1, from proto/
+	$(RUN) proto/generate.py
+
+bench: venv  ## throughput and latency
+	@test -f bench/__main__.py || { echo "There are no benchmarks in this version." >&2; exit 2; }
+	$(RUN) -m bench
+
+test-gpu: venv  ## the tests that need one; see CONTRIBUTING.md
+	@test -d tests/gpu || { echo "There are no GPU tests in this version." >&2; exit 2; }
+	$(RUN) -m pytest -m gpu tests/gpu
+
+bench-gpu: venv  ## the benchmarks on CUDA
+	@test -f bench/__main__.py || { echo "There are no benchmarks in this version." >&2; exit 2; }
+	$(RUN) -m bench --device cuda
