@@ -12,7 +12,7 @@ cell                  gates, in order    arrays
 ``lstm``              i f c o            ``W_x[4H, I] W_h[4H, H] b[4H]``
 ``lstm_peephole``     i f c o            the same, and ``V[3H]`` for i, f, o
 ``lstm_coupled``      f c o              ``W_x[3H, I] W_h[3H, H] b[3H]``, and ``V[2H]`` for f, o with peepholes
-``gru``               r z h              ``W_x[3H, I] W_h[3H, H] b[3H]``, with reset after ``b_h[H]`` too, inside the reset
+``gru``               r z h              ``W_x[3H, I] W_h[3H, H] b[3H]``; ``b_h[H]`` inside the reset with reset after
 ====================  =================  ==========================================================================
 
 Products are ``W_x @ x`` for a column x, so ``x @ W_x.T`` for rows. A model's weights are one flat dict:
