@@ -15,10 +15,10 @@ cell                  gates, in order    arrays
 ``gru``               r z h              ``W_x[3H, I] W_h[3H, H] b[3H]``; ``b_h[H]`` inside the reset with reset after
 ====================  =================  ==========================================================================
 
-Products are ``W_x @ x`` for a column x, so ``x @ W_x.T`` for rows. A model's weights are one flat dict:
-``layers.0.W_x`` for forward, ``layers.0.reverse.W_x`` for the backward direction, ``layers.0.h0[H]`` and
-``layers.0.c0[H]`` for a learned initial state (``layers.0.reverse.h0`` likewise), ``embedding[V, E]``, ``head.W[O, F]``
-and ``head.b[O]``.
+Products are ``W_x @ x`` for a column x, so ``x @ W_x.T`` for rows. Without bias there is no ``b`` and no ``b_h``. A
+model's weights are one flat dict: ``layers.0.W_x`` for forward, ``layers.0.reverse.W_x`` for the backward direction,
+``layers.0.h0[H]`` and ``layers.0.c0[H]`` for a learned initial state (``layers.0.reverse.h0`` likewise),
+``embedding[V, E]``, ``head.W[O, F]`` and ``head.b[O]``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ GATES: dict[str, tuple[str, ...]] = {
 
 PEEPHOLES: dict[str, tuple[str, ...]] = {"lstm_peephole": ("i", "f", "o"), "lstm_coupled": ("f", "o")}
 """The gates that see the cell state, in the order in which ``V`` stacks them."""
+
+PREFIXES = ("", "reverse.")
+"""What stands before a weight's name, forward direction first."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Layer:
             )
         if self.peepholes and self.cell not in PEEPHOLES:
             raise ValueError(f"cell {self.cell!r} has no form with peepholes")
+        if self.reset not in ("before", "after") or (self.reset == "after" and self.cell != "gru"):
+            raise ValueError(f"reset={self.reset!r} does not go with cell {self.cell!r}; 'after' is for gru alone")
+        if self.activation not in ("tanh", "relu"):
+            raise ValueError(f"unknown activation {self.activation!r}; expected tanh or relu")
 
     @property
     def directions(self) -> int:
@@ -97,6 +104,21 @@ class Layer:
     def has_cell_state(self) -> bool:
         """Whether the state is (h, c) and not h alone."""
         return self.cell.startswith("lstm")
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the layer and its shape, the backward direction's under ``reverse.``."""
+        rows, H = len(GATES[self.cell]) * self.hidden_size, self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"W_x": (rows, self.input_size), "W_h": (rows, H)}
+        if self.bias:
+            shapes["b"] = (rows,)
+        if self.bias and self.reset == "after":
+            shapes["b_h"] = (H,)
+        if self.has_peepholes:
+            shapes["V"] = (len(PEEPHOLES[self.cell]) * H,)
+        if self.learned_initial_state:
+            shapes |= {"h0": (H,), "c0": (H,)} if self.has_cell_state else {"h0": (H,)}
+        return {prefix + name: shape for prefix in PREFIXES[: self.directions] for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -141,3 +163,17 @@ class ModelSpec:
             == (first.hidden_size, first.directions, first.has_cell_state)
             for layer in self.layers
         )
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the model, under its full name, and its shape."""
+        shapes = {
+            f"layers.{index}.{name}": shape
+            for index, layer in enumerate(self.layers)
+            for name, shape in layer.weight_shapes.items()
+        }
+        if self.vocabulary_size is not None:
+            shapes["embedding"] = (self.vocabulary_size, self.layers[0].input_size)
+        if self.head_size is not None:
+            shapes |= {"head.W": (self.head_size, self.layers[-1].output_size), "head.b": (self.head_size,)}
+        return shapes
