@@ -1,0 +1,33 @@
+# The server, without torch. CPU:   docker build -t conveyor .
+#                            CUDA:  docker build -t conveyor:gpu --build-arg EXTRA=gpu .
+
+FROM python:3.12-slim AS dependencies
+# Which of pyproject.toml's extras to install: service, or gpu.
+ARG EXTRA=service
+WORKDIR /build
+# Of the project only its list of dependencies, so that this layer outlives changes of the code.
+COPY pyproject.toml deploy/requirements.py ./
+RUN python requirements.py "$EXTRA" > requirements.txt \
+    && python -m venv /opt/conveyor \
+    && /opt/conveyor/bin/pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
+
+FROM python:3.12-slim
+COPY --from=dependencies /opt/conveyor /opt/conveyor
+WORKDIR /app
+COPY conveyor conveyor
+COPY service service
+COPY deploy/healthcheck.py healthcheck.py
+# The root file system is meant to be read-only: compile now, not at every start.
+RUN /opt/conveyor/bin/python -m compileall -q .
+ENV PATH=/opt/conveyor/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    CONVEYOR_HOST=0.0.0.0 \
+    CONVEYOR_PORT=8500 \
+    CONVEYOR_REPOSITORY=/models
+USER 65532:65532
+EXPOSE 8500
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["python", "/app/healthcheck.py"]
+ENTRYPOINT ["python", "-m", "service"]
