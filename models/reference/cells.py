@@ -9,16 +9,14 @@ of ``models.spec.GATES``. Arrays are rows: ``a[N, G*H]``, ``h[N, H]``, ``c[N, H]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models.spec import Activation, Cell, Layer
+from models.weights import Array, Weights
 
-Array = NDArray[Any]
-Weights = Mapping[str, Array]
 State = tuple[Array, ...]
 """What one step hands to the next: ``(h,)``, or ``(h, c)`` for the LSTMs; each ``[N, H]``."""
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.reference.cells import Array
+from models.layouts import convert
 from models.reference.sequence import run_sequence
-from models.spec import GATES, Layer
+from models.spec import Layer
+from models.weights import Array
 
 
 def run_matrices(
@@ -37,22 +38,14 @@ def run_matrices(
     Raises:
         ValueError: there are not eight matrices, or a shape does not fit.
     """
-    if len(matrices) != 8:
-        raise ValueError(f"got {len(matrices)} matrices, expected U_f, W_f, U_i, W_i, U_c, W_c, U_o, W_o")
-    U, W = dict(zip("fico", matrices[::2], strict=True)), dict(zip("fico", matrices[1::2], strict=True))
-    I, H = U["f"].shape
-    for gate in "fico":
-        if U[gate].shape != (I, H) or W[gate].shape != (H, H):
-            raise ValueError(
-                f"gate {gate} has U of shape {U[gate].shape} and W of shape {W[gate].shape}, "
-                f"expected {(I, H)} and {(H, H)}"
-            )
-    weights = {
-        "W_x": np.concatenate([U[gate].T for gate in GATES["lstm"]]),
-        "W_h": np.concatenate([W[gate].T for gate in GATES["lstm"]]),
-    }
-    N = len(x)
-    zeros = np.zeros((N, H), np.result_type(x, W["f"]))
+    names = ("U_f", "W_f", "U_i", "W_i", "U_c", "W_c", "U_o", "W_o")
+    if len(matrices) != 8 or matrices[0].ndim != 2:
+        raise ValueError(f"got arrays of shapes {[array.shape for array in matrices]}, expected {', '.join(names)}")
+    layer = Layer("lstm", *matrices[0].shape, bias=False)
+    named = dict(zip(names, matrices, strict=True))
+    weights = convert(named, layer, source="matrices", target="fused")
+
+    zeros = np.zeros((len(x), layer.hidden_size), np.result_type(x, matrices[0]))
     state = (zeros if h is None else h, zeros if c is None else c)
-    outputs, (h, c) = run_sequence(Layer("lstm", I, H, bias=False), weights, x, lengths, state)
+    outputs, (h, c) = run_sequence(layer, weights, x, lengths, state)
     return outputs, h, c

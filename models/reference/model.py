@@ -6,13 +6,14 @@ the forward direction first; each entry is ``(h,)`` or ``(h, c)`` with arrays [N
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from models.reference.cells import Array, State, Weights
+from models.reference.cells import State
 from models.reference.sequence import run_sequence, valid_steps
 from models.spec import PREFIXES, Layer, ModelSpec
+from models.weights import Array, Weights, check_shapes, select
 
 
 def run_model(
@@ -94,25 +95,6 @@ def stack_states(states: Sequence[State]) -> State:
 def unstack_states(stacked: State) -> list[State]:
     """The other way round."""
     return list(zip(*stacked, strict=True))
-
-
-def select(weights: Weights, prefix: str) -> Weights:
-    """The weights whose names start with the prefix, without it."""
-    return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
-
-
-def check_shapes(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that the weights are exactly those expected.
-
-    Raises:
-        ValueError: with the names that are missing or unknown, or the first shape that is wrong.
-    """
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(f"weights do not fit the model: missing {missing}, unknown {unknown}")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise ValueError(f"weight {name!r} has shape {weights[name].shape}, expected {shape}")
 
 
 def _embed(spec: ModelSpec, weights: Weights, x: Array) -> Array:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.reference.cells import CELLS, Array, State, Weights, from_input
+from models.reference.cells import CELLS, State, from_input
 from models.spec import Layer
+from models.weights import Array, Weights
 
 
 def run_sequence(
