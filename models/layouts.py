@@ -26,7 +26,8 @@ second of zeros. Bit-exact round trips: from fused to any layout and back, alway
 bias, if Y has two as well, or if X's second is zero outside the reset.
 
 ``lstm_coupled`` (i = 1 - f) is a cell of its own in fused and matrices alone. Elsewhere it stands as a plain LSTM whose
-input gate has the forget gate's arrays negated, because 1 - sigmoid(a) = sigmoid(-a).
+input gate has the forget gate's arrays negated, because 1 - sigmoid(a) = sigmoid(-a); on the way back the input gate is
+checked and dropped (so a zero there may return with the other sign).
 
 Sources: the documentation of torch.nn.LSTM, GRU and RNN 2.13; of keras.layers.LSTM, GRU and SimpleRNN 3; of the ONNX
 operators LSTM, GRU and RNN, version 22.

@@ -41,11 +41,12 @@ def run_matrices(
     names = ("U_f", "W_f", "U_i", "W_i", "U_c", "W_c", "U_o", "W_o")
     if len(matrices) != 8 or matrices[0].ndim != 2:
         raise ValueError(f"got arrays of shapes {[array.shape for array in matrices]}, expected {', '.join(names)}")
-    layer = Layer("lstm", *matrices[0].shape, bias=False)
+    I, H = matrices[0].shape
+    layer = Layer("lstm", I, H, bias=False)
     named = dict(zip(names, matrices, strict=True))
     weights = convert(named, layer, source="matrices", target="fused")
 
-    zeros = np.zeros((len(x), layer.hidden_size), np.result_type(x, matrices[0]))
+    zeros = np.zeros((len(x), H), np.result_type(x, matrices[0]))
     state = (zeros if h is None else h, zeros if c is None else c)
     outputs, (h, c) = run_sequence(layer, weights, x, lengths, state)
     return outputs, h, c
