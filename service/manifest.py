@@ -33,6 +33,12 @@ class TensorSpec(_Part):
         default=None, ge=0, description="None: an output that holds the last valid step's value"
     )
 
+    below: int | None = Field(
+        default=None,
+        ge=1,
+        description="of an integer input, such as token ids: every value is at least 0 and below this",
+    )
+
     @model_validator(mode="after")
     def _axes_exist(self) -> TensorSpec:
         for axis in (self.batch_axis, self.time_axis):
@@ -43,6 +49,11 @@ class TensorSpec(_Part):
         if self.batch_axis == self.time_axis:
             raise ValueError(f"tensor {self.name!r}: batch and time cannot be the same axis")
         return self
+
+    @property
+    def tail(self) -> tuple[int | None, ...]:
+        """The sizes of the axes that are neither batch nor time, in order."""
+        return tuple(size for axis, size in enumerate(self.shape) if axis not in (self.batch_axis, self.time_axis))
 
 
 class StateSpec(_Part):
@@ -65,6 +76,11 @@ class StateSpec(_Part):
         if free != [self.batch_axis]:
             raise ValueError(f"state {self.name!r}: shape {self.shape} must be null at axis {self.batch_axis} alone")
         return self
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        """The sizes of the axes other than the batch, in order."""
+        return tuple(size for size in self.shape if size is not None)
 
 
 class ParityRow(_Part):

@@ -1,0 +1,23 @@
+"""Run the server: ``python -m service --repository DIR``. Parses settings and runs, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+from service.settings import load
+
+
+def main() -> int:
+    """Run until a signal comes; return the exit status."""
+    settings = load(sys.argv[1:], os.environ)
+    # After the settings, so that --help and a wrong flag answer before the libraries are loaded.
+    from service.server import configure_logs, serve
+
+    configure_logs(settings.log_level, settings.log_format)
+    return asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

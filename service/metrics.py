@@ -1,0 +1,47 @@
+"""Every metric, declared once, its unit in its name. Must not know anything else of the server."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_POWERS_OF_TWO = tuple(float(2**power) for power in range(14))
+_TICK_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own, so that several servers can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        labels = ("model", "version")
+        self.steps = Counter("conveyor_steps", "Steps applied.", labels, registry=self.registry)
+        self.padding = Counter(
+            "conveyor_padding_steps",
+            "Steps computed and thrown away: rows shorter than their tick.",
+            labels,
+            registry=self.registry,
+        )
+        self.tick_rows = Histogram(
+            "conveyor_tick_rows", "Rows in one run of a model.", labels, buckets=_POWERS_OF_TWO, registry=self.registry
+        )
+        self.tick_seconds = Histogram(
+            "conveyor_tick_seconds",
+            "Time of one run of a model with gathering and scattering.",
+            labels,
+            buckets=_TICK_SECONDS,
+            registry=self.registry,
+        )
+        self.rows = Counter(
+            "conveyor_rows",
+            "Chunks and batch rows by what became of them.",
+            (*labels, "outcome"),
+            registry=self.registry,
+        )
+        self.queued_rows = Gauge(
+            "conveyor_queued_rows", "Chunks and batch rows waiting.", labels, registry=self.registry
+        )
+        self.replays = Counter(
+            "conveyor_replayed_chunks", "Chunks answered with a stored reply.", registry=self.registry
+        )
+        self.sessions = Gauge("conveyor_sessions", "Sessions open.", registry=self.registry)
+        self.expired = Counter("conveyor_expired_sessions", "Sessions ended for being idle.", registry=self.registry)

@@ -1,0 +1,305 @@
+"""What a caller can ask, through whatever door: run a batch; open, step, fork, reset, close, export a session.
+
+Owns the order of things inside each request: who may, where it stands, what is queued, what is given back on failure.
+Arrays come in decoded and checked against the model's manifest. Must not know grpc. Lives on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import ConveyorError, Draining, NotStreamable, PositionConflict, SessionUnknown
+from service.metrics import Metrics
+from service.repository import Repository
+from service.runner import Runner
+from service.scheduler import Row, Track
+from service.sessions import Pending, Reply, Session, SessionTable, Waiter
+
+Array = NDArray[np.generic]
+
+
+class Operations:
+    """Everything that the doors offer.
+
+    Attributes:
+        repository: the models.
+        sessions: the session table.
+        draining: once true, no new work is taken.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        max_sessions: int,
+        idle_timeout_s: float,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self.repository = repository
+        self.sessions = SessionTable(max_sessions, idle_timeout_s, clock, self._free)
+        self.draining = False
+        self._metrics = metrics
+        self._clock = clock
+        self._working = 0
+        self._rested: asyncio.Event = asyncio.Event()
+        self._rested.set()
+        metrics.sessions.set_function(lambda: len(self.sessions))
+
+    # --- sessions ---
+
+    def open(
+        self, owner: bytes, identity: str, runner: Runner, states: Sequence[Array] | None = None, position: int = 0
+    ) -> Session:
+        """Open a session.
+
+        Args:
+            owner: digest of the caller's key.
+            identity: the id to give it; empty for a new one.
+            runner: the model.
+            states: to begin from, each without the batch axis; None for the initial ones.
+            position: to begin at.
+
+        Raises:
+            Draining, NotStreamable, InvalidRequest, SessionExists, Full: as their names say.
+        """
+        self._take_new_work()
+        if not runner.manifest.streamable:
+            raise NotStreamable(
+                f"model {runner.name!r} reads its input in both directions: it has no sessions, only Infer"
+            )
+        identity = self.sessions.check_new(owner, identity)
+        track = Track(runner.pool.allocate(states), position)
+        return self.sessions.add(owner, identity, runner.name, runner.version, track)
+
+    def runner(self, session: Session) -> Runner:
+        """The model that a session runs on."""
+        return self.repository.find(session.model, session.version)
+
+    def step(
+        self,
+        session: Session,
+        runner: Runner,
+        position: int,
+        inputs: Sequence[Array],
+        deadline: float | None,
+        waiter: Waiter,
+    ) -> Pending | None:
+        """Queue a chunk. The waiter is answered once, now or later, unless it is abandoned.
+
+        Args:
+            session: the session.
+            runner: its model.
+            position: where the chunk begins.
+            inputs: one array [T, ...] an input of the model.
+            deadline: on the clock; None for none.
+            waiter: whoever is to be told.
+
+        Returns:
+            What to abandon if the caller goes away; None if the waiter has been answered already.
+
+        Raises:
+            PositionConflict, SessionUnknown, Draining, Full: as their names say; the waiter is not answered then.
+        """
+        steps = len(inputs[0])
+        match = session.match(position, steps)
+        if isinstance(match, Reply):
+            self._metrics.replays.inc()
+            self.sessions.touch(session)
+            waiter.answer(match)
+            return None
+        if isinstance(match, Pending):
+            match.waiters.append(waiter)
+            return match
+        self._take_new_work()
+        row = Row(session.track, position, steps, inputs, lambda row: self._ended(session, row), deadline)
+        runner.submit([row])
+        self._begin(1)
+        self.sessions.touch(session)
+        return session.begin(row, waiter)
+
+    def abandon(self, session: Session, runner: Runner, pending: Pending, waiter: Waiter) -> None:
+        """Give a chunk up on behalf of one waiter, who is not answered; it goes on if others wait for it."""
+        if waiter not in pending.waiters:
+            return
+        pending.waiters.remove(waiter)
+        if not pending.waiters and runner.cancel(pending.row):
+            self._ended(session, pending.row)
+
+    async def fork(self, owner: bytes, identity: str, new_identity: str, position: int | None) -> Session:
+        """Open a second session from the state that one has, after the chunks that it has accepted.
+
+        Raises:
+            PositionConflict: if ``position`` is given and is not where the session is.
+        """
+        session = await self._at_rest(owner, identity, position)
+        runner = self.runner(session)
+        fork = self.open(owner, new_identity, runner, runner.pool.read(session.track.slot), session.track.position)
+        self.sessions.touch(session)
+        return fork
+
+    async def reset(self, owner: bytes, identity: str, position: int | None) -> Session:
+        """Put a session back to its model's initial state, after the chunks that it has accepted.
+
+        Raises:
+            PositionConflict: if ``position`` is given and is not where the session is.
+        """
+        session = await self._at_rest(owner, identity, position)
+        self.runner(session).pool.reset(session.track.slot)
+        session.track.position = 0
+        session.last = None
+        self.sessions.touch(session)
+        return session
+
+    async def close(self, owner: bytes, identity: str) -> int:
+        """End a session, after the chunks that it has accepted.
+
+        Returns:
+            How many steps had been applied.
+        """
+        session = self.sessions.find(owner, identity)
+        if session.closing:
+            raise SessionUnknown(f"session {identity!r} is being closed")
+        session.closing = True
+        try:
+            await session.idle()
+        finally:
+            # Also when the caller has gone meanwhile: then the session stays as it is.
+            session.closing = False
+        self.sessions.end(session)
+        return session.track.position
+
+    async def export(self, owner: bytes, identity: str) -> tuple[Session, list[Array]]:
+        """Copy a session's states out, each without the batch axis, after the chunks that it has accepted."""
+        session = await self._at_rest(owner, identity, None)
+        return session, self.runner(session).pool.read(session.track.slot)
+
+    async def _at_rest(self, owner: bytes, identity: str, position: int | None) -> Session:
+        session = self.sessions.find(owner, identity)
+        await session.idle()
+        # It may have ended while this waited.
+        session = self.sessions.find(owner, identity)
+        at = session.track.position
+        if position is not None and position != at:
+            raise PositionConflict(f"the session is at position {at}, not {position}", at)
+        return session
+
+    def _ended(self, session: Session, row: Row) -> None:
+        try:
+            session.end(row)
+            self.sessions.touch(session)
+        finally:
+            self._end(1)
+
+    def _free(self, session: Session) -> None:
+        self.runner(session).pool.free(session.track.slot)
+
+    # --- batches ---
+
+    async def infer(
+        self,
+        runner: Runner,
+        inputs: Sequence[Array],
+        lengths: Sequence[int],
+        states: Sequence[Array] | None,
+        deadline: float | None,
+    ) -> tuple[list[list[Array]], list[list[Array]]]:
+        """Run whole sequences.
+
+        Args:
+            runner: the model.
+            inputs: one array [N, T, ...] an input of the model.
+            lengths: how many steps of each row are valid.
+            states: to begin from, each [N, ...]; None for the initial ones.
+            deadline: on the clock; None for none.
+
+        Returns:
+            For each row its outputs, each [T_n, ...] or [...], and its final states, each without the batch axis.
+
+        Raises:
+            Draining, Full, Late, EngineFailed: as their names say.
+        """
+        self._take_new_work()
+        batch = _Batch(runner)
+        try:
+            for n, length in enumerate(lengths):
+                given = None if states is None else [state[n] for state in states]
+                batch.add(given, length, [array[n, :length] for array in inputs], deadline)
+            runner.submit(batch.rows)
+        except ConveyorError:
+            batch.free()
+            raise
+        self._begin(1)
+        try:
+            await batch.end()
+        finally:
+            self._end(1)
+        return [list(row.outputs or ()) for row in batch.rows], [batch.states[row.track] for row in batch.rows]
+
+    # --- drain ---
+
+    async def rest(self) -> None:
+        """Wait until nothing that was accepted is under way."""
+        await self._rested.wait()
+
+    def _take_new_work(self) -> None:
+        if self.draining:
+            raise Draining("the server is about to stop; go on elsewhere, or later")
+
+    def _begin(self, count: int) -> None:
+        self._working += count
+        self._rested.clear()
+
+    def _end(self, count: int) -> None:
+        self._working -= count
+        if not self._working:
+            self._rested.set()
+
+
+class _Batch:
+    """The rows of one batch on their way. Each holds a slot from when it is added until it ends."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.rows: list[Row] = []
+        self.states: dict[Track, list[Array]] = {}
+        self._runner = runner
+        self._ended = 0
+        self._failed: ConveyorError | None = None
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def add(self, states: Sequence[Array] | None, steps: int, inputs: Sequence[Array], deadline: float | None) -> None:
+        track = Track(self._runner.pool.allocate(states))
+        self.rows.append(Row(track, 0, steps, inputs, self._on_end, deadline))
+
+    def free(self) -> None:
+        for row in self.rows:
+            self._runner.pool.free(row.track.slot)
+
+    async def end(self) -> None:
+        try:
+            await self._done
+        except asyncio.CancelledError:
+            self._give_up()
+            raise
+        if self._failed is not None:
+            raise self._failed
+
+    def _on_end(self, row: Row) -> None:
+        if row.error is None:
+            self.states[row.track] = self._runner.pool.read(row.track.slot)
+        self._runner.pool.free(row.track.slot)
+        self._ended += 1
+        if row.error is not None and self._failed is None:
+            # The batch has failed as a whole: the rest of it would be computed for nobody.
+            self._failed = row.error
+            self._give_up()
+        if self._ended == len(self.rows) and not self._done.done():
+            self._done.set_result(None)
+
+    def _give_up(self) -> None:
+        for row in self.rows:
+            if self._runner.cancel(row):
+                self._on_end(row)

@@ -1,0 +1,230 @@
+"""One model version at work: its queue, its state slots, its engine, and the thread in which ticks run.
+
+Owns the two hand-overs of each tick: rows go from the event loop to the engine's thread, and come back together when
+their tick has ended. Must not know grpc, or what a session is.
+
+Between the hand-overs a tick is: cut the queue, gather the states, run the graph, seal the rows, scatter the states of
+those that were applied. Whatever fails before the seal leaves every state as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from service.errors import ConveyorError, Draining, EngineFailed
+from service.manifest import Manifest
+from service.metrics import Metrics
+from service.packing import pack, unpack
+from service.pool import Pool
+from service.scheduler import Limits, Phase, Row, Scheduler, Track
+
+Array = NDArray[np.generic]
+log = structlog.get_logger()
+
+
+class Graph(Protocol):
+    """What a runner needs of an engine."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the graph says of itself."""
+
+    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+        """Run it once; give the outputs and the new states."""
+
+
+class Runner:
+    """One model version at work.
+
+    Attributes:
+        name: of the model.
+        version: of it.
+        manifest: what the model says of itself.
+        pool: the state slots.
+
+    Args:
+        engine: the loaded graph; only this runner's thread runs it from here on.
+        limits: what bounds the queue and a tick.
+        slots: most state slots.
+        clock: tells the time, in seconds.
+        loop: the event loop on which rows end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        engine: Graph,
+        limits: Limits,
+        slots: int,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.manifest = engine.manifest
+        self.pool = Pool(self.manifest.states, slots)
+        self._engine = engine
+        self._scheduler = Scheduler(limits)
+        self._clock = clock
+        self._loop = loop
+        # Guards the scheduler, and with it the phase of every row and the position of every track.
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name=f"engine-{name}-{version}", daemon=True)
+        labels = (name, str(version))
+        self._steps = metrics.steps.labels(*labels)
+        self._padding = metrics.padding.labels(*labels)
+        self._tick_rows = metrics.tick_rows.labels(*labels)
+        self._tick_seconds = metrics.tick_seconds.labels(*labels)
+        self._applied = metrics.rows.labels(*labels, "applied")
+        self._refused = metrics.rows.labels(*labels, "refused")
+        metrics.queued_rows.labels(*labels).set_function(lambda: self._scheduler.queued)
+
+    def warm_up(self) -> None:
+        """Run the graph at a few sizes, on states that nobody uses, before the thread starts.
+
+        Raises:
+            Exception: whatever the engine raises.
+        """
+        for rows, steps in ((1, 1), (2, 1), (16, 1), (2, 3)):
+            inputs = [
+                np.zeros((steps, *(size or 1 for size in spec.tail)), spec.dtype) for spec in self.manifest.inputs
+            ]
+            tick = [Row(Track(self.pool.allocate()), 0, steps, inputs, _ignore) for _ in range(rows)]
+            outputs, states = self._engine.run(self._feeds(tick))
+            for spec, output in zip(self.manifest.outputs, outputs, strict=True):
+                unpack(output, spec, [steps] * rows)
+            slots = np.array([row.track.slot for row in tick], np.intp)
+            self.pool.scatter(slots, np.arange(rows), states)
+            for row in tick:
+                self.pool.free(row.track.slot)
+
+    def start(self) -> None:
+        """Begin to take rows."""
+        self._thread.start()
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue rows, all or none. Each one's ``on_end`` is called once, later, on the event loop.
+
+        Raises:
+            Full: if they would pass the limit.
+        """
+        with self._wake:
+            if self._stopping:
+                raise Draining("the model is being stopped")
+            self._scheduler.submit(rows)
+            self._wake.notify()
+
+    def cancel(self, row: Row) -> bool:
+        """Give a row up.
+
+        Returns:
+            True if it has ended by this, and ``on_end`` will not be called; False if it will be, or was.
+        """
+        with self._wake:
+            return self._scheduler.cancel(row)
+
+    async def stop(self) -> None:
+        """Refuse what waits, finish the tick that runs, and end the thread."""
+        with self._wake:
+            self._stopping = True
+            refused = self._scheduler.clear(Draining("the server is stopping"))
+            self._wake.notify()
+        self._deliver(refused)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                tick, refused = self._scheduler.cut(self._clock())
+                while not tick and not refused:
+                    if self._stopping:
+                        return
+                    self._wake.wait()
+                    tick, refused = self._scheduler.cut(self._clock())
+            if tick:
+                began = self._clock()
+                try:
+                    self._run(tick)
+                except Exception:
+                    # Nothing in _run is expected to raise; were this thread to die of it, every later row would wait
+                    # for ever.
+                    log.exception("tick failed", model=self.name, version=self.version)
+                    self._refuse([row for row in tick if row.outputs is None], EngineFailed("the tick failed"))
+                self._tick_seconds.observe(self._clock() - began)
+                self._tick_rows.observe(len(tick))
+                self._padding.inc(len(tick) * max(row.steps for row in tick) - sum(row.steps for row in tick))
+            self._loop.call_soon_threadsafe(self._deliver, refused + tick)
+
+    def _run(self, tick: list[Row]) -> None:
+        try:
+            outputs, states = self._engine.run(self._feeds(tick))
+            lengths = [row.steps for row in tick]
+            unpacked = [
+                unpack(output, spec, lengths) for output, spec in zip(outputs, self.manifest.outputs, strict=True)
+            ]
+        except Exception as error:
+            if len(tick) > 1:
+                # One row may be to blame. Nothing has moved, so each half can run again without the other.
+                middle = len(tick) // 2
+                self._run(tick[:middle])
+                self._run(tick[middle:])
+                return
+            log.error("run failed", model=self.name, version=self.version, error=repr(error))
+            self._refuse(tick, EngineFailed("the model failed on this input; the state has not moved"))
+            return
+        with self._wake:
+            applied = self._scheduler.seal(tick, self._clock())
+        if applied:
+            rows = np.array(applied, np.intp)
+            slots = np.array([tick[index].track.slot for index in applied], np.intp)
+            self.pool.scatter(slots, rows, states)
+        for index in applied:
+            tick[index].outputs = [rows_of_output[index] for rows_of_output in unpacked]
+
+    def _refuse(self, rows: Sequence[Row], error: ConveyorError) -> None:
+        with self._wake:
+            for row in rows:
+                row.refuse(error)
+
+    def _feeds(self, tick: Sequence[Row]) -> dict[str, Array]:
+        longest = max(row.steps for row in tick)
+        feeds = {
+            spec.name: pack([row.inputs[index] for row in tick], spec, longest)
+            for index, spec in enumerate(self.manifest.inputs)
+        }
+        if self.manifest.lengths is not None:
+            feeds[self.manifest.lengths] = np.array([row.steps for row in tick], np.int32)
+        slots = np.array([row.track.slot for row in tick], np.intp)
+        for state, array in zip(self.manifest.states, self.pool.gather(slots), strict=True):
+            feeds[state.input] = array
+        return feeds
+
+    def _deliver(self, rows: Sequence[Row]) -> None:
+        steps = applied = 0
+        for row in rows:
+            if row.phase is Phase.APPLIED:
+                steps += row.steps
+                applied += 1
+            try:
+                row.on_end(row)
+            except Exception:
+                # A caller that cannot take its result must not cost the others theirs.
+                log.exception("a result was not taken", model=self.name, version=self.version)
+        self._steps.inc(steps)
+        self._applied.inc(applied)
+        self._refused.inc(len(rows) - applied)
+
+
+def _ignore(row: Row) -> None:
+    pass

@@ -1,0 +1,212 @@
+"""The life of a server: load, warm, be ready, drain, stop.
+
+Owns the gRPC server, its health, and the order of start and end. Must not know tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import grpc
+import prometheus_client
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from conveyor.v1 import conveyor_pb2, conveyor_pb2_grpc
+from service.engine import LoadError
+from service.metrics import Metrics
+from service.operations import Operations
+from service.repository import Repository
+from service.settings import Settings
+from service.wire.conveyor import ConveyorServicer
+
+log = structlog.get_logger()
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Server:
+    """One server, in the event loop that it is made in.
+
+    Attributes:
+        port: where it listens, once started.
+        metrics_port: where metrics are, once started; None for nowhere.
+        metrics: what it counts.
+
+    Args:
+        settings: all of them.
+        clock: tells the time, in seconds; for expiry and deadlines.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.repository = Repository(settings, self.metrics, clock)
+        self.operations = Operations(
+            self.repository, settings.max_sessions, settings.idle_timeout_s, self.metrics, clock
+        )
+        self.port = 0
+        self.metrics_port: int | None = None
+        self._servicer = ConveyorServicer(self.operations, settings, clock)
+        self._health = health.aio.HealthServicer()
+        self._grpc = grpc.aio.server(
+            options=[
+                # Two servers on one port would share its calls, and sessions with them.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                # Clients that keep an idle connection alive are welcome.
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ]
+        )
+        self._sweeper: asyncio.Task[None] | None = None
+        self._exporter: tuple[object, object] | None = None
+
+    async def start(self) -> None:
+        """Listen, load and warm the models, then be ready. Calls that come while models load are told so.
+
+        Raises:
+            LoadError: if the repository cannot be read.
+            OSError: if the address or port cannot be had.
+        """
+        conveyor_pb2_grpc.add_ConveyorServiceServicer_to_server(self._servicer, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        services = (conveyor_pb2.DESCRIPTOR.services_by_name["ConveyorService"].full_name, health.SERVICE_NAME)
+        reflection.enable_server_reflection((*services, reflection.SERVICE_NAME), self._grpc)
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        await self._health.set("", _NOT_SERVING)
+        try:
+            self.port = self._grpc.add_insecure_port(f"{host}:{self.settings.port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{self.settings.port}; is another server there?") from error
+        await self._grpc.start()
+        if self.settings.metrics_port is not None:
+            http, thread = prometheus_client.start_http_server(
+                self.settings.metrics_port, self.settings.host, self.metrics.registry
+            )
+            self._exporter = http, thread
+            self.metrics_port = http.server_port
+        await self.repository.load()
+        for name, _ in self.repository.broken:
+            await self._health.set(name, _NOT_SERVING)
+        for name in self.repository.names():
+            await self._health.set(name, _SERVING)
+        await self._health.set("", _SERVING)
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def drain(self) -> None:
+        """Stop being ready, refuse new work, finish what was accepted, answer it, and end the streams."""
+        self.operations.draining = True
+        await self._health.enter_graceful_shutdown()
+        log.info("draining", sessions=len(self.operations.sessions), timeout_s=self.settings.drain_timeout_s)
+        try:
+            await asyncio.wait_for(self.operations.rest(), self.settings.drain_timeout_s)
+        except TimeoutError:
+            log.warning("drain timed out; what is left is cancelled")
+        self._servicer.end_streams()
+
+    async def stop(self, grace_s: float = 2.0) -> None:
+        """End every call and free everything.
+
+        Args:
+            grace_s: seconds that calls have to end by themselves.
+        """
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeper
+        await self._grpc.stop(grace_s)
+        await self.repository.stop()
+        if self._exporter is not None:
+            http, _ = self._exporter
+            http.shutdown()  # type: ignore[attr-defined]
+            http.server_close()  # type: ignore[attr-defined]
+        log.info("stopped")
+
+    async def _sweep(self) -> None:
+        """Expire sessions also while nobody calls."""
+        pause_s = min(5.0, self.settings.idle_timeout_s / 4)
+        while True:
+            await asyncio.sleep(pause_s)
+            if count := self.operations.sessions.expire():
+                self.metrics.expired.inc(count)
+                log.info("sessions expired", count=count, open=len(self.operations.sessions))
+
+
+async def serve(settings: Settings) -> int:
+    """Run a server until SIGTERM or SIGINT.
+
+    Returns:
+        The process's exit status.
+    """
+    began = time.perf_counter()
+    server = Server(settings)
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    try:
+        await server.start()
+    except (LoadError, OSError) as error:
+        log.error("not started", reason=str(error))
+        await server.stop(0)
+        return 1
+    log.info(
+        "ready",
+        host=settings.host,
+        port=server.port,
+        metrics_port=server.metrics_port,
+        models=server.repository.names(),
+        seconds=round(time.perf_counter() - began, 3),
+    )
+    number = await signals.get()
+    log.info("signal", name=number.name)
+    drain = asyncio.create_task(server.drain())
+    second = asyncio.create_task(_second(signals))
+    await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
+    second.cancel()
+    if not drain.done():
+        log.warning("second signal: stopping at once")
+        drain.cancel()
+        await server.stop(0)
+        return 1
+    drain.result()
+    await server.stop()
+    return 0
+
+
+async def _second(signals: asyncio.Queue[signal.Signals]) -> None:
+    """Wait for a signal that means it: a process group and its leader often get the same one twice in a row."""
+    await asyncio.sleep(0.5)
+    while not signals.empty():
+        signals.get_nowait()
+    await signals.get()
+
+
+def configure_logs(level: str, form: str) -> None:
+    """Send structured logs to standard error: one JSON object a line, or columns for people."""
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    # No local variables in tracebacks: they hold what clients sent.
+    renderers: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *renderers,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

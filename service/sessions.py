@@ -1,0 +1,252 @@
+"""The session table: identity, owner, position, order, expiry, last reply.
+
+Owns which sessions exist and what a chunk means to one: new, a repetition, or out of place. Must not know what tensors
+hold, nor grpc or onnxruntime. Lives on the event loop's thread; the time is handed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from service.errors import (
+    ConveyorError,
+    Full,
+    InvalidRequest,
+    PositionConflict,
+    SessionExists,
+    SessionExpired,
+    SessionUnknown,
+)
+from service.scheduler import Row, Track
+
+_LONGEST_ID = 128
+_REMEMBERED = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a chunk was answered, kept until the next one is."""
+
+    position: int
+    steps: int
+    outputs: Sequence[Any]
+
+
+class Waiter(Protocol):
+    """Whoever is to be told what became of a chunk."""
+
+    def answer(self, result: Reply | ConveyorError) -> None:
+        """Take the answer; called once."""
+
+
+@dataclass(slots=True)
+class Pending:
+    """A chunk under way, and who waits for it: more than one where it was sent again meanwhile."""
+
+    row: Row
+    waiters: list[Waiter]
+
+
+class Session:
+    """A live sequence whose state the server holds.
+
+    Attributes:
+        owner: digest of the key that it was opened with; empty for none.
+        identity: its id, unique to the owner.
+        model: name of its model.
+        version: the version it was opened on.
+        track: its slot, and how many steps have been applied.
+        pending: chunks accepted and not yet ended, by the position where they begin.
+        last: the newest reply.
+        used_at: when it was opened or last stepped.
+        closing: whether it takes no more chunks.
+    """
+
+    __slots__ = ("_idle", "closing", "identity", "last", "model", "owner", "pending", "track", "used_at", "version")
+
+    def __init__(self, owner: bytes, identity: str, model: str, version: int, track: Track, now: float) -> None:
+        self.owner = owner
+        self.identity = identity
+        self.model = model
+        self.version = version
+        self.track = track
+        self.pending: dict[int, Pending] = {}
+        self.last: Reply | None = None
+        self.used_at = now
+        self.closing = False
+        self._idle: asyncio.Future[None] | None = None
+
+    def match(self, position: int, steps: int) -> Reply | Pending | None:
+        """Tell what a chunk is to this session.
+
+        Returns:
+            The reply that it got, if it has been applied and was the last; what is pending, if it is under way; None if
+            it is the next.
+
+        Raises:
+            PositionConflict: if it is none of them.
+            SessionUnknown: if the session is being closed.
+        """
+        if self.closing:
+            raise SessionUnknown(f"session {self.identity!r} is being closed")
+        upcoming = self.track.position
+        if self.pending:
+            newest = next(reversed(self.pending.values())).row
+            upcoming = newest.position + newest.steps
+            pending = self.pending.get(position)
+            if pending is not None and pending.row.steps == steps:
+                return pending
+        if position == upcoming:
+            return None
+        last = self.last
+        if last is not None and (last.position, last.steps) == (position, steps):
+            return last
+        accepted = f", with chunks accepted up to {upcoming}" if self.pending else ""
+        raise PositionConflict(
+            f"a chunk of {steps} steps at position {position} does not follow: "
+            f"the session is at position {self.track.position}{accepted}",
+            self.track.position,
+        )
+
+    def begin(self, row: Row, waiter: Waiter) -> Pending:
+        """Note a chunk as under way."""
+        pending = self.pending[row.position] = Pending(row, [waiter])
+        return pending
+
+    def end(self, row: Row) -> None:
+        """Note a chunk as ended, keep its reply if it was applied, and tell who waits."""
+        pending = self.pending.pop(row.position)
+        result: Reply | ConveyorError
+        if row.outputs is not None:
+            result = self.last = Reply(row.position, row.steps, row.outputs)
+        else:
+            assert row.error is not None
+            result = row.error
+        for waiter in pending.waiters:
+            waiter.answer(result)
+        if not self.pending and self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
+
+    async def idle(self) -> None:
+        """Wait until no chunk is under way."""
+        while self.pending:
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
+
+
+class SessionTable:
+    """All sessions of a server.
+
+    Args:
+        limit: most sessions open at once.
+        idle_timeout_s: seconds without a chunk after which a session expires.
+        clock: tells the time, in seconds.
+        on_end: called with each session that ends, however it ends, to give its slot back.
+    """
+
+    def __init__(
+        self, limit: int, idle_timeout_s: float, clock: Callable[[], float], on_end: Callable[[Session], None]
+    ) -> None:
+        self.limit = limit
+        self.idle_timeout_s = idle_timeout_s
+        self._clock = clock
+        self._on_end = on_end
+        # Least recently used first, so that whoever expires stands in front.
+        self._sessions: OrderedDict[tuple[bytes, str], Session] = OrderedDict()
+        self._expired: OrderedDict[tuple[bytes, str], None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def check_new(self, owner: bytes, identity: str) -> str:
+        """Say whether a session may be opened, and under which id: the given one, or a new one that cannot be guessed.
+
+        Raises:
+            InvalidRequest: if the id is malformed.
+            SessionExists: if it is taken.
+            Full: if the table is.
+        """
+        if not identity:
+            identity = secrets.token_urlsafe(18)
+        elif len(identity) > _LONGEST_ID or not (identity.isascii() and identity.isprintable()):
+            raise InvalidRequest(
+                f"a session id is up to {_LONGEST_ID} printable ASCII characters, got {identity[:64]!r}"
+            )
+        self.expire()
+        if (owner, identity) in self._sessions:
+            raise SessionExists(f"session {identity!r} is open already")
+        if len(self._sessions) >= self.limit:
+            raise Full(f"{self.limit} sessions are open, which is the limit; close some or try again later")
+        return identity
+
+    def add(self, owner: bytes, identity: str, model: str, version: int, track: Track) -> Session:
+        """Enter a session that ``check_new`` let pass."""
+        session = Session(owner, identity, model, version, track, self._clock())
+        self._sessions[owner, identity] = session
+        self._expired.pop((owner, identity), None)
+        return session
+
+    def find(self, owner: bytes, identity: str) -> Session:
+        """Look a session up.
+
+        Raises:
+            SessionExpired: if it was idle for too long.
+            SessionUnknown: if the owner has no session of that id.
+        """
+        key = (owner, identity)
+        session = self._sessions.get(key)
+        if session is None:
+            if key in self._expired:
+                raise SessionExpired(
+                    f"session {identity!r} has expired: it was idle for more than {self.idle_timeout_s:g} s"
+                )
+            raise SessionUnknown(f"no session {identity!r} is open: it was closed, or never opened here, or not by you")
+        if not session.pending and self._clock() - session.used_at >= self.idle_timeout_s:
+            self._end(key, session)
+            self._remember(key)
+            return self.find(owner, identity)
+        return session
+
+    def touch(self, session: Session) -> None:
+        """Note that a session is in use."""
+        session.used_at = self._clock()
+        self._sessions.move_to_end((session.owner, session.identity))
+
+    def end(self, session: Session) -> None:
+        """Take a session out. Nothing of it may be under way."""
+        self._end((session.owner, session.identity), session)
+
+    def expire(self) -> int:
+        """End the sessions that have been idle for too long.
+
+        Returns:
+            How many they were.
+        """
+        count, now = 0, self._clock()
+        while self._sessions:
+            key, session = next(iter(self._sessions.items()))
+            if now - session.used_at < self.idle_timeout_s:
+                break
+            if session.pending or session.closing:
+                self.touch(session)
+                continue
+            self._end(key, session)
+            self._remember(key)
+            count += 1
+        return count
+
+    def _end(self, key: tuple[bytes, str], session: Session) -> None:
+        del self._sessions[key]
+        self._on_end(session)
+
+    def _remember(self, key: tuple[bytes, str]) -> None:
+        self._expired[key] = None
+        if len(self._expired) > _REMEMBERED:
+            self._expired.popitem(last=False)

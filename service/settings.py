@@ -1,0 +1,175 @@
+"""What an operator can set, and where it is read: flag, then environment, then file, then default.
+
+Owns every setting with its default and its sentence of help; the only reader of argv and the environment. Must not know
+grpc or onnxruntime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+_PREFIX = "CONVEYOR_"
+
+_HELP = """\
+Serve recurrent models over gRPC: whole batches, and streaming sessions that keep their state between calls.
+
+  python -m service --repository models/                     serve what is in models/NAME/VERSION/model.onnx
+  python -m service --repository models/ --port 0            pick a free port; the log's "ready" line names it
+  CONVEYOR_PORT=9000 python -m service --config server.toml  settings from the environment and a file
+
+Each setting is a flag, an environment variable (CONVEYOR_ and the name in capitals, as CONVEYOR_MAX_SESSIONS) or a line
+in the --config file (max_sessions = 1000). A flag wins over the environment, that over the file, that over the default.
+SIGTERM drains: no new work, what was accepted is finished, then the server stops. A second signal stops it at once."""
+
+
+class Settings(BaseModel):
+    """All settings of one server."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    repository: Path = Path("repository")
+    """Folder of models: NAME/VERSION/model.onnx, VERSION a positive integer."""
+    latest_versions: Positive = 1
+    """How many versions of each model to serve, newest first."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all interfaces."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8500
+    """Port for gRPC; 0 picks a free one."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port for Prometheus metrics over HTTP, on the same address; 0 picks a free one; left out, there are none."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run. cuda fails where CUDA does not start; auto takes CUDA where it starts, and says what it chose.
+    """
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads inside one run of a model; 0 takes one a core."""
+
+    max_message_bytes: Positive = 64 * 1024 * 1024
+    """Largest message taken in, and largest reply that is built."""
+    max_steps: Positive = 4096
+    """Most steps in one chunk, and in one sequence of a batch."""
+    max_batch: Positive = 1024
+    """Most sequences in one batch."""
+    max_sessions: Positive = 100_000
+    """Most sessions open at once."""
+    max_queued_rows: Positive = 8192
+    """Most chunks and batch rows waiting for one model; over it, new ones are refused at once."""
+    max_stream_chunks: Positive = 4096
+    """Most chunks of one stream that are not answered yet; over it, the stream is not read until some are."""
+    max_tick_rows: Positive = 512
+    """Most chunks and batch rows in one run of a model."""
+    max_tick_steps: Positive = 8192
+    """Most steps in one run of a model, padding counted, unless one row alone has more."""
+    non_finite: Literal["reject", "accept"] = "reject"
+    """What to do with NaN and infinity in inputs and states."""
+
+    idle_timeout_s: Seconds = 600.0
+    """Seconds without a chunk after which a session expires."""
+    drain_timeout_s: Seconds = 25.0
+    """Seconds that accepted work may take after SIGTERM before it is cancelled."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least important events to log."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """How to log; auto is console on a terminal and json elsewhere."""
+    config: Path | None = None
+    """A TOML file with settings."""
+
+
+_GROUPS = {
+    "repository": "models",
+    "host": "network",
+    "device": "compute",
+    "max_message_bytes": "limits",
+    "idle_timeout_s": "time",
+    "log_level": "logs",
+    "config": "settings file",
+}
+"""The first setting of each group of the help page."""
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Read the settings.
+
+    Args:
+        argv: the flags, without the program's name.
+        environ: the environment.
+
+    Raises:
+        SystemExit: with status 0 after --help, with status 2 and a line on standard error for each setting that is
+        wrong.
+    """
+    parser = _parser()
+    flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    variables = {
+        name: environ[_PREFIX + name.upper()] for name in Settings.model_fields if environ.get(_PREFIX + name.upper())
+    }
+    path = flags.get("config", variables.get("config"))
+    in_file: dict[str, Any] = {}
+    if path is not None:
+        try:
+            in_file = tomllib.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            parser.error(f"settings file {path}: {error}")
+    # The name under which a wrong value was given is the one its owner will look for.
+    origins = (
+        {name: f"settings file {path}: {name}" for name in in_file}
+        | {name: _PREFIX + name.upper() for name in variables}
+        | {name: _flag(name) for name in flags}
+    )
+    try:
+        return Settings(**{**in_file, **variables, **flags})
+    except ValidationError as error:
+        lines = [
+            f"{origins.get(str(wrong['loc'][0]), wrong['loc'])}: {wrong['msg']}, got {wrong['input']!r}"
+            for wrong in error.errors()
+        ]
+        parser.error("\n  ".join(lines))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service",
+        usage="python -m service [--repository DIR] [--port PORT] [flags]",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("models")
+    for name, field in Settings.model_fields.items():
+        if name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[name])
+        words = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+        metavar = "|".join(words) if words else _METAVARS.get(name, "N")
+        default = (
+            ""
+            if field.default is None
+            else f" [{field.default:g}]"
+            if isinstance(field.default, float)
+            else f" [{field.default}]"
+        )
+        group.add_argument(_flag(name), metavar=metavar, default=None, help=f"{field.description}{default}")
+    return parser
+
+
+_METAVARS = {
+    "repository": "DIR",
+    "host": "ADDRESS",
+    "port": "PORT",
+    "metrics_port": "PORT",
+    "idle_timeout_s": "SECONDS",
+    "drain_timeout_s": "SECONDS",
+    "max_message_bytes": "BYTES",
+    "config": "FILE",
+}

@@ -1,0 +1,1 @@
+"""The doors: gRPC services, and what crosses them."""

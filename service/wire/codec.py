@@ -1,0 +1,183 @@
+"""Bytes to arrays and back, each checked against what the model takes.
+
+Owns dtypes, shapes, byte counts and what is done with NaN. Whatever does not fit raises InvalidRequest, which says what
+was wrong and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conveyor.v1 import conveyor_pb2 as pb
+from service.errors import InvalidRequest
+from service.manifest import Manifest, StateSpec, TensorSpec
+
+Array = NDArray[np.generic]
+Spec = TypeVar("Spec", TensorSpec, StateSpec)
+
+DATA_TYPES: dict[str, pb.DataType] = {
+    "float32": pb.DATA_TYPE_FLOAT32,
+    "float16": pb.DATA_TYPE_FLOAT16,
+    "float64": pb.DATA_TYPE_FLOAT64,
+    "int64": pb.DATA_TYPE_INT64,
+    "int32": pb.DATA_TYPE_INT32,
+    "int8": pb.DATA_TYPE_INT8,
+    "bool": pb.DATA_TYPE_BOOL,
+}
+_NAMES = {value: name for name, value in DATA_TYPES.items()}
+_LITTLE = {value: np.dtype(name).newbyteorder("<") for name, value in DATA_TYPES.items()}
+
+
+def encode(name: str, array: Array) -> pb.Tensor:
+    """Return an array as a message."""
+    data_type = DATA_TYPES[array.dtype.name]
+    return pb.Tensor(
+        name=name, data_type=data_type, shape=array.shape, data=array.astype(_LITTLE[data_type], copy=False).tobytes()
+    )
+
+
+class Codec:
+    """Reads the tensors that one model takes.
+
+    Args:
+        manifest: of the model.
+        max_steps: most steps of one sequence or chunk.
+        max_batch: most sequences of one batch.
+        finite: whether NaN and infinity are refused.
+    """
+
+    def __init__(self, manifest: Manifest, max_steps: int, max_batch: int, finite: bool) -> None:
+        self.max_steps = max_steps
+        self.max_batch = max_batch
+        self._manifest = manifest
+        self._finite = finite
+
+    def chunk(self, tensors: Sequence[pb.Tensor]) -> list[Array]:
+        """Read a chunk's inputs.
+
+        Returns:
+            One array [T, ...] an input, T alike.
+        """
+        arrays = [
+            self._read(tensor, f"input {spec.name!r}", spec.dtype, (None, *spec.tail), "T", spec.below)
+            for spec, tensor in self._pair(self._manifest.inputs, tensors, "input")
+        ]
+        steps = len(arrays[0])
+        for spec, array in zip(self._manifest.inputs, arrays, strict=True):
+            self._check_steps(len(array))
+            if len(array) != steps or (spec.time_axis is None and steps != 1):
+                raise InvalidRequest(
+                    f"input {spec.name!r} has {len(array)} steps; expected {1 if spec.time_axis is None else steps}"
+                )
+        return arrays
+
+    def batch(self, tensors: Sequence[pb.Tensor], lengths: Sequence[int]) -> tuple[list[Array], list[int]]:
+        """Read a batch's inputs.
+
+        Returns:
+            One array [N, T, ...] an input, N and T alike, and the length of each row.
+        """
+        arrays = [
+            self._read(tensor, f"input {spec.name!r}", spec.dtype, (None, None, *spec.tail), "N, T", spec.below)
+            for spec, tensor in self._pair(self._manifest.inputs, tensors, "input")
+        ]
+        rows, steps = arrays[0].shape[:2]
+        if rows < 1:
+            raise InvalidRequest("the batch has no rows (N = 0); expected at least 1")
+        if rows > self.max_batch:
+            raise InvalidRequest(f"the batch has {rows} rows; this server takes up to {self.max_batch}")
+        self._check_steps(steps)
+        for spec, array in zip(self._manifest.inputs, arrays, strict=True):
+            if array.shape[:2] != (rows, steps):
+                raise InvalidRequest(
+                    f"input {spec.name!r} is {_show(array.shape)}; expected [{rows}, {steps}, ...] as the first"
+                )
+        if not lengths:
+            return arrays, [steps] * rows
+        if len(lengths) != rows:
+            raise InvalidRequest(f"there are {len(lengths)} lengths for {rows} rows; expected one a row, or none")
+        for row, length in enumerate(lengths):
+            if not 1 <= length <= steps:
+                raise InvalidRequest(f"row {row} has length {length}; expected 1 to {steps}")
+        return arrays, list(lengths)
+
+    def states(self, tensors: Sequence[pb.Tensor], rows: int | None) -> list[Array] | None:
+        """Read states to begin from.
+
+        Args:
+            tensors: none, or one a state of the model.
+            rows: N where they are [N, ...]; None where they have no batch axis.
+
+        Returns:
+            One array a state; None if there were none.
+        """
+        if not tensors:
+            return None
+        batch = () if rows is None else (rows,)
+        return [
+            self._read(tensor, f"state {spec.name!r}", spec.dtype, (*batch, *spec.tail), "", None)
+            for spec, tensor in self._pair(self._manifest.states, tensors, "state")
+        ]
+
+    def _pair(self, specs: Sequence[Spec], tensors: Sequence[pb.Tensor], kind: str) -> Iterable[tuple[Spec, pb.Tensor]]:
+        if len(specs) == 1 and len(tensors) == 1 and tensors[0].name in ("", specs[0].name):
+            return ((specs[0], tensors[0]),)
+        by_name = {tensor.name: tensor for tensor in tensors}
+        if len(by_name) != len(tensors) or by_name.keys() != {spec.name for spec in specs}:
+            raise InvalidRequest(
+                f"{kind}s {[tensor.name[:64] for tensor in tensors][:16]} were given; "
+                f"expected each of {[spec.name for spec in specs]} once"
+            )
+        return [(spec, by_name[spec.name]) for spec in specs]
+
+    def _read(
+        self, tensor: pb.Tensor, what: str, dtype: str, sizes: tuple[int | None, ...], free: str, below: int | None
+    ) -> Array:
+        if tensor.data_type != DATA_TYPES[dtype]:
+            raise InvalidRequest(f"{what} is {_NAMES.get(tensor.data_type, 'of no known dtype')}; expected {dtype}")
+        shape = tuple(tensor.shape)
+        if len(shape) != len(sizes) or any(
+            size < 0 or (want is not None and size != want) for size, want in zip(shape, sizes, strict=True)
+        ):
+            fixed = [str(size) for size in sizes if size is not None]
+            raise InvalidRequest(
+                f"{what} has shape {_show(shape)}; expected [{', '.join([free] * bool(free) + fixed)}]"
+            )
+        little = _LITTLE[tensor.data_type]
+        expected = math.prod(shape) * little.itemsize
+        if len(tensor.data) != expected:
+            raise InvalidRequest(
+                f"{what} holds {len(tensor.data)} bytes; expected {expected} for shape {_show(shape)} of {dtype}"
+            )
+        array: Array = np.frombuffer(tensor.data, little).reshape(shape)
+        if self._finite and array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InvalidRequest(
+                f"{what} holds NaN or infinity at {_first(~np.isfinite(array))}; expected finite numbers"
+            )
+        if array.dtype.kind == "b" and (array.view(np.uint8) > 1).any():
+            raise InvalidRequest(f"{what} holds a byte over 1; expected 0 or 1 in each element of a bool")
+        if below is not None and array.size and ((array < 0) | (array >= below)).any():  # type: ignore[operator]
+            where = _first((array < 0) | (array >= below))  # type: ignore[operator]
+            raise InvalidRequest(f"{what} holds {array[tuple(where)]} at {where}; expected 0 to {below - 1}")
+        return array
+
+    def _check_steps(self, steps: int) -> None:
+        if steps < 1:
+            raise InvalidRequest("there are no steps (T = 0); expected at least 1")
+        if steps > self.max_steps:
+            raise InvalidRequest(
+                f"there are {steps} steps; this server takes up to {self.max_steps} in one sequence or chunk"
+            )
+
+
+def _show(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape[:8]))}{', ...' if len(shape) > 8 else ''}]"
+
+
+def _first(where: NDArray[np.bool_]) -> list[int]:
+    return [int(index) for index in np.argwhere(where)[0]]
