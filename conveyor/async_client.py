@@ -1,0 +1,336 @@
+"""The client for asyncio: models, whole batches, and sessions over one shared stream."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, TypeAlias, cast, overload
+
+import grpc
+import numpy as np
+
+from conveyor.async_session import AsyncSession, new_session_id, opened_before, step_sessions
+from conveyor.connection import Connection, Settings
+from conveyor.errors import ConveyorError, InvalidRequest, StepsFailed
+from conveyor.model import Model, decode_model
+from conveyor.payload import (
+    Inputs,
+    Outputs,
+    States,
+    decode_named,
+    decode_outputs,
+    encode_inputs,
+    encode_states,
+    pad,
+    unpad,
+)
+from conveyor.state import SessionState, encode_state
+from conveyor.stream import ChunkStream
+from conveyor.tensors import Array
+from conveyor.v1 import conveyor_pb2 as pb
+
+Sequences: TypeAlias = Sequence[Array]
+"""Ragged sequences, each [T_i, I]."""
+
+
+@dataclass(frozen=True)
+class InferResult:
+    """What ``infer`` gives when the final states are asked for.
+
+    Attributes:
+        outputs: as ``infer`` gives them without.
+        states: by name, each with the batch axis first: [N, ...].
+        version: of the model that ran.
+    """
+
+    outputs: Outputs
+    states: dict[str, Array]
+    version: int
+
+
+class Opening:
+    """A session about to be opened: await it, or enter it with ``async with`` to have it closed at the end."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, AsyncSession]) -> None:
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, AsyncSession]:
+        return self._coroutine.__await__()
+
+    async def __aenter__(self) -> AsyncSession:
+        self._session = await self
+        return self._session
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.__aexit__(kind, error, trace)
+
+
+class AsyncClient:
+    """A client of one server, for use in one event loop.
+
+    Calls that a lost connection interrupts are made again where that is safe, and here all are: sessions get their id
+    from the client, chunks carry their position. Closing the client leaves its sessions on the server, where ``attach``
+    finds them until they expire.
+
+    Args:
+        target: address of the server, "host:port".
+        key: a secret of the caller's choosing; sessions opened with it exist only for calls that carry it. Without TLS
+            anyone on the way can read it.
+        timeout_s: for each call that does not say its own.
+        reconnect_timeout_s: how long a lost connection is tried again before a call fails with ConnectionLost.
+        max_message_bytes: largest message, either way.
+        credentials: for TLS; plain text without.
+        options: further gRPC channel arguments.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        key: str | None = None,
+        timeout_s: float = 60.0,
+        reconnect_timeout_s: float = 30.0,
+        max_message_bytes: int = 64 * 2**20,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        self._settings = Settings(
+            target, key, timeout_s, reconnect_timeout_s, max_message_bytes, credentials, tuple(options)
+        )
+        self._open: tuple[Connection, ChunkStream] | None = None
+        self._closed = False
+        self._models: dict[tuple[str, int], Model] = {}
+
+    async def models(self) -> list[Model]:
+        """All models that are ready, each in its newest version, in alphabetical order."""
+        response: pb.ListModelsResponse = await self._connection.call("ListModels", pb.ListModelsRequest())
+        return [decode_model(model) for model in response.models]
+
+    async def model(self, name: str, version: int = 0) -> Model:
+        """Describes one model; version 0 is the newest.
+
+        Raises:
+            ModelUnknown: there is none.
+        """
+        request = pb.GetModelRequest(model=name, version=version)
+        response: pb.GetModelResponse = await self._connection.call("GetModel", request)
+        model = decode_model(response.model)
+        self._models[name, version] = self._models[name, model.version] = model
+        return model
+
+    @overload
+    async def infer(
+        self,
+        model: str,
+        x: Inputs | Sequences,
+        lengths: Sequence[int] | None = None,
+        states: States | None = None,
+        return_states: Literal[False] = False,
+        version: int = 0,
+        timeout_s: float | None = None,
+    ) -> Outputs: ...
+
+    @overload
+    async def infer(
+        self,
+        model: str,
+        x: Inputs | Sequences,
+        lengths: Sequence[int] | None = None,
+        states: States | None = None,
+        *,
+        return_states: Literal[True],
+        version: int = 0,
+        timeout_s: float | None = None,
+    ) -> InferResult: ...
+
+    async def infer(
+        self,
+        model: str,
+        x: Inputs | Sequences,
+        lengths: Sequence[int] | None = None,
+        states: States | None = None,
+        return_states: bool = False,
+        version: int = 0,
+        timeout_s: float | None = None,
+    ) -> Outputs | InferResult:
+        """Runs a batch of whole sequences; the server keeps nothing.
+
+        Args:
+            model: its name.
+            x: [N, T, I], or [N, T] for tokens; a dict by name for several inputs; or a list of arrays [T_i, I], each
+                its own length.
+            lengths: how many steps of each row are valid; all of them if None.
+            states: to begin from, by name, each [N, ...]; the model's initial ones if None.
+            return_states: whether to return the final states too.
+            version: 0 is the newest.
+            timeout_s: for the whole call; the client's own if None.
+
+        Returns:
+            [N, T, O] with zeros after a row's length, or [N, O] for an output that holds the last valid step's value; a
+            list of rows [T_i, O] where x was a list; a dict by name for several outputs. With ``return_states`` an
+            InferResult.
+
+        Raises:
+            ConveyorError: as the server says.
+        """
+        signature = self._models.get((model, version)) or await self.model(model, version)
+        ragged = isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(row, np.ndarray) for row in x)
+        if ragged:
+            if lengths is not None:
+                raise InvalidRequest("a list of sequences has lengths of its own; expected lengths=None")
+            x, lengths = pad(signature, cast("list[Array]", x))
+        request = pb.InferRequest(
+            model=model,
+            version=version,
+            inputs=encode_inputs(signature, cast("Inputs", x)),
+            lengths=lengths or (),
+            initial_states=() if states is None else encode_states(signature, states),
+            return_states=return_states,
+        )
+        try:
+            response: pb.InferResponse = await self._connection.call("Infer", request, timeout_s=timeout_s)
+        except InvalidRequest:
+            # The newest version may be another one by now.
+            self._models.pop((model, 0), None)
+            raise
+        if response.version != signature.version:
+            signature = await self.model(model, response.version)
+            self._models.pop((model, 0), None)
+        outputs = decode_outputs(signature, response.outputs)
+        if ragged:
+            outputs = unpad(signature, outputs, cast("list[int]", lengths))
+        if return_states:
+            return InferResult(outputs, decode_named(response.final_states), response.version)
+        return outputs
+
+    def session(
+        self, model: str, version: int = 0, initial_states: States | None = None, session_id: str | None = None
+    ) -> Opening:
+        """Opens a session: await it, or ``async with client.session("name") as session`` closes it after.
+
+        Args:
+            model: its name.
+            version: 0 is the newest; the session stays on the version that it was opened on.
+            initial_states: to begin from, by name, each without the batch axis; the model's initial ones if None.
+            session_id: an unguessable one if None. Whoever knows the id, and the key if there is one, can use the
+                session.
+
+        Raises:
+            ConveyorError: as the server says; no session was opened.
+        """
+        return Opening(self._session(model, version, initial_states, session_id))
+
+    def attach(self, session_id: str, position: int | None = None) -> Opening:
+        """Goes on with a session that is open on the server, of this client or another one.
+
+        Args:
+            session_id: of the session.
+            position: where to go on; where the server is if None. Whoever was cut off between a chunk and its reply
+                gives the position of that chunk and sends it again: the server then repeats the reply if it had applied
+                the chunk.
+
+        Raises:
+            NotFound: there is no such session: unknown, expired or lost, as the type says.
+        """
+        return Opening(self._attach(session_id, position))
+
+    def import_session(self, state: SessionState, session_id: str | None = None) -> Opening:
+        """Opens a session from a state that ``export`` gave, here or elsewhere.
+
+        Args:
+            state: what was exported.
+            session_id: of the new session; an unguessable one if None.
+
+        Raises:
+            ConveyorError: as the server says; no session was opened.
+        """
+        return Opening(self._import(state, session_id))
+
+    async def step_many(
+        self, chunks: Mapping[AsyncSession, Inputs], *, timeout_s: float | None = None
+    ) -> dict[AsyncSession, Outputs]:
+        """Applies one chunk to each of many sessions, together in as few messages as they fit in.
+
+        Args:
+            chunks: by session, what ``step`` takes. The sessions are this client's own.
+            timeout_s: as for ``step``.
+
+        Returns:
+            By session, in the order of ``chunks``, what ``step`` gives.
+
+        Raises:
+            StepsFailed: some chunks failed. It holds the outputs of those that did not, and the error of each that did.
+            InvalidRequest: an input does not fit its model, or a session is not this client's; nothing was sent.
+        """
+        _, stream = self._opened()
+        if any(session._stream is not stream for session in chunks):
+            raise InvalidRequest("step_many takes sessions of its own client only")
+        outcomes = await step_sessions(chunks.items(), self._settings.timeout_s if timeout_s is None else timeout_s)
+        errors = {session: error for session, error in outcomes.items() if isinstance(error, ConveyorError)}
+        if errors:
+            raise StepsFailed({session: y for session, y in outcomes.items() if session not in errors}, errors)
+        return outcomes
+
+    async def close(self) -> None:
+        """Closes the connection; sessions stay on the server until they expire."""
+        self._closed = True
+        if self._open is not None:
+            connection, stream = self._open
+            connection.closed = True
+            await stream.close()
+            await connection.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _session(
+        self, model: str, version: int, initial_states: States | None, session_id: str | None
+    ) -> AsyncSession:
+        session_id = session_id or new_session_id()
+        states: Sequence[pb.Tensor] = ()
+        if initial_states is not None:
+            states = encode_states(await self.model(model, version), initial_states)
+        request = pb.OpenSessionRequest(model=model, version=version, session_id=session_id, initial_states=states)
+        return await self._enter("OpenSession", request, session_id)
+
+    async def _import(self, state: SessionState, session_id: str | None) -> AsyncSession:
+        session_id = session_id or new_session_id()
+        request = pb.ImportSessionRequest(state=encode_state(state), session_id=session_id)
+        return await self._enter("ImportSession", request, session_id)
+
+    async def _enter(self, method: str, request: Any, session_id: str) -> AsyncSession:
+        response = await self._connection.call(method, request, done_before=opened_before)
+        return await self._attach(session_id, None) if response is None else await self._made(response.session)
+
+    async def _attach(self, session_id: str, position: int | None) -> AsyncSession:
+        request = pb.GetSessionRequest(session_id=session_id)
+        response: pb.GetSessionResponse = await self._connection.call("GetSession", request)
+        return await self._made(response.session, position)
+
+    async def _made(self, session: pb.Session, position: int | None = None) -> AsyncSession:
+        connection, stream = self._opened()
+        model = self._models.get((session.model, session.version)) or await self.model(session.model, session.version)
+        position = session.position if position is None else position
+        return AsyncSession(connection, stream, model, session.session_id, position)
+
+    @property
+    def _connection(self) -> Connection:
+        return self._opened()[0]
+
+    def _opened(self) -> tuple[Connection, ChunkStream]:
+        # Late, because a channel belongs to the event loop in which it is made, and a client may be made before there
+        # is one.
+        if self._closed:
+            raise InvalidRequest("the client has been closed")
+        if self._open is None:
+            connection = Connection(self._settings)
+            self._open = connection, ChunkStream(connection)
+        return self._open

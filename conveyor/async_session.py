@@ -1,0 +1,323 @@
+"""A session, from the client's side: where it stands, the one chunk it may have under way, and what is in doubt.
+
+Must not know how the stream reconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from conveyor.connection import Connection
+from conveyor.errors import (
+    ConveyorError,
+    InvalidRequest,
+    NotFound,
+    PositionConflict,
+    ProtocolError,
+    SessionExists,
+    SessionLost,
+    SessionUnknown,
+    TimedOut,
+    from_detail,
+)
+from conveyor.model import Model
+from conveyor.payload import Inputs, Outputs, decode_outputs, encode_chunk
+from conveyor.state import SessionState, decode_state
+from conveyor.stream import ChunkStream, Flight
+from conveyor.v1 import conveyor_pb2 as pb
+
+_GRACE_S = 1.0
+"""How much longer than the server a client waits, so that the server's word on a deadline arrives."""
+
+_FAREWELL_S = 2.0
+"""How long a session that an error ends is given to close."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A chunk that has not been answered, and the form in which its outputs are wanted."""
+
+    flight: Flight
+    steps: int
+    single_step: bool
+
+
+def new_session_id() -> str:
+    """An id that nobody can guess. The client makes it, so that opening can be tried again when a reply is lost."""
+    return uuid.uuid4().hex
+
+
+def opened_before(error: ConveyorError) -> bool:
+    """Whether an error of a repeated attempt to open a session under such an id shows that an earlier one succeeded."""
+    return isinstance(error, SessionExists)
+
+
+class AsyncSession:
+    """A live sequence whose state the server holds. Made by ``AsyncClient.session`` and its like.
+
+    At most one chunk is under way at a time; ``step`` called meanwhile waits its turn. A dropped connection neither
+    loses nor doubles a step: the chunk is sent again with its position.
+
+    A ``step`` that ends without the server's word on it (cancelled, TimedOut, ConnectionLost) leaves the session *in
+    doubt*: the chunk may have been applied or not. The next call that needs to know asks the server first, so steps
+    never go missing unnoticed: ``await session.settle()`` gives the chunk's outputs if it counted and None if it did
+    not, and ``position`` is right from then on. To repeat a step only if it did not count::
+
+        try:
+            y = await session.step(x)
+        except (ConnectionLost, TimedOut):
+            y = await session.settle()
+            if y is None:
+                y = await session.step(x)
+
+    Attributes:
+        session_id: with which ``attach`` finds the session again; whoever knows it, and the client's key, can use it.
+        model: that runs it.
+    """
+
+    def __init__(
+        self, connection: Connection, stream: ChunkStream, model: Model, session_id: str, position: int
+    ) -> None:
+        self.session_id = session_id
+        self.model = model
+        self._connection = connection
+        self._stream = stream
+        self._position = position
+        self._pending: _Step | None = None
+        self._closed = False
+        self._lock = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        doubt = ", in doubt" if self.in_doubt else ""
+        return f"<{type(self).__name__} {self.session_id} of {self.model.name!r} at position {self._position}{doubt}>"
+
+    @property
+    def position(self) -> int:
+        """How many steps are known to have been applied; while ``in_doubt``, one chunk more may have been."""
+        return self._position
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a chunk was sent of which it is not known whether it was applied."""
+        return self._pending is not None
+
+    async def step(self, x: Inputs, *, timeout_s: float | None = None) -> Outputs:
+        """Applies the next steps.
+
+        Args:
+            x: [T, I] for a chunk, or [I] for one step; [T] or a number for tokens. A dict by name for several inputs.
+            timeout_s: after which the server drops the chunk unless it has been applied; the client's own if None.
+
+        Returns:
+            [T, O], or [O] for one step or an output that holds the last step's value; a dict by name for several
+            outputs.
+
+        Raises:
+            ConveyorError: TimedOut and ConnectionLost leave the session in doubt; after any other, nothing was applied.
+        """
+        (outcome,) = (await step_sessions([(self, x)], self._timeout_s(timeout_s))).values()
+        if isinstance(outcome, ConveyorError):
+            raise outcome
+        return outcome
+
+    async def settle(self, *, timeout_s: float | None = None) -> Outputs | None:
+        """Finds out what became of the step in doubt.
+
+        Returns:
+            Its outputs if it was applied; None if it was not, or nothing was in doubt.
+
+        Raises:
+            ConveyorError: if that could not be found out; the session stays in doubt.
+        """
+        async with self._lock:
+            return await self._settle(timeout_s)
+
+    async def fork(self, session_id: str | None = None) -> AsyncSession:
+        """Opens a second session from the state of this one; the two go on independently.
+
+        Args:
+            session_id: of the new one; an unguessable one if None.
+
+        Raises:
+            ConveyorError: as the server says; no session was opened.
+        """
+        new_id = session_id or new_session_id()
+        async with self._lock:
+            await self._ready()
+            request = pb.ForkSessionRequest(session_id=self.session_id, new_session_id=new_id, position=self._position)
+            await self._call("ForkSession", request, opened_before)
+            return AsyncSession(self._connection, self._stream, self.model, new_id, self._position)
+
+    async def reset(self) -> None:
+        """Goes back to position 0 and the model's initial state.
+
+        Raises:
+            ConveyorError: as the server says; the session is as it was.
+        """
+        async with self._lock:
+            await self._ready()
+            request = pb.ResetSessionRequest(session_id=self.session_id, position=self._position)
+            await self._call(
+                "ResetSession", request, lambda error: isinstance(error, PositionConflict) and error.position == 0
+            )
+            self._position = 0
+
+    async def export(self) -> SessionState:
+        """Copies the state out; the session goes on.
+
+        Raises:
+            ConveyorError: as the server says.
+        """
+        async with self._lock:
+            await self._ready()
+            response: pb.ExportSessionResponse = await self._call(
+                "ExportSession", pb.ExportSessionRequest(session_id=self.session_id)
+            )
+            return decode_state(response.state)
+
+    async def close(self, *, timeout_s: float | None = None) -> None:
+        """Ends the session on the server, after a step that is under way; a second time does nothing.
+
+        Raises:
+            ConveyorError: the server could not be told. The session then ends there by itself when its idle timeout is
+                over.
+        """
+        async with self._lock:
+            if self._closed:
+                return
+            if self._pending is not None:
+                self._stream.forget(self._pending.flight)
+            request = pb.CloseSessionRequest(session_id=self.session_id)
+            # Gone is what was asked for, whether by an attempt whose reply was lost or otherwise.
+            with suppress(NotFound):
+                await self._connection.call("CloseSession", request, timeout_s=timeout_s)
+            self._closed = True
+
+    async def __aenter__(self) -> AsyncSession:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            await self.close()
+        else:
+            # The error that ended the session is the one to tell of.
+            with suppress(ConveyorError):
+                await self.close(timeout_s=_FAREWELL_S)
+
+    async def _ready(self) -> None:
+        """Makes sure that the session is open and where it stands; to be called under the lock."""
+        if self._closed:
+            raise InvalidRequest(f"session {self.session_id!r} has been closed")
+        await self._settle(None)
+
+    async def _settle(self, timeout_s: float | None) -> Outputs | None:
+        step = self._pending
+        if step is None:
+            return None
+        timeout_s = self._timeout_s(timeout_s)
+        if step.flight.answer.done() and step.flight.answer.exception() is not None:
+            flight = self._stream.submit(step.flight.chunk, timeout_s, abandoned=True)
+            step = self._pending = _Step(flight, step.steps, step.single_step)
+        await _answers([step.flight], timeout_s)
+        try:
+            return self._take()
+        except ConveyorError as error:
+            if self.in_doubt or isinstance(error, NotFound | PositionConflict | ProtocolError):
+                raise
+            return None
+
+    def _send(self, tensors: list[pb.Tensor], single_step: bool, timeout_s: float) -> Flight:
+        chunk = pb.Chunk(session_id=self.session_id, position=self._position, inputs=tensors)
+        flight = self._stream.submit(chunk, timeout_s)
+        self._pending = _Step(flight, tensors[0].shape[0], single_step)
+        return flight
+
+    def _take(self) -> Outputs:
+        """Takes the answer to the step that is under way, if it is there, and moves to where it says."""
+        step = self._pending
+        assert step is not None
+        if not step.flight.answer.done():
+            raise TimedOut(
+                f"no answer in time: session {self.session_id!r} stands at position {self._position}, and whether the "
+                f"{step.steps} steps sent there were applied is not known yet; settle() finds out"
+            )
+        result = step.flight.answer.result()
+        self._pending = None
+        if result.HasField("error"):
+            raise self._explain(from_detail(result.error))
+        self._position += result.steps
+        if result.steps != step.steps:
+            raise ProtocolError(
+                f"a chunk of {step.steps} steps was sent, and the reply is to one of {result.steps}: "
+                f"session {self.session_id!r} is used by someone else too"
+            )
+        return decode_outputs(self.model, result.outputs, single_step=step.single_step)
+
+    async def _call(
+        self, method: str, request: Any, done_before: Callable[[ConveyorError], bool] = lambda error: False
+    ) -> Any:
+        try:
+            return await self._connection.call(method, request, done_before=done_before)
+        except SessionUnknown as error:
+            raise self._explain(error) from None
+
+    def _explain(self, error: ConveyorError) -> ConveyorError:
+        if not isinstance(error, SessionUnknown):
+            return error
+        return SessionLost(
+            f"session {self.session_id!r} stood at position {self._position}, and the server no longer knows it: "
+            "it restarted, or someone else closed the session"
+        )
+
+    def _timeout_s(self, timeout_s: float | None) -> float:
+        return self._connection.settings.timeout_s if timeout_s is None else timeout_s
+
+
+async def step_sessions(
+    chunks: Iterable[tuple[AsyncSession, Inputs]], timeout_s: float
+) -> dict[AsyncSession, Outputs | ConveyorError]:
+    """Applies one chunk to each of many sessions of one client, and says for each its outputs or what went wrong.
+
+    Raises:
+        InvalidRequest: an input does not fit its model; nothing was sent.
+    """
+    encoded = {session: encode_chunk(session.model, x) for session, x in chunks}
+    outcomes: dict[AsyncSession, Outputs | ConveyorError] = dict.fromkeys(encoded)
+    flights: list[Flight] = []
+    async with AsyncExitStack() as locks:
+        # One order for everybody, so that two calls cannot each hold what the other waits for.
+        for session in sorted(encoded, key=lambda session: session.session_id):
+            await locks.enter_async_context(session._lock)
+        for session, (tensors, single_step) in encoded.items():
+            try:
+                await session._ready()
+                flights.append(session._send(tensors, single_step, timeout_s))
+            except ConveyorError as error:
+                outcomes[session] = error
+        await _answers(flights, timeout_s)
+        for session in encoded:
+            if outcomes[session] is None:
+                try:
+                    outcomes[session] = session._take()
+                except ConveyorError as error:
+                    outcomes[session] = error
+    return outcomes
+
+
+async def _answers(flights: list[Flight], timeout_s: float) -> None:
+    """Waits for answers; what has none when the wait ends, however it ends, is abandoned."""
+    waiting = [flight.answer for flight in flights if not flight.answer.done()]
+    try:
+        if waiting:
+            await asyncio.wait(waiting, timeout=timeout_s + _GRACE_S)
+    finally:
+        for flight in flights:
+            flight.abandoned |= not flight.answer.done()

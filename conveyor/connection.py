@@ -1,0 +1,167 @@
+"""The channel to one server: its options, the key, and unary calls that are sent again while the connection is lost.
+
+Must not know sessions or tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from conveyor.errors import ConnectionLost, ConveyorError, InvalidRequest, from_rpc
+from conveyor.v1 import conveyor_pb2_grpc as pb_grpc
+
+_KEY = "conveyor-key"
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """How long to wait before trying again: exponential, bounded, with jitter so that clients do not return as one.
+
+    Attributes:
+        initial_s: upper bound of the first delay.
+        factor: by which the bound grows.
+        limit_s: which the bound never exceeds.
+    """
+
+    initial_s: float = 0.05
+    factor: float = 2.0
+    limit_s: float = 2.0
+
+    def delay_s(self, attempt: int) -> float:
+        """The delay after the given number of failed attempts before this one."""
+        bound = min(self.limit_s, self.initial_s * self.factor ** min(attempt, 64))
+        return random.uniform(bound / 2, bound)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a client was told about its connection.
+
+    Attributes:
+        target: address of the server, "host:port" or any name that gRPC resolves.
+        key: secret of the caller's choosing; sessions opened with it exist only for calls that carry it.
+        timeout_s: for each call that does not say its own.
+        reconnect_timeout_s: how long a lost connection is tried again.
+        max_message_bytes: largest message, either way.
+        credentials: for TLS; None for plain text.
+        options: gRPC channel arguments beside, or instead of, the ones set here.
+        backoff: between attempts.
+        clock: monotonic seconds.
+        sleep: waits for seconds.
+    """
+
+    target: str
+    key: str | None = None
+    timeout_s: float = 60.0
+    reconnect_timeout_s: float = 30.0
+    max_message_bytes: int = 64 * 2**20
+    credentials: grpc.ChannelCredentials | None = None
+    options: Sequence[tuple[str, Any]] = ()
+    backoff: Backoff = Backoff()
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+    def __post_init__(self) -> None:
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key):
+            raise InvalidRequest("a key must be printable ASCII and not empty")
+        if not (self.timeout_s > 0 and self.reconnect_timeout_s >= 0 and self.max_message_bytes > 0):
+            raise InvalidRequest("timeout_s and max_message_bytes must be positive, reconnect_timeout_s not negative")
+
+
+class Connection:
+    """A channel, bound to the event loop in which it was made."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.closed = False
+        options = {
+            "grpc.max_send_message_length": settings.max_message_bytes,
+            "grpc.max_receive_message_length": settings.max_message_bytes,
+            # A peer that vanished without a word is noticed after 40 s while calls are open.
+            "grpc.keepalive_time_ms": 30_000,
+            "grpc.keepalive_timeout_ms": 10_000,
+            # gRPC's own pauses between connection attempts must stay below ours, or each of ours fails unseen.
+            "grpc.initial_reconnect_backoff_ms": 100,
+            "grpc.min_reconnect_backoff_ms": 5_000,
+            "grpc.max_reconnect_backoff_ms": int(settings.backoff.limit_s * 1000),
+            # A connection of one's own: what another client in this process does to its own is not felt here.
+            "grpc.use_local_subchannel_pool": 1,
+            **dict(settings.options),
+        }
+        arguments = list(options.items())
+        if settings.credentials is None:
+            self._channel = grpc.aio.insecure_channel(settings.target, options=arguments)
+        else:
+            self._channel = grpc.aio.secure_channel(settings.target, settings.credentials, options=arguments)
+        self._stub: Any = pb_grpc.ConveyorServiceStub(self._channel)
+        self._metadata = ((_KEY, settings.key),) if settings.key is not None else ()
+
+    async def call(
+        self,
+        method: str,
+        request: Any,
+        *,
+        timeout_s: float | None = None,
+        done_before: Callable[[ConveyorError], bool] = lambda error: False,
+    ) -> Any:
+        """Makes a unary call that may be sent twice without harm.
+
+        Args:
+            method: name of the call.
+            request: its message.
+            timeout_s: for all attempts together; the client's own if None.
+            done_before: whether an error of a repeated attempt shows that an earlier one, whose reply was lost,
+                succeeded.
+
+        Returns:
+            The response; None where ``done_before`` said so.
+
+        Raises:
+            ConveyorError: as the server says, or ConnectionLost or TimedOut where it says nothing.
+        """
+        settings = self.settings
+        timeout_s = settings.timeout_s if timeout_s is None else timeout_s
+        started = settings.clock()
+        attempt = 0
+        while True:
+            self.check_open()
+            left_s = started + timeout_s - settings.clock()
+            try:
+                return await getattr(self._stub, method)(request, timeout=left_s, metadata=self._metadata)
+            except grpc.aio.AioRpcError as rpc_error:
+                error = from_rpc(rpc_error)
+            except asyncio.CancelledError:
+                # Closing a channel cancels its calls, which is not the same as cancelling whoever waits for them.
+                task = asyncio.current_task()
+                if self.closed and task is not None and not task.cancelling():
+                    raise ConnectionLost("the client was closed during the call") from None
+                raise
+            if attempt and done_before(error):
+                return None
+            delay_s = settings.backoff.delay_s(attempt)
+            waited_s = settings.clock() - started + delay_s
+            if not isinstance(error, ConnectionLost) or waited_s >= min(timeout_s, settings.reconnect_timeout_s):
+                raise error
+            await settings.sleep(delay_s)
+            attempt += 1
+
+    def check_open(self) -> None:
+        """Raises InvalidRequest once the connection has been closed."""
+        if self.closed:
+            raise InvalidRequest("the client has been closed")
+
+    def stream(self) -> Any:
+        """Opens the bidirectional stream."""
+        return self._stub.Stream(metadata=self._metadata)
+
+    async def close(self) -> None:
+        """Closes the channel; calls under way are cancelled."""
+        self.closed = True
+        await self._channel.close()
