@@ -1,0 +1,82 @@
+"""How a model's weights stand in an .onnx file, and the way back.
+
+Owns the names and layouts of the file's initializers. Must not know torch or how a node is written.
+
+=====================  ==================================================================================================
+lowering of the layer  arrays
+=====================  ==================================================================================================
+``operator``           ``layers.0.W``, ``.R``, ``.B`` and ``.P``, both directions together, as ONNX's operator wants them
+``scan``               the canonical weights, kernels transposed for ``x @ W``: ``layers.0.W_x_transposed``, ``layers.0.b``
+=====================  ==================================================================================================
+
+``embedding``, ``head.W`` and ``head.b`` stand as they are. Initial states are not there: they are inputs of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from models.layouts import convert
+from models.spec import Layer, ModelSpec
+from models.weights import Array, Weights, select
+
+Lowering = Literal["operator", "scan"]
+
+OUTSIDE = ("embedding", "head.W", "head.b")
+TRANSPOSED = {"W_x": "W_x_transposed", "W_h": "W_h_transposed"}
+
+
+def stored_layer(layer: Layer, lowering: Lowering) -> Layer:
+    """The layer as its node has it: without an initial state, and an operator always with biases."""
+    return replace(layer, learned_initial_state=False, bias=layer.bias or lowering == "operator")
+
+
+def to_stored(layer: Layer, weights: Weights, lowering: Lowering) -> dict[str, Array]:
+    """One layer's arrays in the file, in the order in which its node takes them.
+
+    Args:
+        layer: the layer.
+        weights: its canonical weights, all directions; biases that it does not have become zeros.
+        lowering: the form of its node.
+    """
+    stored = stored_layer(layer, lowering)
+    kernels = weights["W_x"].dtype
+    own = {name: weights.get(name, np.zeros(shape, kernels)) for name, shape in stored.weight_shapes.items()}
+    if lowering == "operator":
+        return convert(own, stored, source="fused", target="onnx")
+    return {_swap_kernel(name, TRANSPOSED): array.T for name, array in own.items()}
+
+
+def from_stored(layer: Layer, arrays: Weights, lowering: Lowering) -> dict[str, Array]:
+    """One layer's canonical weights, without an initial state, from its arrays in the file."""
+    if lowering == "operator":
+        return convert(arrays, stored_layer(layer, lowering), source="onnx", target="fused")
+    canonical = {stored: name for name, stored in TRANSPOSED.items()}
+    return {_swap_kernel(name, canonical): array.T for name, array in arrays.items()}
+
+
+def stored_weights(spec: ModelSpec, weights: Weights, lowerings: Sequence[Lowering]) -> dict[str, Array]:
+    """All arrays of the file, from the model's canonical weights."""
+    arrays = {name: weights[name] for name in OUTSIDE if name in weights}
+    for index, (layer, lowering) in enumerate(zip(spec.layers, lowerings, strict=True)):
+        here = f"layers.{index}."
+        arrays |= {here + name: array for name, array in to_stored(layer, select(weights, here), lowering).items()}
+    return arrays
+
+
+def canonical_weights(spec: ModelSpec, arrays: Weights, lowerings: Sequence[Lowering]) -> dict[str, Array]:
+    """The model's canonical weights, without initial states, from the arrays of the file."""
+    weights = {name: arrays[name] for name in OUTSIDE if name in arrays}
+    for index, (layer, lowering) in enumerate(zip(spec.layers, lowerings, strict=True)):
+        here = f"layers.{index}."
+        weights |= {here + name: array for name, array in from_stored(layer, select(arrays, here), lowering).items()}
+    return weights
+
+
+def _swap_kernel(name: str, names: Mapping[str, str]) -> str:
+    prefix, dot, last = name.rpartition(".")
+    return prefix + dot + names.get(last, last)
