@@ -126,8 +126,12 @@ class Operations:
         if waiter not in pending.waiters:
             return
         pending.waiters.remove(waiter)
-        if not pending.waiters and runner.cancel(pending.row):
+        if pending.waiters:
+            return
+        if runner.cancel(pending.row):
             self._ended(session, pending.row)
+        else:
+            session.orphan(pending)
 
     async def fork(self, owner: bytes, identity: str, new_identity: str, position: int | None) -> Session:
         """Open a second session from the state that one has, after the chunks that it has accepted.
@@ -137,7 +141,7 @@ class Operations:
         """
         session = await self._at_rest(owner, identity, position)
         runner = self.runner(session)
-        fork = self.open(owner, new_identity, runner, runner.pool.read(session.track.slot), session.track.position)
+        fork = self.open(owner, new_identity, runner, runner.pool.read(session.track.slot), session.position)
         self.sessions.touch(session)
         return fork
 
@@ -149,7 +153,7 @@ class Operations:
         """
         session = await self._at_rest(owner, identity, position)
         self.runner(session).pool.reset(session.track.slot)
-        session.track.position = 0
+        session.position = session.track.position = 0
         session.last = None
         self.sessions.touch(session)
         return session
@@ -170,7 +174,7 @@ class Operations:
             # Also when the caller has gone meanwhile: then the session stays as it is.
             session.closing = False
         self.sessions.end(session)
-        return session.track.position
+        return session.position
 
     async def export(self, owner: bytes, identity: str) -> tuple[Session, list[Array]]:
         """Copy a session's states out, each without the batch axis, after the chunks that it has accepted."""
@@ -182,7 +186,7 @@ class Operations:
         await session.idle()
         # It may have ended while this waited.
         session = self.sessions.find(owner, identity)
-        at = session.track.position
+        at = session.position
         if position is not None and position != at:
             raise PositionConflict(f"the session is at position {at}, not {position}", at)
         return session

@@ -48,9 +48,10 @@ class Runner:
         version: of it.
         manifest: what the model says of itself.
         pool: the state slots.
+        engine: the loaded graph; only this runner's thread runs it.
 
     Args:
-        engine: the loaded graph; only this runner's thread runs it from here on.
+        engine: the loaded graph.
         limits: what bounds the queue and a tick.
         slots: most state slots.
         clock: tells the time, in seconds.
@@ -72,7 +73,7 @@ class Runner:
         self.version = version
         self.manifest = engine.manifest
         self.pool = Pool(self.manifest.states, slots)
-        self._engine = engine
+        self.engine = engine
         self._scheduler = Scheduler(limits)
         self._clock = clock
         self._loop = loop
@@ -87,7 +88,12 @@ class Runner:
         self._tick_seconds = metrics.tick_seconds.labels(*labels)
         self._applied = metrics.rows.labels(*labels, "applied")
         self._refused = metrics.rows.labels(*labels, "refused")
-        metrics.queued_rows.labels(*labels).set_function(lambda: self._scheduler.queued)
+        metrics.queued_rows.labels(*labels).set_function(lambda: self.queued)
+
+    @property
+    def queued(self) -> int:
+        """How many rows wait."""
+        return self._scheduler.queued
 
     def warm_up(self) -> None:
         """Run the graph at a few sizes, on states that nobody uses, before the thread starts.
@@ -100,7 +106,7 @@ class Runner:
                 np.zeros((steps, *(size or 1 for size in spec.tail)), spec.dtype) for spec in self.manifest.inputs
             ]
             tick = [Row(Track(self.pool.allocate()), 0, steps, inputs, _ignore) for _ in range(rows)]
-            outputs, states = self._engine.run(self._feeds(tick))
+            outputs, states = self.engine.run(self._feeds(tick))
             for spec, output in zip(self.manifest.outputs, outputs, strict=True):
                 unpack(output, spec, [steps] * rows)
             slots = np.array([row.track.slot for row in tick], np.intp)
@@ -168,7 +174,7 @@ class Runner:
 
     def _run(self, tick: list[Row]) -> None:
         try:
-            outputs, states = self._engine.run(self._feeds(tick))
+            outputs, states = self.engine.run(self._feeds(tick))
             lengths = [row.steps for row in tick]
             unpacked = [
                 unpack(output, spec, lengths) for output, spec in zip(outputs, self.manifest.outputs, strict=True)

@@ -36,6 +36,10 @@ class Reply:
     steps: int
     outputs: Sequence[Any]
 
+    def answers(self, row: Row) -> bool:
+        """Whether this is what a row was or would be answered."""
+        return (self.position, self.steps) == (row.position, row.steps)
+
 
 class Waiter(Protocol):
     """Whoever is to be told what became of a chunk."""
@@ -60,14 +64,29 @@ class Session:
         identity: its id, unique to the owner.
         model: name of its model.
         version: the version it was opened on.
-        track: its slot, and how many steps have been applied.
+        track: its slot, and where the engine's thread has it.
+        position: how many steps have been applied, as far as this thread has been told.
         pending: chunks accepted and not yet ended, by the position where they begin.
+        orphans: rows that run for nobody: all who waited for them have gone.
         last: the newest reply.
         used_at: when it was opened or last stepped.
         closing: whether it takes no more chunks.
     """
 
-    __slots__ = ("_idle", "closing", "identity", "last", "model", "owner", "pending", "track", "used_at", "version")
+    __slots__ = (
+        "_idle",
+        "closing",
+        "identity",
+        "last",
+        "model",
+        "orphans",
+        "owner",
+        "pending",
+        "position",
+        "track",
+        "used_at",
+        "version",
+    )
 
     def __init__(self, owner: bytes, identity: str, model: str, version: int, track: Track, now: float) -> None:
         self.owner = owner
@@ -75,7 +94,9 @@ class Session:
         self.model = model
         self.version = version
         self.track = track
+        self.position = track.position
         self.pending: dict[int, Pending] = {}
+        self.orphans: set[Row] = set()
         self.last: Reply | None = None
         self.used_at = now
         self.closing = False
@@ -94,7 +115,7 @@ class Session:
         """
         if self.closing:
             raise SessionUnknown(f"session {self.identity!r} is being closed")
-        upcoming = self.track.position
+        upcoming = self.position
         if self.pending:
             newest = next(reversed(self.pending.values())).row
             upcoming = newest.position + newest.steps
@@ -109,8 +130,8 @@ class Session:
         accepted = f", with chunks accepted up to {upcoming}" if self.pending else ""
         raise PositionConflict(
             f"a chunk of {steps} steps at position {position} does not follow: "
-            f"the session is at position {self.track.position}{accepted}",
-            self.track.position,
+            f"the session is at position {self.position}{accepted}",
+            self.position,
         )
 
     def begin(self, row: Row, waiter: Waiter) -> Pending:
@@ -118,24 +139,43 @@ class Session:
         pending = self.pending[row.position] = Pending(row, [waiter])
         return pending
 
+    def orphan(self, pending: Pending) -> None:
+        """Forget who waited for a chunk that cannot be taken out of its run any more.
+
+        Should the chunk come again, it is queued behind that run, which tells by the position whether it still is to be
+        applied: ``end`` turns its conflict into the reply if not.
+        """
+        del self.pending[pending.row.position]
+        self.orphans.add(pending.row)
+
     def end(self, row: Row) -> None:
-        """Note a chunk as ended, keep its reply if it was applied, and tell who waits."""
-        pending = self.pending.pop(row.position)
+        """Note a row as ended; keep its reply if it was applied, and tell who waits."""
         result: Reply | ConveyorError
         if row.outputs is not None:
+            self.position = row.position + row.steps
             result = self.last = Reply(row.position, row.steps, row.outputs)
         else:
             assert row.error is not None
             result = row.error
-        for waiter in pending.waiters:
-            waiter.answer(result)
-        if not self.pending and self._idle is not None:
+            if isinstance(result, PositionConflict) and self.last is not None and self.last.answers(row):
+                result = self.last
+        if row in self.orphans:
+            self.orphans.discard(row)
+        else:
+            for waiter in self.pending.pop(row.position).waiters:
+                waiter.answer(result)
+        if self.at_rest and self._idle is not None:
             self._idle.set_result(None)
             self._idle = None
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing of the session is under way."""
+        return not self.pending and not self.orphans
+
     async def idle(self) -> None:
-        """Wait until no chunk is under way."""
-        while self.pending:
+        """Wait until nothing is under way."""
+        while not self.at_rest:
             if self._idle is None:
                 self._idle = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._idle)
@@ -208,7 +248,7 @@ class SessionTable:
                     f"session {identity!r} has expired: it was idle for more than {self.idle_timeout_s:g} s"
                 )
             raise SessionUnknown(f"no session {identity!r} is open: it was closed, or never opened here, or not by you")
-        if not session.pending and self._clock() - session.used_at >= self.idle_timeout_s:
+        if session.at_rest and self._clock() - session.used_at >= self.idle_timeout_s:
             self._end(key, session)
             self._remember(key)
             return self.find(owner, identity)
@@ -234,7 +274,7 @@ class SessionTable:
             key, session = next(iter(self._sessions.items()))
             if now - session.used_at < self.idle_timeout_s:
                 break
-            if session.pending or session.closing:
+            if session.closing or not session.at_rest:
                 self.touch(session)
                 continue
             self._end(key, session)

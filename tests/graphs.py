@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from models.reference import run_model
 from models.spec import Layer, ModelSpec
 from service.manifest import METADATA_KEY, LayerSpec, Manifest, StateSpec, TensorSpec
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Weights = dict[str, Array]
 
 INPUT, HIDDEN, OUTPUT = 3, 5, 2

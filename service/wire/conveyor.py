@@ -160,7 +160,7 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
             state=pb.SessionState(
                 model=session.model,
                 version=session.version,
-                position=session.track.position,
+                position=session.position,
                 states=[encode(spec.name, state) for spec, state in zip(specs, states, strict=True)],
             )
         )
@@ -202,7 +202,7 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
             session_id=session.identity,
             model=session.model,
             version=session.version,
-            position=session.track.position,
+            position=session.position,
             idle_timeout_s=self._settings.idle_timeout_s,
             idle_s=max(0.0, self._clock() - session.used_at),
         )

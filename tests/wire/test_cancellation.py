@@ -1,0 +1,366 @@
+"""Cancellation, deadlines and failures, queued and running: the state moves only for who is answered.
+
+A gate in front of the real engine holds a run for as long as a test wants; nothing here waits for time to pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from conveyor.v1 import conveyor_pb2 as pb
+from conveyor.v1 import conveyor_pb2_grpc as stubs
+from service.manifest import Manifest
+from service.runner import Graph
+from service.server import Server
+from tests.clock import Clock
+from tests.conftest import calling, running
+from tests.graphs import INPUT, expected
+from tests.wire.native import Caller, array, chunk, streaming, tensor
+
+Array = NDArray[Any]
+
+
+class Gate:
+    """An engine that waits to be let through, and counts.
+
+    Attributes:
+        rows: how many rows each run had.
+        fail: what to raise instead of running, if anything.
+    """
+
+    def __init__(self, engine: Graph) -> None:
+        self.rows: list[int] = []
+        self.fail: Exception | None = None
+        self._engine = engine
+        self._open = threading.Semaphore(0)
+        self._entered = asyncio.Semaphore(0)
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The engine's."""
+        return self._engine.manifest
+
+    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+        """Wait, then run."""
+        self.rows.append(len(feeds["lengths"]))
+        self._loop.call_soon_threadsafe(self._entered.release)
+        assert self._open.acquire(timeout=60)
+        if self.fail is not None:
+            raise self.fail
+        return self._engine.run(feeds)
+
+    async def entered(self) -> None:
+        """Wait until a run waits at the gate."""
+        await self._entered.acquire()
+
+    def let(self, runs: int = 1) -> None:
+        """Let runs through."""
+        self._open.release(runs)
+
+
+class House:
+    """A server with a gate, a stream to it, and its clock."""
+
+    def __init__(
+        self, server: Server, stub: stubs.ConveyorServiceStub, caller: Caller, gate: Gate, clock: Clock
+    ) -> None:
+        self.server = server
+        self.stub = stub
+        self.caller = caller
+        self.gate = gate
+        self.clock = clock
+
+    def pending(self, session_id: str) -> int:
+        """How many wait for chunks of a session, repetitions counted."""
+        session = self.server.operations.sessions.find(b"", session_id)
+        return sum(len(pending.waiters) for pending in session.pending.values())
+
+    @property
+    def slots(self) -> int:
+        """State slots in use."""
+        return self.server.repository.find("lstm").pool.taken
+
+    async def queued(self, rows: int) -> None:
+        """Wait until so many rows are in the queue."""
+        await until(lambda: self.server.repository.find("lstm").queued == rows)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Let the event loop go on until something holds."""
+    async with asyncio.timeout(30):
+        while not true():  # noqa: ASYNC110  what is waited for lies inside the server, which tells nobody
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def house(lstm_repository: Path) -> AsyncIterator[House]:
+    """A server whose engine waits to be let through."""
+    async with built(lstm_repository) as house:
+        yield house
+
+
+@asynccontextmanager
+async def built(repository: Path) -> AsyncIterator[House]:
+    """Build the house."""
+    clock = Clock()
+    async with running(repository, clock) as server, calling(server) as stub, streaming(stub) as caller:
+        runner = server.repository.find("lstm")
+        gate = Gate(runner.engine)
+        runner.engine = gate
+        try:
+            yield House(server, stub, caller, gate, clock)
+        finally:
+            gate.let(1000)
+
+
+def assert_close(y: Array, reference: Array) -> None:
+    """Outputs are the reference's."""
+    np.testing.assert_allclose(y.astype(np.float64), reference.astype(np.float64), rtol=0, atol=2e-6)
+
+
+x = np.random.default_rng(0).standard_normal((8, INPUT)).astype(np.float32)
+
+
+async def test_a_cancelled_chunk_that_is_queued_never_runs(house: House) -> None:
+    """It costs no tick, moves nothing, and the one that runs meanwhile is not disturbed."""
+    busy, idle = await house.caller.open(), await house.caller.open()
+    await house.caller.send(chunk(busy, 0, x[:2]))
+    await house.gate.entered()
+    async with streaming(house.stub) as other:
+        await other.send(chunk(idle, 0, x[:1]))
+        await until(lambda: house.pending(idle) == 1)
+    await until(lambda: house.pending(idle) == 0)
+    house.gate.let(2)
+    result = await house.caller.result()
+    assert_close(array(result.outputs[0]), expected(x[:2]))
+    (result,) = await house.caller.step(chunk(idle, 0, x[:3]))
+    assert_close(array(result.outputs[0]), expected(x[:3]))
+    assert house.gate.rows == [1, 1]
+
+
+async def test_a_chunk_cancelled_while_it_runs_is_not_applied(house: House) -> None:
+    """The run goes on, its result is thrown away, and the session is where it was."""
+    session = await house.caller.open()
+    async with streaming(house.stub) as other:
+        await other.send(chunk(session, 0, x[:1]))
+        await house.gate.entered()
+    await until(lambda: house.pending(session) == 0)
+    house.gate.let(2)
+    # Other steps than the cancelled ones: had those been applied, this would be refused, or give other numbers.
+    (result,) = await house.caller.step(chunk(session, 0, x[4:7]))
+    assert_close(array(result.outputs[0]), expected(x[4:7]))
+    assert await house.caller.position(session) == 3
+
+
+@pytest.mark.parametrize("applied", [False, True])
+async def test_a_chunk_sent_again_after_it_was_cancelled_gets_its_reply(house: House, applied: bool) -> None:
+    """Whether the cancelled run could still be stopped or not, the repetition is applied once and answered."""
+    session = await house.caller.open()
+    async with streaming(house.stub) as other:
+        await other.send(chunk(session, 0, x[:2]))
+        await house.gate.entered()
+        row = house.server.operations.sessions.find(b"", session).pending[0].row
+    await until(lambda: house.pending(session) == 0)
+    assert row.unwanted
+    if applied:
+        # As if the run had been sealed an instant before the cancellation.
+        row.unwanted = False
+    await house.caller.send(chunk(session, 0, x[:2]))
+    await house.queued(1)
+    house.gate.let(2)
+    result = await house.caller.result()
+    assert_close(array(result.outputs[0]), expected(x[:2]))
+    assert house.gate.rows == ([1] if applied else [1, 1])
+    assert await house.caller.position(session) == 2
+
+
+async def test_a_cancelled_chunk_takes_those_behind_it_along(house: House) -> None:
+    """Chunks sent ahead from a stream that lives are refused with the position when an earlier one came to nothing."""
+    session = await house.caller.open()
+    async with streaming(house.stub) as other:
+        await other.send(chunk(session, 0, x[:1]))
+        await house.gate.entered()
+        await house.caller.send(chunk(session, 1, x[1:3]), chunk(session, 3, x[3:4]))
+        await until(lambda: house.pending(session) == 3)
+    await until(lambda: house.pending(session) == 2)
+    house.gate.let(1)
+    for _ in range(2):
+        result = await house.caller.result()
+        assert (result.error.reason, result.error.position) == ("position_conflict", 0)
+    assert house.gate.rows == [1]
+    assert await house.caller.position(session) == 0
+
+
+async def test_a_repetition_keeps_a_chunk_alive(house: House) -> None:
+    """A chunk that is sent again on a second stream while it runs is applied for that one when the first goes away."""
+    session = await house.caller.open()
+    async with streaming(house.stub) as other:
+        await other.send(chunk(session, 0, x[:1]))
+        await house.gate.entered()
+        await house.caller.send(chunk(session, 0, x[:1]))
+        await until(lambda: house.pending(session) == 2)
+    await until(lambda: house.pending(session) == 1)
+    house.gate.let(1)
+    result = await house.caller.result()
+    assert_close(array(result.outputs[0]), expected(x[:1]))
+    assert house.gate.rows == [1]
+
+
+async def test_a_late_chunk_is_dropped_while_queued(house: House) -> None:
+    """Its deadline passes behind another tick: it is told so, costs no tick, and its session is where it was."""
+    busy, late = await house.caller.open(), await house.caller.open()
+    await house.caller.send(chunk(busy, 0, x[:1]))
+    await house.gate.entered()
+    await house.caller.send(chunk(late, 0, x[:1], timeout_us=1_000_000))
+    await house.queued(1)
+    house.clock.now += 1.5
+    house.gate.let(1)
+    results = {result.session_id: result for result in [await house.caller.result(), await house.caller.result()]}
+    assert not results[busy].HasField("error")
+    assert results[late].error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    assert house.gate.rows == [1]
+    assert await house.caller.position(late) == 0
+
+
+async def test_a_chunk_that_is_late_when_its_run_ends_is_not_applied(house: House) -> None:
+    """An answer that says "too late" and a state that has not moved go together."""
+    session = await house.caller.open()
+    await house.caller.send(chunk(session, 0, x[:1], timeout_us=1_000_000))
+    await house.gate.entered()
+    house.clock.now += 1.5
+    house.gate.let(2)
+    result = await house.caller.result()
+    assert result.error.reason == "late"
+    (result,) = await house.caller.step(chunk(session, 0, x[2:4]))
+    assert_close(array(result.outputs[0]), expected(x[2:4]))
+
+
+@pytest.mark.parametrize("phase", ["queued", "running"])
+async def test_a_cancelled_batch_gives_everything_back(house: House, phase: str) -> None:
+    """A batch that is cancelled while it waits or runs frees its slots, and the next one is right."""
+    session = await house.caller.open()
+    if phase == "queued":
+        await house.caller.send(chunk(session, 0, x[:1]))
+        await house.gate.entered()
+    call = house.stub.Infer(pb.InferRequest(model="lstm", inputs=[tensor(np.stack([x, x, x]))]))
+    await (house.queued(3) if phase == "queued" else house.gate.entered())
+    assert house.slots == 4
+    call.cancel()
+    await until(lambda: house.server.repository.find("lstm").queued == 0)
+    house.gate.let(3)
+    await until(lambda: house.slots == 1)
+    reply = await house.stub.Infer(pb.InferRequest(model="lstm", inputs=[tensor(x[None])]))
+    assert_close(array(reply.outputs[0])[0], expected(x))
+    assert sum(house.gate.rows) == (2 if phase == "queued" else 4)
+
+
+async def test_a_batch_whose_deadline_passes_gives_everything_back(house: House) -> None:
+    """The caller is told DEADLINE_EXCEEDED, and the slots come back when the run ends."""
+    call = house.stub.Infer(pb.InferRequest(model="lstm", inputs=[tensor(x[None])]), timeout=0.1)
+    await house.gate.entered()
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await call
+    assert failed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    house.gate.let(1)
+    await until(lambda: house.slots == 0)
+
+
+async def test_close_fork_and_export_wait_for_what_was_accepted(house: House) -> None:
+    """What is asked of a session while it steps is done after the step."""
+    session = await house.caller.open()
+    await house.caller.send(chunk(session, 0, x[:2]))
+    await house.gate.entered()
+    export = asyncio.ensure_future(house.stub.ExportSession(pb.ExportSessionRequest(session_id=session)))
+    fork = asyncio.ensure_future(house.stub.ForkSession(pb.ForkSessionRequest(session_id=session)))
+    await asyncio.sleep(0.05)
+    assert not export.done()
+    assert not fork.done()
+    house.gate.let(1)
+    assert (await export).state.position == (await fork).session.position == 2
+    await house.caller.result()
+    await house.caller.send(chunk(session, 2, x[2:3]))
+    await house.gate.entered()
+    close = asyncio.ensure_future(house.stub.CloseSession(pb.CloseSessionRequest(session_id=session)))
+    await until(lambda: house.server.operations.sessions.find(b"", session).closing)
+    (refused,) = await house.caller.step(chunk(session, 3, x[3:4]))
+    assert refused.error.reason == "session_unknown"
+    house.gate.let(1)
+    assert (await close).position == 3
+    assert (await house.caller.result()).steps == 1
+
+
+async def test_a_close_that_is_cancelled_leaves_the_session_open(house: House) -> None:
+    """Whoever gives up closing while a chunk runs still has the session."""
+    session = await house.caller.open()
+    await house.caller.send(chunk(session, 0, x[:1]))
+    await house.gate.entered()
+    close = house.stub.CloseSession(pb.CloseSessionRequest(session_id=session))
+    await until(lambda: house.server.operations.sessions.find(b"", session).closing)
+    close.cancel()
+    await until(lambda: not house.server.operations.sessions.find(b"", session).closing)
+    house.gate.let(2)
+    await house.caller.result()
+    (result,) = await house.caller.step(chunk(session, 1, x[1:2]))
+    assert not result.HasField("error")
+
+
+async def test_an_engine_that_raises_fails_its_tick_alone(house: House) -> None:
+    """The caller is told INTERNAL without internals, the state has not moved, and the next run succeeds."""
+    session = await house.caller.open()
+    house.gate.fail = RuntimeError("secret: address 0xdeadbeef")
+    house.gate.let(1)
+    (result,) = await house.caller.step(chunk(session, 0, x[:1]))
+    assert result.error.code == grpc.StatusCode.INTERNAL.value[0]
+    assert "secret" not in result.error.message
+    house.gate.fail = None
+    house.gate.let(1)
+    (result,) = await house.caller.step(chunk(session, 0, x[:2]))
+    assert_close(array(result.outputs[0]), expected(x[:2]))
+
+
+async def test_sessions_that_step_while_the_engine_is_busy_share_the_next_tick(house: House) -> None:
+    """What queued during one run is one run."""
+    sessions = [await house.caller.open() for _ in range(9)]
+    await house.caller.send(chunk(sessions[0], 0, x[:1]))
+    await house.gate.entered()
+    await house.caller.send(*(chunk(session, 0, x[:1]) for session in sessions[1:]))
+    await house.queued(8)
+    house.gate.let(2)
+    for _ in sessions:
+        assert not (await house.caller.result()).HasField("error")
+    assert house.gate.rows == [1, 8]
+
+
+async def test_drain_finishes_what_was_accepted(house: House) -> None:
+    """While draining, the chunk that runs is answered, new work is refused, states can be exported, streams end."""
+    session = await house.caller.open()
+    await house.caller.send(chunk(session, 0, x[:2]))
+    await house.gate.entered()
+    drain = asyncio.create_task(house.server.drain())
+    await until(lambda: house.server.operations.draining)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await house.caller.open()
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    (late,) = await house.caller.step(chunk(session, 2, x[2:3]))
+    assert late.error.reason == "draining"
+    assert not drain.done()
+    house.gate.let(1)
+    result = await house.caller.result()
+    assert_close(array(result.outputs[0]), expected(x[:2]))
+    await drain
+    state = (await house.stub.ExportSession(pb.ExportSessionRequest(session_id=session))).state
+    assert state.position == 2
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await house.caller.call.read()
+    assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
