@@ -1,7 +1,7 @@
-"""A model file's manifest: written from the model, and the model read back from the file.
+"""A model file's manifest: made from the model, written to the file, read from it.
 
-Owns the way between ``ModelSpec`` and ``service.manifest.Manifest``, and the manifest's place in the file. Must not know
-torch, nor how a graph is made.
+Owns the way from a ``ModelSpec`` to a ``service.manifest.Manifest``, and the manifest's place in the file. Must not
+know how a graph is made.
 """
 
 from __future__ import annotations

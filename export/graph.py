@@ -2,8 +2,9 @@
 
 Owns axes and names of the graph's inputs and outputs. Must not know how a recurrence is written, nor verify anything.
 
-The graph takes ``x[T, N, I]`` (or token ids ``x[T, N]``), ``lengths[N]`` and the states of ``export.signature``, and gives
-``y[T, N, O]`` (or ``y[N, O]`` where the head is on the last valid step) and the states after the last step. T and N are free.
+The graph takes ``x[T, N, I]`` (or token ids ``x[T, N]``), ``lengths[N]`` and the states of ``export.signature``, and
+gives ``y[T, N, O]`` (or ``y[N, O]`` where the head is on the last valid step) and the states after the last step. T and
+N are free.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import onnx
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxscript import optimizer
 from torch import Tensor, nn
 
 from export.recurrence import TRANSLATIONS, layer_to_json, recurrence
@@ -59,7 +61,7 @@ class TimeMajorModel(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """The graph, from its inputs to its outputs."""
-        y = x if self.spec.vocabulary_size is None else nn.functional.embedding(x, self.get_buffer("embedding"))
+        y = x if self.spec.vocabulary_size is None else self.get_buffer("embedding")[x]
         after = []
         for index, before in enumerate(self._by_layer(states)):
             here = f"layers.{index}."
@@ -77,13 +79,10 @@ class TimeMajorModel(nn.Module):
     def _by_layer(self, states: Sequence[Tensor]) -> list[list[Tensor]]:
         """The graph's state tensors as each layer takes them: h, or h and c, ``[D, N, H]``."""
         layers = self.spec.layers
-        if len(layers) == 1 and self.spec.uniform:
+        if self.spec.uniform and len(layers) == 1:
             return [list(states)]
         if self.spec.uniform:
-            return [
-                list(parts)
-                for parts in zip(*(torch.split(tensor, layers[0].directions) for tensor in states), strict=True)
-            ]
+            return [list(p) for p in zip(*(torch.split(s, layers[0].directions) for s in states), strict=True)]
         rest = iter(states)
         by_layer = []
         for layer in layers:
@@ -137,6 +136,12 @@ def build_graph(
             verbose=False,
         )
     assert program is not None
+    # Only what torch wrote round the model is tidied: weights keep their names, by which they are found in the file.
+    names = set(model.names)
+    optimizer.fold_constants_ir(
+        program.model, should_fold=lambda node: False if any(v and v.name in names for v in node.inputs) else None
+    )
+    optimizer.remove_unused_nodes(program.model)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces of this machine
     proto: onnx.ModelProto = program.model_proto
     proto.producer_name, proto.producer_version = "conveyor", ""

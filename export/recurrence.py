@@ -69,7 +69,7 @@ def translate(
     op = Ops()
     write = write_operator if lowering == "operator" else write_scan
     outputs = write(op, name, Layer(**json.loads(layer)), weights, x, lengths, tuple(state))
-    # onnxscript's own calls give Scan one output; the exporter reads what was written from its recorder's list of nodes.
+    # The nodes go straight to the exporter's recorder, because onnxscript's own call of Scan has one output only.
     recorder: Any = evaluator.default()
     recorder.nodes.extend(op.tape.nodes)
     return outputs

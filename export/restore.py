@@ -1,7 +1,7 @@
 """From a model file alone back to what it was exported from: the spec, and the weights as the file holds them.
 
-Owns reading initializers. Must not know torch. Weights of another precision come back as that precision has them: rounded
-to float16, or int8 times their scales.
+Owns reading initializers. Must not know torch. Weights of another precision come back as that precision has them:
+rounded to float16, or int8 times their scales.
 """
 
 from __future__ import annotations
@@ -76,12 +76,11 @@ def _initial_states(spec: ModelSpec, manifest: Manifest) -> dict[str, Array]:
 
 
 def _dequantized(arrays: Weights) -> dict[str, Array]:
-    """The kernels of quantised layers as the numbers they stand for: ``W[D, G*H, I]`` from int8 ``[D, I, G*H]``."""
-    kernels = {}
+    """The kernels of quantised layers as the numbers they stand for: ``W[D, G*H, I]`` from ``int8[D, I, G*H]``."""
+    result = dict(arrays)
     for name in [name for name in arrays if name.endswith("_quantized")]:
         kernel = name.removesuffix("_quantized")
-        scale, zero = (arrays[f"{kernel}_{what}"].astype(np.float64) for what in ("scale", "zero_point"))
-        D = len(arrays[name])
-        shape = (D, 1, -1) if scale.size > 1 else ()
-        kernels[kernel] = ((arrays[name] - zero.reshape(shape)) * scale.reshape(shape)).swapaxes(1, 2)
-    return {**arrays, **kernels}
+        quantized, scale, zero = (result.pop(f"{kernel}_{part}") for part in ("quantized", "scale", "zero_point"))
+        scale, zero = np.expand_dims(scale.astype(np.float64), 1), np.expand_dims(zero, 1)  # one for each gate row
+        result[kernel] = ((quantized - zero) * scale).swapaxes(1, 2)
+    return result

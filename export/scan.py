@@ -53,7 +53,7 @@ class Ops:
 
 
 def rnn(op: Ops, layer: Layer, weights: Weights, a: ir.Value, state: State) -> State:
-    """h = tanh(a + W_h h), or relu."""
+    """The simple recurrence: h = tanh(a + W_h h), or relu."""
     (h,) = state
     return (op(ACTIVATIONS[layer.activation], op("Add", a, op("MatMul", h, weights["W_h"]))),)
 

@@ -3,8 +3,8 @@
 Owns the one place where the model's list of states meets the graph's tensors. Must not know torch or ONNX.
 
 A model whose layers' states have one shape (``ModelSpec.uniform``) has one tensor ``[L * directions, N, H]`` each for h
-and c: ``h0`` in, ``hT`` out, ``h`` on the wire. Other models have one ``[N, H]`` for each direction of each layer, with the
-layer's number counted from 1: ``h0_1``, ``h0_2_reverse``; on the wire ``h_1``, ``h_2_reverse``.
+and c: ``h0`` in, ``hT`` out, ``h`` on the wire. Other models have one ``[N, H]`` for each direction of each layer, with
+the layer's number counted from 1: ``h0_1``, ``h0_2_reverse``; on the wire ``h_1``, ``h_2_reverse``.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 Owns the names and layouts of the file's initializers. Must not know torch or how a node is written.
 
-=====================  ==================================================================================================
-lowering of the layer  arrays
-=====================  ==================================================================================================
-``operator``           ``layers.0.W``, ``.R``, ``.B`` and ``.P``, both directions together, as ONNX's operator wants them
-``scan``               the canonical weights, kernels transposed for ``x @ W``: ``layers.0.W_x_transposed``, ``layers.0.b``
-=====================  ==================================================================================================
+============  ========================================================================================================
+lowering      arrays of a layer
+============  ========================================================================================================
+``operator``  ``layers.0.W``, ``.R``, ``.B`` and ``.P``, both directions together, as ONNX's operator wants them
+``scan``      the canonical weights, the kernels transposed for ``x @ W``: ``layers.0.W_x_transposed``, ``layers.0.b``
+============  ========================================================================================================
 
 ``embedding``, ``head.W`` and ``head.b`` stand as they are. Initial states are not there: they are inputs of the graph.
 """
@@ -47,7 +47,8 @@ def to_stored(layer: Layer, weights: Weights, lowering: Lowering) -> dict[str, A
     kernels = weights["W_x"].dtype
     own = {name: weights.get(name, np.zeros(shape, kernels)) for name, shape in stored.weight_shapes.items()}
     if lowering == "operator":
-        return convert(own, stored, source="fused", target="onnx")
+        arrays = convert(own, stored, source="fused", target="onnx")
+        return {name: arrays[name] for name in "WRBP" if name in arrays}
     return {_swap_kernel(name, TRANSPOSED): array.T for name, array in own.items()}
 
 

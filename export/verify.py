@@ -2,9 +2,9 @@
 
 Owns what is compared, with which data, and how an error is measured. Must not know torch or how a graph is made.
 
-The graph runs in onnxruntime on the CPU, the reference in NumPy in float64 with the weights it is given. An error is the
-absolute difference where the reference lies within [-1, 1], and the difference relative to the reference where it is
-greater. Outputs of a head are sums that cancel, so theirs is relative to the largest of the step's outputs.
+The graph runs in onnxruntime on the CPU, the reference in NumPy in float64 with the weights it is given. An error is
+the absolute difference where the reference lies within [-1, 1], and the difference relative to the reference where it
+is greater. Outputs of a head are sums that cancel, so theirs is relative to the largest of the step's outputs.
 """
 
 from __future__ import annotations
