@@ -65,7 +65,7 @@ def run_model(
 
 
 def run_layer(
-    layer: Layer, weights: Weights, x: Array, lengths: Array | None, states: Sequence[State]
+    layer: Layer, weights: Weights, x: Array, lengths: Array | None, states: Sequence[State | None]
 ) -> tuple[Array, list[State]]:
     """Run all directions of one layer: outputs [N, T, directions * H], forward first, and a final state for each."""
     runs = [
