@@ -6,6 +6,7 @@ Whoever calls ``run`` does so from one thread at a time.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ class Engine:
 
     Attributes:
         manifest: what the file says of itself.
+        digest: SHA-256 of the file, in hexadecimal.
         provider: the onnxruntime execution provider that runs it.
 
     Args:
@@ -51,6 +53,8 @@ class Engine:
     """
 
     def __init__(self, path: Path, device: Literal["auto", "cpu", "cuda"] = "cpu", threads: int = 0) -> None:
+        with path.open("rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._session = _start(path, device, threads)
         self.provider: str = self._session.get_providers()[0]
         self.manifest = _manifest(self._session)

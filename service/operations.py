@@ -7,17 +7,18 @@ Arrays come in decoded and checked against the model's manifest. Must not know g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import ConveyorError, Draining, NotStreamable, PositionConflict, SessionUnknown
+from service.errors import ConveyorError, Draining, NotStreamable, PositionConflict, SessionLost, SessionUnknown
 from service.metrics import Metrics
 from service.repository import Repository
 from service.runner import Runner
 from service.scheduler import Row, Track
 from service.sessions import Pending, Reply, Session, SessionTable, Waiter
+from service.stores.file import Saved
 
 Array = NDArray[np.generic]
 
@@ -242,6 +243,48 @@ class Operations:
         finally:
             self._end(1)
         return [list(row.outputs or ()) for row in batch.rows], [batch.states[row.track] for row in batch.rows]
+
+    # --- across a restart ---
+
+    def save(self) -> Iterator[Saved]:
+        """Copy every session that is at rest out, least recently used first."""
+        now = self._clock()
+        for session in self.sessions:
+            if session.at_rest:
+                runner = self.runner(session)
+                yield Saved(
+                    owner=session.owner,
+                    identity=session.identity,
+                    model=session.model,
+                    version=session.version,
+                    digest=runner.digest,
+                    position=session.position,
+                    idle_s=now - session.used_at,
+                    states=runner.pool.read(session.track.slot),
+                    last=session.last,
+                )
+
+    def restore(self, saved: Iterable[Saved]) -> tuple[int, int]:
+        """Go on with sessions of an earlier process; note those as lost whose model is not served any more.
+
+        Returns:
+            How many go on, and how many are lost.
+        """
+        restored = lost = 0
+        for one in saved:
+            try:
+                runner = self.repository.find(one.model, one.version)
+                if runner.digest != one.digest:
+                    raise SessionLost("the model's file has changed")
+                session = self.open(one.owner, one.identity, runner, one.states, one.position)
+            except ConveyorError:
+                self.sessions.lose(one.owner, one.identity)
+                lost += 1
+                continue
+            session.last = one.last
+            session.used_at -= one.idle_s
+            restored += 1
+        return restored, lost
 
     # --- drain ---
 

@@ -36,6 +36,10 @@ class Graph(Protocol):
     def manifest(self) -> Manifest:
         """What the graph says of itself."""
 
+    @property
+    def digest(self) -> str:
+        """What tells the graph's file from any other."""
+
     def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
         """Run it once; give the outputs and the new states."""
 
@@ -47,6 +51,7 @@ class Runner:
         name: of the model.
         version: of it.
         manifest: what the model says of itself.
+        digest: tells the model's file from any other.
         pool: the state slots.
         engine: the loaded graph; only this runner's thread runs it.
 
@@ -72,6 +77,7 @@ class Runner:
         self.name = name
         self.version = version
         self.manifest = engine.manifest
+        self.digest = engine.digest
         self.pool = Pool(self.manifest.states, slots)
         self.engine = engine
         self._scheduler = Scheduler(limits)

@@ -24,6 +24,7 @@ from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
 from service.settings import Settings
+from service.stores.file import load, save
 from service.wire.conveyor import ConveyorServicer
 
 log = structlog.get_logger()
@@ -95,6 +96,7 @@ class Server:
             self._exporter = http, thread
             self.metrics_port = http.server_port
         await self.repository.load()
+        await self._restore()
         for name, _ in self.repository.broken:
             await self._health.set(name, _NOT_SERVING)
         for name in self.repository.names():
@@ -125,11 +127,40 @@ class Server:
                 await self._sweeper
         await self._grpc.stop(grace_s)
         await self.repository.stop()
+        if self.operations.draining:
+            # The last thing of all: nothing can move a session any more.
+            await self._save()
         if self._exporter is not None:
             http, _ = self._exporter
             http.shutdown()  # type: ignore[attr-defined]
             http.server_close()  # type: ignore[attr-defined]
         log.info("stopped")
+
+    async def _restore(self) -> None:
+        """Go on with the sessions of the last drain. A file is read once: its states are the past from then on."""
+        path = self.settings.sessions_file
+        if path is None or not path.exists():
+            return
+        try:
+            saved = await asyncio.to_thread(load, path)
+        except (OSError, ValueError) as error:
+            log.error("sessions not restored", reason=str(error))
+            return
+        restored, lost = self.operations.restore(saved)
+        path.unlink()
+        log.info("sessions restored", count=restored, lost=lost)
+
+    async def _save(self) -> None:
+        path = self.settings.sessions_file
+        if path is None:
+            return
+        sessions = list(self.operations.save())
+        try:
+            count = await asyncio.to_thread(save, path, sessions)
+        except OSError as error:
+            log.error("sessions not saved", count=len(sessions), reason=str(error))
+            return
+        log.info("sessions saved", count=count)
 
     async def _sweep(self) -> None:
         """Expire sessions also while nobody calls."""

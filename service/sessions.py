@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,15 +17,22 @@ from service.errors import (
     ConveyorError,
     Full,
     InvalidRequest,
+    NotFound,
     PositionConflict,
     SessionExists,
     SessionExpired,
+    SessionLost,
     SessionUnknown,
 )
 from service.scheduler import Row, Track
 
 _LONGEST_ID = 128
 _REMEMBERED = 65_536
+_WHY: dict[type[NotFound], str] = {
+    SessionUnknown: "no session {identity!r} is open: it was closed, or never opened here, or not by you",
+    SessionExpired: "session {identity!r} has expired: it was idle for more than {timeout_s:g} s",
+    SessionLost: "session {identity!r} is lost: the server was started anew without its state",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +207,13 @@ class SessionTable:
         self._on_end = on_end
         # Least recently used first, so that whoever expires stands in front.
         self._sessions: OrderedDict[tuple[bytes, str], Session] = OrderedDict()
-        self._expired: OrderedDict[tuple[bytes, str], None] = OrderedDict()
+        self._gone: OrderedDict[tuple[bytes, str], type[NotFound]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions.values())
 
     def check_new(self, owner: bytes, identity: str) -> str:
         """Say whether a session may be opened, and under which id: the given one, or a new one that cannot be guessed.
@@ -230,7 +240,7 @@ class SessionTable:
         """Enter a session that ``check_new`` let pass."""
         session = Session(owner, identity, model, version, track, self._clock())
         self._sessions[owner, identity] = session
-        self._expired.pop((owner, identity), None)
+        self._gone.pop((owner, identity), None)
         return session
 
     def find(self, owner: bytes, identity: str) -> Session:
@@ -238,21 +248,23 @@ class SessionTable:
 
         Raises:
             SessionExpired: if it was idle for too long.
+            SessionLost: if its state did not outlive a restart.
             SessionUnknown: if the owner has no session of that id.
         """
         key = (owner, identity)
         session = self._sessions.get(key)
         if session is None:
-            if key in self._expired:
-                raise SessionExpired(
-                    f"session {identity!r} has expired: it was idle for more than {self.idle_timeout_s:g} s"
-                )
-            raise SessionUnknown(f"no session {identity!r} is open: it was closed, or never opened here, or not by you")
+            gone = self._gone.get(key, SessionUnknown)
+            raise gone(_WHY[gone].format(identity=identity[:_LONGEST_ID], timeout_s=self.idle_timeout_s))
         if session.at_rest and self._clock() - session.used_at >= self.idle_timeout_s:
             self._end(key, session)
-            self._remember(key)
+            self._remember(key, SessionExpired)
             return self.find(owner, identity)
         return session
+
+    def lose(self, owner: bytes, identity: str) -> None:
+        """Note a session as lost."""
+        self._remember((owner, identity), SessionLost)
 
     def touch(self, session: Session) -> None:
         """Note that a session is in use."""
@@ -278,7 +290,7 @@ class SessionTable:
                 self.touch(session)
                 continue
             self._end(key, session)
-            self._remember(key)
+            self._remember(key, SessionExpired)
             count += 1
         return count
 
@@ -286,7 +298,7 @@ class SessionTable:
         del self._sessions[key]
         self._on_end(session)
 
-    def _remember(self, key: tuple[bytes, str]) -> None:
-        self._expired[key] = None
-        if len(self._expired) > _REMEMBERED:
-            self._expired.popitem(last=False)
+    def _remember(self, key: tuple[bytes, str], why: type[NotFound]) -> None:
+        self._gone[key] = why
+        if len(self._gone) > _REMEMBERED:
+            self._gone.popitem(last=False)

@@ -71,6 +71,8 @@ class Settings(BaseModel):
     non_finite: Literal["reject", "accept"] = "reject"
     """What to do with NaN and infinity in inputs and states."""
 
+    sessions_file: Path | None = None
+    """File in which open sessions outlive a restart: written after a drain, read and removed at start."""
     idle_timeout_s: Seconds = 600.0
     """Seconds without a chunk after which a session expires."""
     drain_timeout_s: Seconds = 25.0
@@ -88,7 +90,7 @@ _GROUPS = {
     "host": "network",
     "device": "compute",
     "max_message_bytes": "limits",
-    "idle_timeout_s": "time",
+    "sessions_file": "sessions",
     "log_level": "logs",
     "config": "settings file",
 }
@@ -172,4 +174,5 @@ _METAVARS = {
     "drain_timeout_s": "SECONDS",
     "max_message_bytes": "BYTES",
     "config": "FILE",
+    "sessions_file": "FILE",
 }

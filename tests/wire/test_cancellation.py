@@ -51,6 +51,11 @@ class Gate:
         """The engine's."""
         return self._engine.manifest
 
+    @property
+    def digest(self) -> str:
+        """The engine's."""
+        return self._engine.digest
+
     def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
         """Wait, then run."""
         self.rows.append(len(feeds["lengths"]))
