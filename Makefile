@@ -3,6 +3,8 @@
 .PHONY: help venv demo test lint bench proto test-gpu bench-gpu
 
 export PYTHON
+# onnxruntime reports to its maker unless told not to.
+export ORT_DISABLE_TELEMETRY := 1
 RUN := .venv/bin/python
 
 help:  ## this list
@@ -21,7 +23,7 @@ lint: venv  ## style, types, the order of imports, stale stubs
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m importlinter.cli lint
+	.venv/bin/lint-imports
 	$(RUN) proto/generate.py --check
 
 proto: venv  ## the stubs in conveyor/v1, from proto/
