@@ -1,1 +1,60 @@
-"""From torch to verified ONNX."""
+"""From a torch module to a verified ONNX file that says what it is.
+
+Owns the way from ``models`` to a file that the server can load. Must not know the server beyond its manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from export.describe import Precision
+from export.errors import ExportError, VerificationFailed
+from export.model_file import ModelFile, Progress, make_model_file, verify_file
+from export.versions import choose_version, write_version
+from models.weights import Array
+
+__all__ = ["ExportError", "ModelFile", "VerificationFailed", "export_model", "make_model_file", "verify_file"]
+
+
+def export_model(
+    model: nn.Module,
+    repository: str | Path,
+    name: str,
+    version: int | None = None,
+    overwrite: bool = False,
+    lowering: Literal["auto", "operator", "scan"] = "auto",
+    precision: Precision = "float32",
+    data: Mapping[str, Array] | None = None,
+    max_error: float | None = None,
+    progress: Progress = lambda _: None,
+) -> Path:
+    """Export a model into a repository: ``REPOSITORY/NAME/VERSION/model.onnx``.
+
+    Args:
+        model: a ``models.fused.SequenceModel``, or a torch.nn.LSTM, GRU or RNN.
+        repository: the folder of models.
+        name: the model's name.
+        version: a positive integer; None for the one after the last.
+        overwrite: whether a version that is there may be replaced.
+        lowering: the form of every recurrence; "auto" for the one that serves best on the CPU.
+        precision: of the weights in the file.
+        data: sequences to verify with beside the random ones: ``x[N, T, I]`` (or ids ``x[N, T]``) and ``lengths[N]``.
+        max_error: what the largest error must stay within; None for 2e-6, with float16 5e-3, with int8 5e-2.
+        progress: told what is being done.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ExportError: it cannot be exported so; nothing is written.
+        VerificationFailed: the graph is not within the bound of the reference; nothing is written.
+    """
+    repository = Path(repository)
+    version = choose_version(repository, name, version, overwrite)
+    made = make_model_file(model, lowering, precision, data, max_error, progress)
+    progress("writing")
+    return write_version(repository, name, version, made.content, overwrite)

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 
 from export.describe import initial_state
+from export.errors import ExportError
 from export.signature import pack_states, state_tensors, unpack_states
 from models.reference import State, run_model
 from models.spec import ModelSpec
@@ -43,12 +44,18 @@ class Graph:
         model: the file's bytes.
         manifest: what it says of itself.
         spec: what the model is made of.
+
+    Raises:
+        ExportError: onnxruntime cannot load the graph.
     """
 
     def __init__(self, model: bytes, manifest: Manifest, spec: ModelSpec) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own kinds have no common base
+            raise ExportError(f"onnxruntime refuses the graph: {error}") from error
         self.manifest = manifest
         self.tensors = state_tensors(spec)
 
@@ -64,7 +71,10 @@ class Graph:
         for state, array in zip(self.manifest.states, packed, strict=True):
             feed[state.input] = array.astype(state.dtype)
         names = [*(output.name for output in self.manifest.outputs), *(state.output for state in self.manifest.states)]
-        y, *final = self.session.run(names, feed)
+        try:
+            y, *final = self.session.run(names, feed)
+        except Exception as error:
+            raise ExportError(f"onnxruntime cannot run the graph: {error}") from error
         if self.manifest.head_on == "every":
             y = y.swapaxes(0, 1)
             y = np.where((np.arange(T) < lengths[:, None])[:, :, None], y, 0)
@@ -100,6 +110,7 @@ class Verification:
                 yield from self._random(N, T, np.random.default_rng([self.seed, N, T]))
         if data is not None:
             x, lengths = data
+            x = x.astype(self.graph.manifest.inputs[0].dtype)
             yield self._row("given data", x, self.graph.run(x, lengths, None), self._reference(x, lengths, None))
 
     def _random(self, N: int, T: int, random: np.random.Generator) -> Iterator[ParityRow]:
@@ -179,10 +190,10 @@ def largest_error(got: Array, expected: Array, scale: Array) -> float:
     """The largest ``|got - expected| / max(1, scale)``; infinite where anything is not finite.
 
     Raises:
-        ValueError: the shapes differ.
+        ExportError: the shapes differ.
     """
     if got.shape != expected.shape:
-        raise ValueError(f"the graph gave shape {got.shape}, expected {expected.shape}")
+        raise ExportError(f"the graph gave shape {got.shape}, expected {expected.shape}")
     if not got.size:
         return 0.0
     errors = np.abs(got.astype(np.float64) - expected) / np.maximum(1, scale)
@@ -193,8 +204,3 @@ def to_parity(rows: Sequence[ParityRow]) -> Parity:
     """The rows as the manifest records them."""
     provider = f"CPUExecutionProvider of onnxruntime {onnxruntime.__version__}"
     return Parity(reference="NumPy float64", provider=provider, rows=tuple(rows))
-
-
-def failures(parity: Parity) -> list[ParityRow]:
-    """The rows that are over their bound."""
-    return [row for row in parity.rows if not max(row.outputs, row.states) <= row.bound]

@@ -93,6 +93,11 @@ class ParityRow(_Part):
     states: float = Field(description="largest error over the final states")
     bound: float = Field(description="what both must stay under")
 
+    @property
+    def within(self) -> bool:
+        """Whether both stayed within the bound."""
+        return self.outputs <= self.bound and self.states <= self.bound
+
 
 class Parity(_Part):
     """The verification that export ran before it wrote the file."""

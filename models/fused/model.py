@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from models.fused.cells import State
 from models.fused.recurrence import Recurrence
-from models.reference.model import check_shapes
-from models.spec import ModelSpec
+from models.spec import Activation, ModelSpec
+from models.state_dicts import from_torch_state_dict
+from models.weights import check_shapes
 
 
 class Head(nn.Module):
@@ -102,6 +103,28 @@ class SequenceModel(nn.Module):
         if self.head is not None:
             y = self.head(y) if valid is None else self.head(y).where(valid, 0.0)
         return y.transpose(0, 1), after
+
+    @classmethod
+    def from_torch(cls, recurrent: nn.LSTM | nn.GRU | nn.RNN, head: nn.Linear | None = None) -> SequenceModel:
+        """Make a model that computes what a torch module computes; the weights are copied.
+
+        Args:
+            recurrent: the torch module, of any depth, in one direction or two. ``batch_first`` does not matter here: a
+                ``SequenceModel`` has the batch first. Dropout is left out.
+            head: what is applied to every step's output.
+
+        Raises:
+            ValueError: there is no such model here: the LSTM has projections, or the head does not fit.
+        """
+        activation: Activation = "relu" if recurrent.mode == "RNN_RELU" else "tanh"
+        state_dict = {name: tensor.detach().cpu() for name, tensor in recurrent.state_dict().items()}
+        layers, weights = from_torch_state_dict(state_dict, prefix="", activation=activation)
+        spec = ModelSpec(tuple(layers), head_size=None if head is None else head.out_features)
+        if head is not None:
+            W = head.weight.detach().cpu().numpy()
+            zeros = np.zeros(head.out_features, W.dtype)
+            weights |= {"head.W": W, "head.b": zeros if head.bias is None else head.bias.detach().cpu().numpy()}
+        return cls.from_weights(spec, weights)
 
     def weights(self) -> dict[str, NDArray[np.floating]]:
         """All weights under their canonical names, copied."""

@@ -1,0 +1,191 @@
+"""A model made into a file, and a file held against what it was made from.
+
+Owns the order of the work: read the module, choose the lowerings, trace, quantise, describe, verify. What fails
+verification does not leave this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from torch import nn
+
+from export.data import check_sequences
+from export.describe import Precision, describe, put_manifest, read_manifest
+from export.errors import ExportError, VerificationFailed
+from export.graph import build_graph
+from export.quantize import check_quantizable, quantize
+from export.restore import restore
+from export.stored import Lowering
+from export.verify import Graph, Verification, to_parity
+from models.fused import SequenceModel
+from models.spec import ModelSpec
+from models.weights import Array
+from service.manifest import Manifest, Parity
+
+MAX_ERROR: dict[Precision, float] = {"float32": 2e-6, "float16": 5e-3, "int8": 5e-2}
+"""What the largest error must stay within, where the caller names no bound.
+
+float32 is a promise. The others bound a loss that is accepted: a few times what random data of standard deviation 1
+measured for LSTMs of 64 units (float16 up to 9e-4, int8 up to 2e-2).
+"""
+
+MAX_BYTES = 2**31 - 2**20
+"""The weights that fit into one file: a protobuf message ends at 2 GiB."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A verified model, ready to be written.
+
+    Attributes:
+        content: the .onnx file's bytes.
+        manifest: what stands in its metadata.
+        baseline: the same model in float32, to measure the gain of another precision against.
+        notes: choices made on the user's behalf, one sentence each.
+    """
+
+    content: bytes
+    manifest: Manifest
+    baseline: bytes
+    notes: tuple[str, ...]
+
+
+def make_model_file(
+    model: nn.Module,
+    lowering: Literal["auto", "operator", "scan"] = "auto",
+    precision: Precision = "float32",
+    data: Mapping[str, Array] | None = None,
+    max_error: float | None = None,
+    progress: Progress = lambda _: None,
+) -> ModelFile:
+    """Trace, lower and verify a model.
+
+    Args:
+        model: a ``SequenceModel``, or a torch.nn.LSTM, GRU or RNN.
+        lowering: the form of every recurrence; "auto" for the one that serves best on the CPU.
+        precision: of the weights in the file.
+        data: sequences to verify with beside the random ones: ``x[N, T, I]`` (or ids ``x[N, T]``) and ``lengths[N]``.
+        max_error: what the largest error must stay within; None for ``MAX_ERROR``.
+        progress: told what is being done.
+
+    Raises:
+        ExportError: the model, the data or the precision cannot be exported so.
+        VerificationFailed: the graph is not within the bound of the reference.
+    """
+    spec, weights = read_module(model)
+    lowerings, notes = choose_lowerings(spec, lowering)
+    if precision == "int8":
+        check_quantizable(spec, lowerings)
+    sequences = None if data is None else check_sequences(data, spec)
+
+    progress("tracing")
+    graph = baseline = build_graph(spec, weights, lowerings)
+    if precision == "float16":
+        graph = build_graph(spec, weights, lowerings, "float16")
+    elif precision == "int8":
+        progress("quantising")
+        graph = quantize(graph)
+
+    manifest = describe(spec, weights, lowerings, precision)
+    bound = MAX_ERROR[precision] if max_error is None else max_error
+    exact = {name: array.astype(np.float64) for name, array in weights.items()}
+    verification = Verification(Graph(graph.SerializeToString(), manifest, spec), spec, exact, bound)
+    parity = _run(verification, sequences, progress)
+    manifest = manifest.model_copy(update={"parity": parity})
+    put_manifest(graph, manifest)
+    return ModelFile(graph.SerializeToString(), manifest, baseline.SerializeToString(), notes)
+
+
+def verify_file(
+    path: Path,
+    data: Mapping[str, Array] | None = None,
+    max_error: float | None = None,
+    progress: Progress = lambda _: None,
+) -> Parity:
+    """Repeat the verification of a file, from the file alone.
+
+    The reference gets the weights as the file holds them, found by their names; for float16 and int8 that leaves out the
+    loss of rounding them.
+
+    Args:
+        path: the .onnx file.
+        data: sequences to verify with beside the random ones.
+        max_error: what the largest error must stay within; None for the bound that the file was exported with.
+        progress: told what is being done.
+
+    Raises:
+        ExportError: the file is not one that was exported here, or holds another model than its manifest tells of.
+        VerificationFailed: the graph is not within the bound.
+    """
+    try:
+        content = path.read_bytes()
+        model = onnx.load_from_string(content)
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}") from error
+    except DecodeError as error:
+        raise ExportError(f"{path} is not an ONNX file: {error}") from error
+    manifest = read_manifest(model)
+    spec, weights = restore(model, manifest)
+    recorded = manifest.parity.rows[0].bound if manifest.parity else MAX_ERROR[manifest.precision]
+    bound = recorded if max_error is None else max_error
+    sequences = None if data is None else check_sequences(data, spec)
+    return _run(Verification(Graph(content, manifest, spec), spec, weights, bound), sequences, progress)
+
+
+def read_module(model: nn.Module) -> tuple[ModelSpec, dict[str, Array]]:
+    """What a module is made of, and its canonical weights.
+
+    Raises:
+        ExportError: it is of another kind, dtype or size than can be exported.
+    """
+    if isinstance(model, nn.LSTM | nn.GRU | nn.RNN):
+        try:
+            model = SequenceModel.from_torch(model)
+        except ValueError as error:
+            raise ExportError(str(error)) from error
+    if not isinstance(model, SequenceModel):
+        raise ExportError(f"got a {type(model).__name__}, expected a SequenceModel or a torch.nn.LSTM, GRU or RNN")
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+            raise ExportError(f"weight {name} is {tensor.dtype}, expected float16, float32 or float64")
+    weights = model.weights()
+    if (size := sum(4 * array.size for array in weights.values())) > MAX_BYTES:
+        raise ExportError(f"the weights take {size} bytes in float32, one .onnx file holds {MAX_BYTES}")
+    return model.spec, weights
+
+
+def choose_lowerings(
+    spec: ModelSpec, lowering: Literal["auto", "operator", "scan"]
+) -> tuple[list[Lowering], tuple[str, ...]]:
+    """The form of each layer, and what to tell the user of it.
+
+    The CPU's RNN operator gives a row other last bits in one batch than in another (up to 1e-6 measured); LSTM, GRU and
+    Scan do not. So "auto" takes Scan for an ``rnn`` and the operator for every other cell.
+    """
+    if lowering != "auto":
+        return [lowering] * len(spec.layers), ()
+    lowerings: list[Lowering] = ["scan" if layer.cell == "rnn" else "operator" for layer in spec.layers]
+    reason = "onnxruntime's RNN operator gives a row other last bits alone than in a batch"
+    notes = [f"layer {i} (rnn) is lowered to Scan: {reason}" for i, form in enumerate(lowerings, 1) if form == "scan"]
+    return lowerings, tuple(notes)
+
+
+def _run(verification: Verification, sequences: tuple[Array, Array] | None, progress: Progress) -> Parity:
+    rows = []
+    for row in verification.rows(sequences):
+        progress(f"verifying: {row.case}, batch {row.batch}, {row.steps} steps")
+        rows.append(row)
+    parity = to_parity(rows)
+    if not all(row.within for row in rows):
+        raise VerificationFailed(parity)
+    return parity
