@@ -20,41 +20,49 @@ x = np.ones((1, INPUT), np.float32)
 async def test_expired_unknown_and_closed_are_told_apart(lstm_repository: Path) -> None:
     """An idle session expires and says so for as long as it is remembered; its slot is free, and its id too."""
     clock = Clock()
-    async with running(lstm_repository, clock, idle_timeout_s=10) as server, calling(server) as stub:
-        async with streaming(stub) as caller:
-            await caller.open(session_id="one")
-            await caller.step(chunk("one", 0, x))
-            clock.now += 10
-            (result,) = await caller.step(chunk("one", 1, x))
-            assert (result.error.reason, result.error.code) == ("session_expired", grpc.StatusCode.NOT_FOUND.value[0])
-            (result,) = await caller.step(chunk("never", 0, x))
-            assert result.error.reason == "session_unknown"
-            assert server.repository.find("lstm").pool.taken == 0
-            await caller.open(session_id="one")
-            (result,) = await caller.step(chunk("one", 0, x))
-            assert result.steps == 1
-            await stub.CloseSession(pb.CloseSessionRequest(session_id="one"))
-            (result,) = await caller.step(chunk("one", 1, x))
-            assert result.error.reason == "session_unknown"
+    settings = {"idle_timeout_s": 10}
+    async with (
+        running(lstm_repository, clock, **settings) as server,
+        calling(server) as stub,
+        streaming(stub) as caller,
+    ):
+        await caller.open(session_id="one")
+        await caller.step(chunk("one", 0, x))
+        clock.now += 10
+        (result,) = await caller.step(chunk("one", 1, x))
+        assert (result.error.reason, result.error.code) == ("session_expired", grpc.StatusCode.NOT_FOUND.value[0])
+        (result,) = await caller.step(chunk("never", 0, x))
+        assert result.error.reason == "session_unknown"
+        assert server.repository.find("lstm").pool.taken == 0
+        await caller.open(session_id="one")
+        (result,) = await caller.step(chunk("one", 0, x))
+        assert result.steps == 1
+        await stub.CloseSession(pb.CloseSessionRequest(session_id="one"))
+        (result,) = await caller.step(chunk("one", 1, x))
+        assert result.error.reason == "session_unknown"
 
 
 async def test_a_step_puts_expiry_off_and_a_look_does_not(lstm_repository: Path) -> None:
     """Stepping keeps a session alive; looking at it tells how long it has been idle."""
     clock = Clock()
-    async with running(lstm_repository, clock, idle_timeout_s=10) as server, calling(server) as stub:
-        async with streaming(stub) as caller:
-            session = await caller.open()
-            for position in range(3):
-                clock.now += 9
-                (result,) = await caller.step(chunk(session, position, x))
-                assert not result.HasField("error")
+    settings = {"idle_timeout_s": 10}
+    async with (
+        running(lstm_repository, clock, **settings) as server,
+        calling(server) as stub,
+        streaming(stub) as caller,
+    ):
+        session = await caller.open()
+        for position in range(3):
             clock.now += 9
-            reply = await stub.GetSession(pb.GetSessionRequest(session_id=session))
-            assert reply.session.idle_s == pytest.approx(9)
-            clock.now += 1
-            with pytest.raises(grpc.aio.AioRpcError) as expired:
-                await stub.GetSession(pb.GetSessionRequest(session_id=session))
-            assert expired.value.code() is grpc.StatusCode.NOT_FOUND
+            (result,) = await caller.step(chunk(session, position, x))
+            assert not result.HasField("error")
+        clock.now += 9
+        reply = await stub.GetSession(pb.GetSessionRequest(session_id=session))
+        assert reply.session.idle_s == pytest.approx(9)
+        clock.now += 1
+        with pytest.raises(grpc.aio.AioRpcError) as expired:
+            await stub.GetSession(pb.GetSessionRequest(session_id=session))
+        assert expired.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_expired_sessions_make_room(lstm_repository: Path) -> None:
