@@ -29,7 +29,5 @@ def check_sequences(arrays: Mapping[str, Array], spec: ModelSpec) -> tuple[Array
     if lengths.shape != (len(x),) or lengths.dtype.kind not in "iu" or lengths.min() < 1 or lengths.max() > x.shape[1]:
         raise ExportError(f"data: lengths must be integers of shape ({len(x)},), each from 1 to T = {x.shape[1]}")
     if spec.vocabulary_size is not None and not (x.min() >= 0 and x.max() < spec.vocabulary_size):
-        raise ExportError(
-            f"data: token ids lie between {x.min()} and {x.max()}, expected 0 to {spec.vocabulary_size - 1}"
-        )
+        raise ExportError(f"data: ids lie between {x.min()} and {x.max()}, expected 0 to {spec.vocabulary_size - 1}")
     return x, lengths

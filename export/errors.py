@@ -26,7 +26,8 @@ class VerificationFailed(ExportError):
         self.parity = parity
         failed = [row for row in parity.rows if not row.within]
         worst = max(failed, key=lambda row: max(row.outputs, row.states))
+        error = max(worst.outputs, worst.states)
         super().__init__(
-            f"verification failed in {len(failed)} of {len(parity.rows)} rows: in {worst.case!r} with batch {worst.batch} "
-            f"and {worst.steps} steps the largest error is {max(worst.outputs, worst.states):.1e}, the bound {worst.bound:.1e}"
+            f"verification failed in {len(failed)} of {len(parity.rows)} rows; at worst, in {worst.case!r} with batch "
+            f"{worst.batch} and {worst.steps} steps, the error is {error:.1e} and the bound {worst.bound:.1e}"
         )

@@ -114,8 +114,8 @@ def verify_file(
 ) -> Parity:
     """Repeat the verification of a file, from the file alone.
 
-    The reference gets the weights as the file holds them, found by their names; for float16 and int8 that leaves out the
-    loss of rounding them.
+    The reference gets the weights as the file holds them, found by their names; for float16 and int8 that leaves out
+    the loss of rounding them.
 
     Args:
         path: the .onnx file.

@@ -35,9 +35,7 @@ def choose_version(repository: Path, name: str, version: int | None, overwrite: 
         there = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
         return max(there, default=0) + 1
     if (folder / str(version)).exists() and not overwrite:
-        raise ExportError(
-            f"{folder / str(version)} is there already; give another version, or --overwrite to replace it"
-        )
+        raise ExportError(f"{folder / str(version)} is there already: choose another version, or overwrite it")
     return version
 
 
