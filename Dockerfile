@@ -17,8 +17,10 @@ WORKDIR /app
 COPY conveyor conveyor
 COPY service service
 COPY deploy/healthcheck.py healthcheck.py
-# The root file system is meant to be read-only: compile now, not at every start.
-RUN /opt/conveyor/bin/python -m compileall -q .
+# The root file system is meant to be read-only: compile now, not at every start. A volume mounted at /state takes its owner
+# from the folder here, and keeps open sessions over a restart.
+RUN /opt/conveyor/bin/python -m compileall -q . \
+    && install -d -o 65532 -g 65532 /state
 ENV PATH=/opt/conveyor/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
