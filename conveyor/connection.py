@@ -87,6 +87,7 @@ class Connection:
             # A peer that vanished without a word is noticed after 40 s while calls are open.
             "grpc.keepalive_time_ms": 30_000,
             "grpc.keepalive_timeout_ms": 10_000,
+            "grpc.http2.max_pings_without_data": 0,
             # gRPC's own pauses between connection attempts must stay below ours, or each of ours fails unseen.
             "grpc.initial_reconnect_backoff_ms": 100,
             "grpc.min_reconnect_backoff_ms": 5_000,

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from conveyor.connection import Connection
-from conveyor.errors import Cancelled, ConnectionLost, ConveyorError, InvalidRequest, from_rpc
+from conveyor.errors import Cancelled, ConnectionLost, ConveyorError, InvalidRequest, Unavailable, from_rpc
 from conveyor.v1 import conveyor_pb2 as pb
 
 _BATCH_BYTES = 2**20
@@ -109,7 +109,8 @@ class ChunkStream:
                 lost_at = settings.clock()
             delay_s = settings.backoff.delay_s(attempt)
             gives_up = settings.clock() + delay_s - lost_at > settings.reconnect_timeout_s
-            if gives_up or not isinstance(error, ConnectionLost):
+            # A server that drains ends its streams; another one, or the same one restarted, may take the sessions on.
+            if gives_up or not isinstance(error, Unavailable):
                 self._fail_all(error)
             if self._flights:
                 await settings.sleep(delay_s)

@@ -1,0 +1,318 @@
+# ruff: noqa: D102 - what the calls do stands in the wire contract.
+"""A small real gRPC server for tests of the client: its model is a running sum, and its faults are scripted.
+
+It keeps the position protocol as the wire contract says: a chunk that was applied already gets its reply again, one out
+of place a position conflict. It counts every application, so that a test can tell a step applied once from one applied
+twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import grpc
+import numpy as np
+
+from conveyor import errors
+from conveyor.tensors import Array, decode_tensor, encode_tensor
+from conveyor.v1 import conveyor_pb2 as pb
+from conveyor.v1 import conveyor_pb2_grpc as stubs
+
+WIDTH = 2
+"""Of the model's input, output and state."""
+
+Response = TypeVar("Response")
+
+
+@dataclass
+class Fault:
+    """What goes wrong with one chunk or call.
+
+    Attributes:
+        when: the connection breaks before the work is done, or after it and before its reply; or the reply comes twice;
+            or the work waits until the test releases it.
+        code: with which the connection breaks.
+        text: of that status.
+    """
+
+    when: Literal["before", "after", "twice", "held"]
+    code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
+    text: str = "Socket closed"
+
+
+@dataclass
+class Held:
+    """A session as the server has it."""
+
+    total: Array = field(default_factory=lambda: np.zeros(WIDTH, np.float32))
+    position: int = 0
+    last: pb.ChunkResult | None = None
+
+
+class SumServer(stubs.ConveyorServiceServicer):
+    """The servicer.
+
+    Attributes:
+        sessions: open ones, by id.
+        applied: how often each (session, position) was applied.
+        messages: how many chunks each StreamRequest held.
+        chunks: every chunk as it arrived.
+        streams: how many streams were opened.
+        metadata: of the last call.
+        chunk_faults: for the chunks to come, in order of arrival; None for no fault.
+        call_faults: likewise for each unary call, by name.
+        refusals: errors for the chunks to come, in-band; None for none.
+        held: gets an item when a chunk or call is being held.
+        released: what is held waits for this.
+        target: address, once it listens.
+    """
+
+    def __init__(self) -> None:
+        self.sessions: dict[str, Held] = {}
+        self.applied: dict[tuple[str, int], int] = defaultdict(int)
+        self.messages: list[int] = []
+        self.chunks: list[pb.Chunk] = []
+        self.streams = 0
+        self.metadata: dict[str, str | bytes] = {}
+        self.chunk_faults: deque[Fault | None] = deque()
+        self.call_faults: dict[str, deque[Fault | None]] = defaultdict(deque)
+        self.refusals: deque[pb.ErrorDetail | None] = deque()
+        self.held: asyncio.Queue[None] = asyncio.Queue()
+        self.released = asyncio.Event()
+        self.target = ""
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, port: int = 0) -> None:
+        """Listens on a port; 0 for a free one."""
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        stubs.add_ConveyorServiceServicer_to_server(self, self._server)
+        self.target = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Cuts every connection."""
+        assert self._server is not None
+        await self._server.stop(None)
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.target.rpartition(":")[2])
+
+    # --- the wire contract ---
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        return await self._call("ListModels", context, lambda: pb.ListModelsResponse(models=[_model()]))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        def described() -> pb.GetModelResponse:
+            _check_model(request.model)
+            return pb.GetModelResponse(model=_model())
+
+        return await self._call("GetModel", context, described)
+
+    async def Infer(self, request: pb.InferRequest, context: Any) -> pb.InferResponse:
+        def infer() -> pb.InferResponse:
+            x = decode_tensor(request.inputs[0])
+            initial = decode_tensor(request.initial_states[0]) if request.initial_states else np.zeros((len(x), WIDTH))
+            lengths = np.array(request.lengths or [x.shape[1]] * len(x))
+            valid = np.arange(x.shape[1]) < lengths[:, None]
+            y = (np.cumsum(x, 1) + initial[:, None]).astype(np.float32)
+            final = np.stack([row[length - 1] for row, length in zip(y, lengths, strict=True)])
+            return pb.InferResponse(
+                version=1,
+                outputs=[encode_tensor("y", y * valid[..., None].astype(np.float32))],
+                final_states=[encode_tensor("s", final)] if request.return_states else [],
+            )
+
+        return await self._call("Infer", context, infer)
+
+    async def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:
+        def opened() -> pb.OpenSessionResponse:
+            _check_model(request.model)
+            held = Held()
+            if request.initial_states:
+                held.total = decode_tensor(request.initial_states[0])
+            return pb.OpenSessionResponse(session=self._add(request.session_id, held))
+
+        return await self._call("OpenSession", context, opened)
+
+    async def GetSession(self, request: pb.GetSessionRequest, context: Any) -> pb.GetSessionResponse:
+        return await self._call(
+            "GetSession", context, lambda: pb.GetSessionResponse(session=self._describe(request.session_id))
+        )
+
+    async def ForkSession(self, request: pb.ForkSessionRequest, context: Any) -> pb.ForkSessionResponse:
+        def fork() -> pb.ForkSessionResponse:
+            held = self._find(request.session_id)
+            self._check_position(request, held)
+            copy = Held(held.total, held.position)
+            return pb.ForkSessionResponse(session=self._add(request.new_session_id, copy))
+
+        return await self._call("ForkSession", context, fork)
+
+    async def ResetSession(self, request: pb.ResetSessionRequest, context: Any) -> pb.ResetSessionResponse:
+        def reset() -> pb.ResetSessionResponse:
+            self._check_position(request, self._find(request.session_id))
+            self.sessions[request.session_id] = Held()
+            return pb.ResetSessionResponse(session=self._describe(request.session_id))
+
+        return await self._call("ResetSession", context, reset)
+
+    async def CloseSession(self, request: pb.CloseSessionRequest, context: Any) -> pb.CloseSessionResponse:
+        def close() -> pb.CloseSessionResponse:
+            position = self._find(request.session_id).position
+            del self.sessions[request.session_id]
+            return pb.CloseSessionResponse(position=position)
+
+        return await self._call("CloseSession", context, close)
+
+    async def ExportSession(self, request: pb.ExportSessionRequest, context: Any) -> pb.ExportSessionResponse:
+        def export() -> pb.ExportSessionResponse:
+            held = self._find(request.session_id)
+            states = [encode_tensor("s", held.total)]
+            return pb.ExportSessionResponse(
+                state=pb.SessionState(model="sum", version=1, position=held.position, states=states)
+            )
+
+        return await self._call("ExportSession", context, export)
+
+    async def ImportSession(self, request: pb.ImportSessionRequest, context: Any) -> pb.ImportSessionResponse:
+        def enter() -> pb.ImportSessionResponse:
+            held = Held(decode_tensor(request.state.states[0]), request.state.position)
+            return pb.ImportSessionResponse(session=self._add(request.session_id, held))
+
+        return await self._call("ImportSession", context, enter)
+
+    async def Stream(self, requests: AsyncIterable[pb.StreamRequest], context: Any) -> None:
+        self.streams += 1
+        self.metadata = dict(context.invocation_metadata())
+        async for request in requests:
+            self.messages.append(len(request.chunks))
+            for chunk in request.chunks:
+                self.chunks.append(chunk)
+                fault = self.chunk_faults.popleft() if self.chunk_faults else None
+                if fault and fault.when == "before":
+                    await context.abort(fault.code, fault.text)
+                if fault and fault.when == "held":
+                    self.held.put_nowait(None)
+                    await self.released.wait()
+                result = self._step(chunk)
+                if fault and fault.when == "after":
+                    await context.abort(fault.code, fault.text)
+                copies = 2 if fault and fault.when == "twice" else 1
+                await context.write(pb.StreamResponse(results=[result] * copies))
+
+    def _step(self, chunk: pb.Chunk) -> pb.ChunkResult:
+        result = pb.ChunkResult(session_id=chunk.session_id, position=chunk.position)
+        if self.refusals and (refusal := self.refusals.popleft()) is not None:
+            result.error.CopyFrom(refusal)
+            return result
+        try:
+            held = self._find(chunk.session_id)
+        except errors.ConveyorError as error:
+            result.error.CopyFrom(_detail(error))
+            return result
+        x = decode_tensor(chunk.inputs[0])
+        if held.last is not None and (held.last.position, held.last.steps) == (chunk.position, len(x)):
+            return held.last
+        if chunk.position != held.position:
+            result.error.CopyFrom(_detail(errors.PositionConflict("out of place", held.position)))
+        elif chunk.timeout_us == 1:
+            # As the contract has it: past its deadline when it is looked at, and not applied before.
+            result.error.CopyFrom(_detail(errors.Late("too late")))
+        else:
+            y = held.total + np.cumsum(x, 0)
+            self.applied[chunk.session_id, chunk.position] += 1
+            held.total, held.position = y[-1], held.position + len(x)
+            result.steps = len(x)
+            result.outputs.append(encode_tensor("y", y))
+            held.last = result
+        return result
+
+    async def _call(self, name: str, context: Any, work: Callable[[], Response]) -> Response:
+        self.metadata = dict(context.invocation_metadata())
+        faults = self.call_faults[name]
+        fault = faults.popleft() if faults else None
+        if fault and fault.when == "before":
+            await context.abort(fault.code, fault.text)
+        if fault and fault.when == "held":
+            self.held.put_nowait(None)
+            await self.released.wait()
+        try:
+            response = work()
+        except errors.ConveyorError as error:
+            await _abort(context, error)
+            raise
+        if fault and fault.when == "after":
+            await context.abort(fault.code, fault.text)
+        return response
+
+    def _find(self, session_id: str) -> Held:
+        if session_id not in self.sessions:
+            raise errors.SessionUnknown(f"no session {session_id!r}")
+        return self.sessions[session_id]
+
+    def _add(self, session_id: str, held: Held) -> pb.Session:
+        if session_id in self.sessions:
+            raise errors.SessionExists(f"session {session_id!r} is open")
+        self.sessions[session_id] = held
+        return self._describe(session_id)
+
+    def _describe(self, session_id: str) -> pb.Session:
+        position = self._find(session_id).position
+        return pb.Session(session_id=session_id, model="sum", version=1, position=position)
+
+    def _check_position(self, request: pb.ForkSessionRequest | pb.ResetSessionRequest, held: Held) -> None:
+        if request.HasField("position") and request.position != held.position:
+            raise errors.PositionConflict("out of place", held.position)
+
+
+@asynccontextmanager
+async def sum_server() -> AsyncIterator[SumServer]:
+    """A server on a free port, in this event loop."""
+    server = SumServer()
+    await server.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        await server.stop()
+
+
+def _check_model(name: str) -> None:
+    if name != "sum":
+        raise errors.ModelUnknown(f"no model {name!r}")
+
+
+def _model() -> pb.Model:
+    def spec(name: str, *axes: str) -> pb.TensorSpec:
+        return pb.TensorSpec(
+            name=name,
+            data_type=pb.DATA_TYPE_FLOAT32,
+            shape=[WIDTH if axis == "feature" else -1 for axis in axes],
+            axes=axes,
+        )
+
+    return pb.Model(
+        name="sum",
+        version=1,
+        inputs=[spec("x", "batch", "time", "feature")],
+        outputs=[spec("y", "batch", "time", "feature")],
+        states=[spec("s", "batch", "feature")],
+        streamable=True,
+    )
+
+
+def _detail(error: errors.ConveyorError) -> pb.ErrorDetail:
+    position = error.position if isinstance(error, errors.PositionConflict) else None
+    return pb.ErrorDetail(code=error.code.value[0], reason=error.reason, message=str(error), position=position)
+
+
+async def _abort(context: Any, error: errors.ConveyorError) -> None:
+    await context.abort(error.code, str(error), ((errors.DETAIL_KEY, _detail(error).SerializeToString()),))
