@@ -26,8 +26,14 @@ def pack(rows: Sequence[Array], spec: TensorSpec, longest: int) -> Array:
 
     Returns:
         One array in the graph's axes.
+
+    Raises:
+        ValueError: if the rows differ in any axis but the first.
     """
     tail = rows[0].shape[1:]
+    if any(row.shape[1:] != tail for row in rows):
+        # Where the graph takes any number of features; assigned below, a row of one would be stretched over all.
+        raise ValueError("the rows of one tick differ in their features")
     if spec.time_axis is None:
         view = np.empty((len(rows), *tail), spec.dtype)
         for n, row in enumerate(rows):

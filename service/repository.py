@@ -111,6 +111,7 @@ class Repository:
         engine = Engine(found.path, settings.device, settings.threads)
         limits = Limits(
             queued_rows=settings.max_queued_rows,
+            queued_bytes=settings.max_queued_bytes,
             tick_rows=settings.max_tick_rows,
             tick_steps=settings.max_tick_steps,
             ragged=engine.manifest.lengths is not None,
@@ -142,6 +143,8 @@ class Repository:
             raise Loading("models are being loaded")
         versions = self._runners.get(name)
         if versions is None:
+            if any(broken == name for broken, _ in self.broken):
+                raise ModelUnknown(f"model {name!r} did not load; the server's log says why")
             raise ModelUnknown(f"no model {name[:128]!r} is served; there are: {', '.join(self.names()) or 'none'}")
         runner = versions.get(version or max(versions))
         if runner is None:

@@ -53,6 +53,7 @@ class Row:
         position: where they begin.
         steps: how many they are.
         inputs: the arrays, one an input of the model.
+        size: bytes that they hold.
         deadline: the time after which the row must not be applied; None for never.
         on_end: called once, by whoever delivers, when the row has ended.
         phase: where it is in its life.
@@ -60,7 +61,19 @@ class Row:
         error: once refused, why.
     """
 
-    __slots__ = ("deadline", "error", "inputs", "on_end", "outputs", "phase", "position", "steps", "track", "unwanted")
+    __slots__ = (
+        "deadline",
+        "error",
+        "inputs",
+        "on_end",
+        "outputs",
+        "phase",
+        "position",
+        "size",
+        "steps",
+        "track",
+        "unwanted",
+    )
 
     def __init__(
         self,
@@ -75,6 +88,7 @@ class Row:
         self.position = position
         self.steps = steps
         self.inputs = inputs
+        self.size: int = sum(array.nbytes for array in inputs)
         self.on_end = on_end
         self.deadline = deadline
         self.phase = Phase.QUEUED
@@ -94,12 +108,14 @@ class Limits:
 
     Attributes:
         queued_rows: most rows that wait.
+        queued_bytes: most bytes that the inputs of waiting rows hold.
         tick_rows: most rows in one tick.
         tick_steps: most steps in one tick, padding counted, unless one row alone has more.
         ragged: whether rows of one tick may differ in length.
     """
 
     queued_rows: int
+    queued_bytes: int
     tick_rows: int
     tick_steps: int
     ragged: bool = True
@@ -112,6 +128,7 @@ class Scheduler:
         self._limits = limits
         self._queue: deque[Row] = deque()
         self._queued = 0
+        self._bytes = 0
 
     @property
     def queued(self) -> int:
@@ -124,13 +141,21 @@ class Scheduler:
         Raises:
             Full: if they would not fit.
         """
-        if self._queued + len(rows) > self._limits.queued_rows:
+        limits = self._limits
+        if self._queued + len(rows) > limits.queued_rows:
             raise Full(
                 f"{self._queued} rows are waiting for this model and {len(rows)} more would pass the limit of "
-                f"{self._limits.queued_rows}; try again later"
+                f"{limits.queued_rows}; try again later"
+            )
+        size = sum(row.size for row in rows)
+        if self._bytes + size > limits.queued_bytes:
+            raise Full(
+                f"{self._bytes} bytes of input are waiting for this model and {size} more would pass the limit of "
+                f"{limits.queued_bytes}; try again later"
             )
         self._queue.extend(rows)
         self._queued += len(rows)
+        self._bytes += size
 
     def cancel(self, row: Row) -> bool:
         """Give a row up; one that runs is not applied when its tick is sealed.
@@ -143,7 +168,7 @@ class Scheduler:
             return False
         # It stays in the deque until cut comes by: taking it out of the middle would cost the length of the queue.
         row.refuse(_gone())
-        self._queued -= 1
+        self._leave(row)
         return True
 
     def cut(self, now: float) -> tuple[list[Row], list[Row]]:
@@ -180,17 +205,20 @@ class Scheduler:
             tick.append(row)
             longest = max(longest, row.steps)
         self._queue.extendleft(reversed(waiting))
-        self._queued -= len(tick) + len(refused)
         for row in tick:
             row.phase = Phase.RUNNING
+            self._leave(row)
+        for row in refused:
+            self._leave(row)
         return tick, refused
 
+    def _leave(self, row: Row) -> None:
+        self._queued -= 1
+        self._bytes -= row.size
+
     def _joins(self, steps: int, longest: int, first: int, rows: int) -> bool:
-        if not self._limits.ragged:
-            return steps == first
-        longest = max(longest, steps)
-        near = steps <= 2 * first and first <= 2 * steps
-        return near and (rows + 1) * longest <= self._limits.tick_steps
+        near = steps <= 2 * first and first <= 2 * steps if self._limits.ragged else steps == first
+        return near and (rows + 1) * max(longest, steps) <= self._limits.tick_steps
 
     def seal(self, tick: Sequence[Row], now: float) -> list[int]:
         """End the rows of a tick whose run succeeded: the one moment in which positions move.
@@ -215,8 +243,8 @@ class Scheduler:
         rows = [row for row in self._queue if row.phase is Phase.QUEUED]
         for row in rows:
             row.refuse(error)
+            self._leave(row)
         self._queue.clear()
-        self._queued = 0
         return rows
 
 

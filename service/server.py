@@ -58,15 +58,19 @@ class Server:
         self._servicer = ConveyorServicer(self.operations, settings, clock)
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
+            maximum_concurrent_rpcs=settings.max_calls,
             options=[
                 # Two servers on one port would share its calls, and sessions with them.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                # A client that vanished without a word is noticed, and what it had queued is dropped.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
                 # Clients that keep an idle connection alive are welcome.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ]
+            ],
         )
         self._sweeper: asyncio.Task[None] | None = None
         self._exporter: tuple[object, object] | None = None

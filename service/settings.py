@@ -62,6 +62,10 @@ class Settings(BaseModel):
     """Most sessions open at once."""
     max_queued_rows: Positive = 8192
     """Most chunks and batch rows waiting for one model; over it, new ones are refused at once."""
+    max_queued_bytes: Positive = 1024 * 1024 * 1024
+    """Most bytes of input waiting for one model."""
+    max_calls: Positive = 10_000
+    """Most calls under way at once; a stream is one call however long it lives."""
     max_stream_chunks: Positive = 4096
     """Most chunks of one stream that are not answered yet; over it, the stream is not read until some are."""
     max_tick_rows: Positive = 512
@@ -173,6 +177,7 @@ _METAVARS = {
     "idle_timeout_s": "SECONDS",
     "drain_timeout_s": "SECONDS",
     "max_message_bytes": "BYTES",
+    "max_queued_bytes": "BYTES",
     "config": "FILE",
     "sessions_file": "FILE",
 }

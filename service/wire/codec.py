@@ -29,6 +29,7 @@ DATA_TYPES: dict[str, pb.DataType] = {
     "int8": pb.DATA_TYPE_INT8,
     "bool": pb.DATA_TYPE_BOOL,
 }
+_LARGEST_SIZE = 2**31
 _NAMES = {value: name for name, value in DATA_TYPES.items()}
 _LITTLE = {value: np.dtype(name).newbyteorder("<") for name, value in DATA_TYPES.items()}
 
@@ -64,7 +65,7 @@ class Codec:
             One array [T, ...] an input, T alike.
         """
         arrays = [
-            self._read(tensor, f"input {spec.name!r}", spec.dtype, (None, *spec.tail), "T", spec.below)
+            self._read(tensor, f"input {spec.name!r}", spec.dtype, (None, *spec.tail), "T")
             for spec, tensor in self._pair(self._manifest.inputs, tensors, "input")
         ]
         steps = len(arrays[0])
@@ -74,6 +75,7 @@ class Codec:
                 raise InvalidRequest(
                     f"input {spec.name!r} has {len(array)} steps; expected {1 if spec.time_axis is None else steps}"
                 )
+            self._check_values(array, f"input {spec.name!r}", spec.below)
         return arrays
 
     def batch(self, tensors: Sequence[pb.Tensor], lengths: Sequence[int]) -> tuple[list[Array], list[int]]:
@@ -83,7 +85,7 @@ class Codec:
             One array [N, T, ...] an input, N and T alike, and the length of each row.
         """
         arrays = [
-            self._read(tensor, f"input {spec.name!r}", spec.dtype, (None, None, *spec.tail), "N, T", spec.below)
+            self._read(tensor, f"input {spec.name!r}", spec.dtype, (None, None, *spec.tail), "N, T")
             for spec, tensor in self._pair(self._manifest.inputs, tensors, "input")
         ]
         rows, steps = arrays[0].shape[:2]
@@ -97,14 +99,17 @@ class Codec:
                 raise InvalidRequest(
                     f"input {spec.name!r} is {_show(array.shape)}; expected [{rows}, {steps}, ...] as the first"
                 )
-        if not lengths:
-            return arrays, [steps] * rows
-        if len(lengths) != rows:
+        if lengths and len(lengths) != rows:
             raise InvalidRequest(f"there are {len(lengths)} lengths for {rows} rows; expected one a row, or none")
         for row, length in enumerate(lengths):
             if not 1 <= length <= steps:
                 raise InvalidRequest(f"row {row} has length {length}; expected 1 to {steps}")
-        return arrays, list(lengths)
+        lengths = list(lengths) or [steps] * rows
+        valid = np.arange(steps) < np.array(lengths)[:, None]
+        for spec, array in zip(self._manifest.inputs, arrays, strict=True):
+            # What stands in the padding is nobody's business: it goes nowhere.
+            self._check_values(array if valid.all() else array[valid], f"input {spec.name!r}", spec.below)
+        return arrays, lengths
 
     def states(self, tensors: Sequence[pb.Tensor], rows: int | None) -> list[Array] | None:
         """Read states to begin from.
@@ -119,10 +124,13 @@ class Codec:
         if not tensors:
             return None
         batch = () if rows is None else (rows,)
-        return [
-            self._read(tensor, f"state {spec.name!r}", spec.dtype, (*batch, *spec.tail), "", None)
-            for spec, tensor in self._pair(self._manifest.states, tensors, "state")
-        ]
+        arrays = []
+        for spec, tensor in self._pair(self._manifest.states, tensors, "state"):
+            what = f"state {spec.name!r}"
+            array = self._read(tensor, what, spec.dtype, (*batch, *spec.tail), "")
+            self._check_values(array, what)
+            arrays.append(array)
+        return arrays
 
     def _pair(self, specs: Sequence[Spec], tensors: Sequence[pb.Tensor], kind: str) -> Iterable[tuple[Spec, pb.Tensor]]:
         if len(specs) == 1 and len(tensors) == 1 and tensors[0].name in ("", specs[0].name):
@@ -135,14 +143,13 @@ class Codec:
             )
         return [(spec, by_name[spec.name]) for spec in specs]
 
-    def _read(
-        self, tensor: pb.Tensor, what: str, dtype: str, sizes: tuple[int | None, ...], free: str, below: int | None
-    ) -> Array:
+    def _read(self, tensor: pb.Tensor, what: str, dtype: str, sizes: tuple[int | None, ...], free: str) -> Array:
         if tensor.data_type != DATA_TYPES[dtype]:
             raise InvalidRequest(f"{what} is {_NAMES.get(tensor.data_type, 'of no known dtype')}; expected {dtype}")
         shape = tuple(tensor.shape)
         if len(shape) != len(sizes) or any(
-            size < 0 or (want is not None and size != want) for size, want in zip(shape, sizes, strict=True)
+            not 0 <= size < _LARGEST_SIZE or (want is not None and size != want)
+            for size, want in zip(shape, sizes, strict=True)
         ):
             fixed = [str(size) for size in sizes if size is not None]
             raise InvalidRequest(
@@ -155,16 +162,19 @@ class Codec:
                 f"{what} holds {len(tensor.data)} bytes; expected {expected} for shape {_show(shape)} of {dtype}"
             )
         array: Array = np.frombuffer(tensor.data, little).reshape(shape)
-        if self._finite and array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise InvalidRequest(
-                f"{what} holds NaN or infinity at {_first(~np.isfinite(array))}; expected finite numbers"
-            )
-        if array.dtype.kind == "b" and (array.view(np.uint8) > 1).any():
-            raise InvalidRequest(f"{what} holds a byte over 1; expected 0 or 1 in each element of a bool")
-        if below is not None and array.size and ((array < 0) | (array >= below)).any():  # type: ignore[operator]
-            where = _first((array < 0) | (array >= below))  # type: ignore[operator]
-            raise InvalidRequest(f"{what} holds {array[tuple(where)]} at {where}; expected 0 to {below - 1}")
         return array
+
+    def _check_values(self, array: Array, what: str, below: int | None = None) -> None:
+        if array.dtype.kind == "f":
+            if self._finite and not np.isfinite(array).all():
+                raise InvalidRequest(f"{what} holds NaN or infinity; expected finite numbers")
+        elif array.dtype.kind == "b":
+            if (array.view(np.uint8) > 1).any():
+                raise InvalidRequest(f"{what} holds a byte over 1; expected 0 or 1 in each element of a bool")
+        elif below is not None and array.size:
+            lowest, highest = int(array.min()), int(array.max())
+            if lowest < 0 or highest >= below:
+                raise InvalidRequest(f"{what} holds {lowest if lowest < 0 else highest}; expected 0 to {below - 1}")
 
     def _check_steps(self, steps: int) -> None:
         if steps < 1:
@@ -177,7 +187,3 @@ class Codec:
 
 def _show(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape[:8]))}{', ...' if len(shape) > 8 else ''}]"
-
-
-def _first(where: NDArray[np.bool_]) -> list[int]:
-    return [int(index) for index in np.argwhere(where)[0]]
