@@ -108,17 +108,17 @@ class Limits:
 
     Attributes:
         queued_rows: most rows that wait.
-        queued_bytes: most bytes that the inputs of waiting rows hold.
         tick_rows: most rows in one tick.
         tick_steps: most steps in one tick, padding counted, unless one row alone has more.
         ragged: whether rows of one tick may differ in length.
+        queued_bytes: most bytes that the inputs of waiting rows hold.
     """
 
     queued_rows: int
-    queued_bytes: int
     tick_rows: int
     tick_steps: int
     ragged: bool = True
+    queued_bytes: int = 1 << 30
 
 
 class Scheduler:
