@@ -1,0 +1,90 @@
+"""Rows into the graph's axes and back, for every place of batch and time that a graph can have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.manifest import TensorSpec
+from service.packing import pack, unpack
+
+Array = NDArray[np.generic]
+
+LENGTHS = [3, 1, 4]
+
+
+def spec(batch: int, time: int | None, tail: tuple[int, ...], dtype: str = "float32") -> TensorSpec:
+    """A tensor with its free axes in those places."""
+    sizes: list[int | None] = list(tail)
+    for axis in sorted(axis for axis in (batch, time) if axis is not None):
+        sizes.insert(axis, None)
+    return TensorSpec.model_validate(
+        {"name": "x", "dtype": dtype, "shape": sizes, "batch_axis": batch, "time_axis": time}
+    )
+
+
+SPECS = [
+    spec(1, 0, (5,)),
+    spec(0, 1, (5,)),
+    spec(0, 2, (5,)),
+    spec(2, 0, (5,)),
+    spec(2, 1, (5,)),
+    spec(1, 0, ()),
+    spec(3, 1, (2, 5)),
+    spec(1, 0, (), "int64"),
+]
+
+
+def rows(spec: TensorSpec) -> list[Array]:
+    """A row of each length, no value of them zero."""
+    draw = np.random.default_rng(0)
+    return [draw.uniform(1, 100, (steps, *(size or 0 for size in spec.tail))).astype(spec.dtype) for steps in LENGTHS]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape} batch {spec.batch_axis} time {spec.time_axis}")
+def test_rows_stand_where_the_graph_has_them(spec: TensorSpec) -> None:
+    """Each step of each row lies at its batch and time index, and everything after a row's end is zero."""
+    assert spec.time_axis is not None
+    given = rows(spec)
+    packed = pack(given, spec, longest=4)
+    sizes = {spec.batch_axis: 3, spec.time_axis: 4}
+    assert packed.shape == tuple(size or sizes[axis] for axis, size in enumerate(spec.shape))
+    assert packed.dtype == spec.dtype
+    for n, row in enumerate(given):
+        for t in range(4):
+            index = tuple({spec.batch_axis: n, spec.time_axis: t}.get(axis, slice(None)) for axis in range(packed.ndim))
+            np.testing.assert_array_equal(packed[index], row[t] if t < len(row) else np.zeros_like(row[0]))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape} batch {spec.batch_axis} time {spec.time_axis}")
+def test_unpack_undoes_pack(spec: TensorSpec) -> None:
+    """Without the padding, bit for bit, and in memory of its own: one kept reply does not keep the whole tick."""
+    given = rows(spec)
+    packed = pack(given, spec, longest=4)
+    for row, back in zip(given, unpack(packed, spec, LENGTHS), strict=True):
+        np.testing.assert_array_equal(back, row)
+        assert not np.shares_memory(back, packed)
+        assert back.base is None
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_a_tensor_without_time(batch: int) -> None:
+    """An input has one step a row, and an output none."""
+    free = spec(batch, None, (5,))
+    given = [np.full((1, 5), n, np.float32) for n in range(3)]
+    packed = pack(given, free, longest=4)
+    assert packed.shape == ((3, 5) if batch == 0 else (5, 3))
+    for row, back in zip(given, unpack(packed, free, LENGTHS), strict=True):
+        np.testing.assert_array_equal(back, row[0])
+        assert not np.shares_memory(back, packed)
+
+
+@pytest.mark.parametrize("time", [0, None])
+def test_rows_of_different_features_are_not_stretched_over_each_other(time: int | None) -> None:
+    """Where the graph takes any number of features, a row of 1 must not be repeated to fill a neighbour's 5."""
+    free = TensorSpec(name="x", dtype="float32", shape=(None, None, None), batch_axis=1, time_axis=time)
+    for tails in ((5, 1), (1, 5)):
+        given = [np.ones((1, *((2,) if time is None else ()), size), np.float32) for size in tails]
+        with pytest.raises(ValueError, match="differ in their features"):
+            pack(given, free, longest=1)

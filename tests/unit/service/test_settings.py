@@ -1,0 +1,175 @@
+"""Settings: which source wins, what is said of wrong values, and that --help lists every one."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings, load
+
+SAMPLES: dict[str, tuple[str, object]] = {
+    "port": ("9000", 9000),
+    "idle_timeout_s": ("2.5", 2.5),
+    "device": ("cpu", "cpu"),
+    "repository": ("models", Path("models")),
+    "metrics_port": ("9100", 9100),
+}
+
+
+def flag(name: str) -> str:
+    """How a setting stands on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str], environ: dict[str, str]) -> str:
+    """What is said of settings that are wrong."""
+    with pytest.raises(SystemExit) as ended:
+        load(argv, environ)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_defaults() -> None:
+    """Nothing given: the defaults, and other people's variables do not count."""
+    assert load([], {"PORT": "1", "HOME": "/", "CONVEYOR_PORT": ""}) == Settings()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("source", ["flag", "environment", "file"])
+def test_every_source_sets_every_kind(tmp_path: Path, source: str, name: str) -> None:
+    """Numbers, choices and paths, from each of the three."""
+    text, value = SAMPLES[name]
+    file = tmp_path / "server.toml"
+    file.write_text(f'{name} = {text if text.replace(".", "").isdigit() else repr(text)}\n')
+    settings = {
+        "flag": lambda: load([flag(name), text], {}),
+        "environment": lambda: load([], {f"CONVEYOR_{name.upper()}": text}),
+        "file": lambda: load(["--config", str(file)], {}),
+    }[source]()
+    assert getattr(settings, name) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "port"),
+    [
+        ({"file"}, 1),
+        ({"environment"}, 2),
+        ({"flag"}, 3),
+        ({"file", "environment"}, 2),
+        ({"file", "flag"}, 3),
+        ({"environment", "flag"}, 3),
+        ({"file", "environment", "flag"}, 3),
+        (set(), Settings().port),
+    ],
+    ids=lambda given: "+".join(sorted(given)) if isinstance(given, set) else None,
+)
+def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, given: set[str], port: int) -> None:
+    """Setting by setting: another one from a weaker source stays."""
+    file = tmp_path / "server.toml"
+    file.write_text("max_steps = 77\n" + ("port = 1\n" if "file" in given else ""))
+    settings = load(
+        ["--config", str(file), *(["--port", "3"] if "flag" in given else [])],
+        {"CONVEYOR_PORT": "2"} if "environment" in given else {},
+    )
+    assert (settings.port, settings.max_steps) == (port, 77)
+
+
+def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
+    """As every setting; a flag names another one."""
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    first.write_text("port = 1")
+    second.write_text("port = 2")
+    environ = {"CONVEYOR_CONFIG": str(first)}
+    assert load([], environ).port == 1
+    assert load(["--config", str(second)], environ).port == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("port", "-1", "greater than or equal to 0, got '-1'"),
+        ("port", "65536", "less than or equal to 65535"),
+        ("port", "http", "valid integer"),
+        ("max_steps", "0", "greater than or equal to 1"),
+        ("max_sessions", "1.5", "valid integer"),
+        ("idle_timeout_s", "0", "greater than 0"),
+        ("idle_timeout_s", "nan", "greater than 0"),
+        ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
+        ("non_finite", "perhaps", "'reject' or 'accept'"),
+    ],
+)
+@pytest.mark.parametrize("source", ["flag", "environment", "file"])
+def test_a_wrong_value_is_named_as_it_was_given(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, source: str, name: str, value: str, says: str
+) -> None:
+    """By its flag, its variable, or its file and line, with what was expected."""
+    file = tmp_path / "server.toml"
+    file.write_text(f'{name} = "{value}"')
+    argv, environ, called = {
+        "flag": ([flag(name), value], {}, f"{flag(name)}: "),
+        "environment": ([], {f"CONVEYOR_{name.upper()}": value}, f"CONVEYOR_{name.upper()}: "),
+        "file": (["--config", str(file)], {}, f"settings file {file}: {name}: "),
+    }[source]
+    told = refused(capsys, argv, environ)
+    assert called in told
+    assert says in told
+
+
+def test_all_wrong_values_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """From whatever source."""
+    told = refused(capsys, ["--port", "x"], {"CONVEYOR_MAX_STEPS": "y"})
+    assert "--port: " in told
+    assert "CONVEYOR_MAX_STEPS: " in told
+
+
+def test_unknown_flags_and_shortened_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused: a flag that is added later must not change what an old command means."""
+    assert "--colour" in refused(capsys, ["--colour", "red"], {})
+    assert "--metrics" in refused(capsys, ["--metrics", "9"], {})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        (b"port = ", "Invalid value"),
+        (b"\xff\xfe", "utf-8"),
+        (b"colour = 'red'", "colour: Extra inputs are not permitted"),
+        (b"[server]\nport = 1", "server: Extra inputs are not permitted"),
+    ],
+    ids=["missing", "not TOML", "not text", "unknown setting", "a table"],
+)
+def test_a_settings_file_that_does_not_do(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None, says: str
+) -> None:
+    """The file is named, and what is wrong with it."""
+    file = tmp_path / "server.toml"
+    if content is not None:
+        file.write_bytes(content)
+    told = refused(capsys, ["--config", str(file)], {})
+    assert f"settings file {file}" in told
+    assert says in told
+
+
+def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each flag once, with a sentence and the default, in groups, and how flags, variables and the file relate."""
+    with pytest.raises(SystemExit) as ended:
+        load(["--help"], {})
+    assert ended.value.code == 0
+    page = capsys.readouterr().out
+    entries = dict(re.findall(r"^  (--[a-z-]+) (.*?)(?=^  --|^\S|\Z)", page, re.MULTILINE | re.DOTALL))
+    assert entries.keys() == {flag(name) for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        entry = " ".join(entries[flag(name)].split())
+        assert field.description
+        assert " ".join(field.description.split()) in entry
+        if field.default is not None:
+            default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+            assert entry.endswith(f"[{default}]")
+    assert "CONVEYOR_MAX_SESSIONS" in page
+    example = re.search(r"\((max_sessions = \d+)\)", page)
+    assert example is not None
+    assert tomllib.loads(example[1])
