@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeVar, overload
 
 import grpc
 
+from conveyor import background
 from conveyor.async_client import AsyncClient, InferResult, Sequences
-from conveyor.background import Background
 from conveyor.errors import StepsFailed
 from conveyor.model import Model
 from conveyor.payload import Inputs, Outputs, States
@@ -58,9 +58,10 @@ class Client:
             credentials=credentials,
             options=options,
         )
-        self._background = Background()
-        # Also when the client is collected, and when the interpreter exits.
-        self._stop = weakref.finalize(self, self._background.stop, self._client.close)
+        self._background = background.shared()
+        self._token = self._background.enter(self._client.close)
+        # The collector may come by in any thread, the background's too, where waiting would last forever.
+        weakref.finalize(self, self._background.leave, self._token, wait=False).atexit = False
 
     def models(self) -> list[Model]:
         """All models that are ready, each in its newest version, in alphabetical order."""
@@ -202,7 +203,7 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; sessions stay on the server until they expire."""
-        self._stop()
+        self._background.leave(self._token)
 
     def __enter__(self) -> Client:
         return self

@@ -34,7 +34,7 @@ class Session:
     """
 
     def __init__(self, client: Client, session: AsyncSession) -> None:
-        # The client also so that it is not collected, and its thread stopped, while a session is in use.
+        # The client also so that it is not collected, and its connection closed, while a session is in use.
         self._client = client
         self._session = session
 

@@ -69,6 +69,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         refusals: errors for the chunks to come, in-band; None for none.
         held: gets an item when a chunk or call is being held.
         released: what is held waits for this.
+        ended: gets an item when a stream has ended.
         target: address, once it listens.
     """
 
@@ -84,6 +85,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         self.refusals: deque[pb.ErrorDetail | None] = deque()
         self.held: asyncio.Queue[None] = asyncio.Queue()
         self.released = asyncio.Event()
+        self.ended: asyncio.Queue[None] = asyncio.Queue()
         self.target = ""
         self._server: grpc.aio.Server | None = None
 
@@ -192,6 +194,12 @@ class SumServer(stubs.ConveyorServiceServicer):
     async def Stream(self, requests: AsyncIterable[pb.StreamRequest], context: Any) -> None:
         self.streams += 1
         self.metadata = dict(context.invocation_metadata())
+        try:
+            await self._stream(requests, context)
+        finally:
+            self.ended.put_nowait(None)
+
+    async def _stream(self, requests: AsyncIterable[pb.StreamRequest], context: Any) -> None:
         async for request in requests:
             self.messages.append(len(request.chunks))
             for chunk in request.chunks:
