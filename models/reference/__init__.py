@@ -6,6 +6,8 @@ throughout: ``x[N, T, I]``, ``outputs[N, T, H]``, states [N, H]. Must not know t
 Read ``cells`` first (the equations), then ``sequence`` (time and lengths), then ``model`` (layers and the head).
 """
 
+from __future__ import annotations
+
 from models.reference.cells import State, step
 from models.reference.matrices import run_matrices
 from models.reference.model import initial_states, run_layer, run_model, stack_states, unstack_states

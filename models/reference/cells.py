@@ -105,8 +105,8 @@ def gru(layer: Layer, weights: Weights, a: Array, state: State) -> State:
 
         r  = sigmoid(W_xr x_t + W_hr h_{t-1} + b_r)                     how much of the past the candidate sees
         z  = sigmoid(W_xz x_t + W_hz h_{t-1} + b_z)                     how much of the past stays
-        h~ = tanh(W_xh x_t + W_hh (r * h_{t-1}) + b_h)                  reset before
-        h~ = tanh(W_xh x_t + b + r * (W_hh h_{t-1} + b_h))              reset after; b_h is a bias of its own
+        h~ = tanh(W_xh x_t + b + W_hh (r * h_{t-1}))                    reset before
+        h~ = tanh(W_xh x_t + b + r * (W_hh h_{t-1} + b_h))              reset after, with a bias of its own inside
         h  = z * h_{t-1} + (1 - z) * h~
 
     Source: Cho et al. (2014), arXiv:1406.1078v3, equations 5 to 8 (reset before); reset after is the form that cuDNN
