@@ -2,6 +2,7 @@
 
 One, and never closed before the process ends: gRPC hands the events of all loops to any of them, and complains when the
 loop of one is closed.
+"""
 
 from __future__ import annotations
 
