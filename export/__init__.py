@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import nn
-
-from export.describe import Precision
 from export.errors import ExportError, VerificationFailed
-from export.model_file import ModelFile, Progress, make_model_file, verify_file
-from export.versions import choose_version, write_version
-from models.weights import Array
 
-__all__ = ["ExportError", "ModelFile", "VerificationFailed", "export_model", "make_model_file", "verify_file"]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from export.describe import Precision
+    from export.model_file import Progress
+    from models.weights import Array
+
+__all__ = ["ExportError", "VerificationFailed", "export_model"]
 
 
 def export_model(
@@ -53,6 +54,10 @@ def export_model(
         ExportError: it cannot be exported so; nothing is written.
         VerificationFailed: the graph is not within the bound of the reference; nothing is written.
     """
+    # torch takes seconds to import, and this package's command line has things to say without it.
+    from export.model_file import make_model_file
+    from export.versions import choose_version, write_version
+
     repository = Path(repository)
     version = choose_version(repository, name, version, overwrite)
     made = make_model_file(model, lowering, precision, data, max_error, progress)

@@ -103,6 +103,7 @@ def make_model_file(
     parity = _run(verification, sequences, progress)
     manifest = manifest.model_copy(update={"parity": parity})
     put_manifest(graph, manifest)
+    put_manifest(baseline, manifest)  # so that the files' sizes compare
     return ModelFile(graph.SerializeToString(), manifest, baseline.SerializeToString(), notes)
 
 
@@ -148,16 +149,16 @@ def read_module(model: nn.Module) -> tuple[ModelSpec, dict[str, Array]]:
     Raises:
         ExportError: it is of another kind, dtype or size than can be exported.
     """
-    if isinstance(model, nn.LSTM | nn.GRU | nn.RNN):
-        try:
-            model = SequenceModel.from_torch(model)
-        except ValueError as error:
-            raise ExportError(str(error)) from error
-    if not isinstance(model, SequenceModel):
+    if not isinstance(model, SequenceModel | nn.LSTM | nn.GRU | nn.RNN):
         raise ExportError(f"got a {type(model).__name__}, expected a SequenceModel or a torch.nn.LSTM, GRU or RNN")
     for name, tensor in model.state_dict().items():
         if tensor.dtype not in (torch.float16, torch.float32, torch.float64):
             raise ExportError(f"weight {name} is {tensor.dtype}, expected float16, float32 or float64")
+    if not isinstance(model, SequenceModel):
+        try:
+            model = SequenceModel.from_torch(model)
+        except ValueError as error:
+            raise ExportError(str(error)) from error
     weights = model.weights()
     if (size := sum(4 * array.size for array in weights.values())) > MAX_BYTES:
         raise ExportError(f"the weights take {size} bytes in float32, one .onnx file holds {MAX_BYTES}")

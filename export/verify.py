@@ -202,5 +202,5 @@ def largest_error(got: Array, expected: Array, scale: Array) -> float:
 
 def to_parity(rows: Sequence[ParityRow]) -> Parity:
     """The rows as the manifest records them."""
-    provider = f"CPUExecutionProvider of onnxruntime {onnxruntime.__version__}"
+    provider = f"CPUExecutionProvider, onnxruntime {onnxruntime.__version__}"
     return Parity(reference="NumPy float64", provider=provider, rows=tuple(rows))
