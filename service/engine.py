@@ -49,12 +49,16 @@ class Engine:
             then. threads: inside one run; 0 for one a core.
 
     Raises:
-        LoadError: if the file is no model, has no manifest, disagrees with it, or the device does not start.
+        LoadError: if the file cannot be read, is no model, has no manifest, disagrees with it, or the device does not
+        start.
     """
 
     def __init__(self, path: Path, device: Literal["auto", "cpu", "cuda"] = "cpu", threads: int = 0) -> None:
-        with path.open("rb") as file:
-            self.digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                self.digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise LoadError(f"cannot read {path.name}: {error.strerror}") from error
         self._session = _start(path, device, threads)
         self.provider: str = self._session.get_providers()[0]
         self.manifest = _manifest(self._session)

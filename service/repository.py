@@ -125,7 +125,13 @@ class Repository:
         return runner, engine.provider
 
     def names(self) -> list[str]:
-        """The models that are served, in alphabetical order."""
+        """The models that are served, in alphabetical order.
+
+        Raises:
+            Loading: if models are being loaded still.
+        """
+        if not self._loaded:
+            raise Loading("models are being loaded")
         return sorted(self._runners)
 
     def find(self, name: str, version: int = 0) -> Runner:

@@ -52,7 +52,7 @@ class Row:
         track: whose steps they are.
         position: where they begin.
         steps: how many they are.
-        inputs: the arrays, one an input of the model.
+        inputs: the arrays, one an input of the model; none once refused.
         size: bytes that they hold.
         deadline: the time after which the row must not be applied; None for never.
         on_end: called once, by whoever delivers, when the row has ended.
@@ -98,6 +98,8 @@ class Row:
 
     def refuse(self, error: ConveyorError) -> None:
         """End the row without applying it."""
+        # A cancelled row stays in the queue until a tick is cut: it must not hold memory that nobody counts any more.
+        self.inputs = ()
         self.phase = Phase.REFUSED
         self.error = error
 

@@ -1,4 +1,4 @@
-"""The manifest says nothing that the server could not do: free axes where batch and time are, and nowhere by accident."""
+"""A manifest promises nothing that cannot be: batch and time are free axes, of a state the batch alone."""
 
 from __future__ import annotations
 

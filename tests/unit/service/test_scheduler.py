@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +15,15 @@ from service.scheduler import Limits, Phase, Row, Scheduler, Track
 NOW = 100.0
 
 
-def scheduler(queued_rows: int = 100, tick_rows: int = 100, tick_steps: int = 1000, ragged: bool = True) -> Scheduler:
+def scheduler(
+    queued_rows: int = 100,
+    tick_rows: int = 100,
+    tick_steps: int = 1000,
+    ragged: bool = True,
+    queued_bytes: int = 10_000,
+) -> Scheduler:
     """A scheduler whose limits are out of the way unless they are given."""
-    return Scheduler(Limits(queued_rows, tick_rows, tick_steps, ragged))
+    return Scheduler(Limits(queued_rows, tick_rows, tick_steps, ragged, queued_bytes))
 
 
 def row(steps: int = 1, track: Track | None = None, position: int = 0, deadline: float | None = None) -> Row:
@@ -74,6 +81,29 @@ def test_what_runs_or_was_cancelled_does_not_count_as_waiting() -> None:
     queue.submit([row(), row(), row()])
 
 
+def test_bytes_that_wait_are_bounded() -> None:
+    """Also all or none; what is cut, refused, cancelled or cleared gives its bytes back and lets go of them."""
+    queue = scheduler(queued_bytes=100, tick_rows=1)
+
+    def large(size: int, deadline: float | None = None) -> Row:
+        return Row(Track(0), 0, 1, [np.zeros(size, np.int8)], lambda row: None, deadline)
+
+    rows = [large(30), large(30, NOW), large(30)]
+    queue.submit(rows)
+    with pytest.raises(Full, match=r"90 bytes .* 12 more would pass the limit of 100"):
+        queue.submit([large(6), large(6)])
+    assert queue.cancel(rows[2])
+    queue.submit([large(40)])
+    for _ in range(2):
+        queue.cut(NOW)
+    with pytest.raises(Full):
+        queue.submit([large(101)])
+    queue.submit([large(100)])
+    queue.clear(Draining("stopping"))
+    queue.submit([large(100)])
+    assert [len(row.inputs) for row in rows] == [1, 0, 0]
+
+
 # --- cutting ticks ---
 
 
@@ -127,7 +157,7 @@ def test_a_tick_holds_one_row_of_each_track() -> None:
 
 
 def test_a_row_does_not_overtake_an_earlier_one_of_its_track() -> None:
-    """A short chunk waits behind a long one of its session although it would fit the tick that the long one does not."""
+    """A short chunk waits behind a long one of its session, although it would fit a tick where that one does not."""
     queue = scheduler()
     leader, (long, short) = row(1), follow(Track(1), 9, 1)
     queue.submit([leader, long, short])
@@ -279,16 +309,17 @@ def test_random_traffic_ends_every_row_once_and_in_order(data: st.DataObject) ->
                 accepted.append(new)
                 ends[which] = start + steps
         elif action == "cancel" and accepted:
-            victim = data.draw(st.sampled_from(accepted))
-            if queue.cancel(victim):
-                ended.append(victim)
+            given_up = data.draw(st.sampled_from(accepted))
+            if queue.cancel(given_up):
+                ended.append(given_up)
         else:
             tick, refused = queue.cut(now)
             assert len(tick) <= limits.tick_rows
             assert len({each.track for each in tick}) == len(tick)
             assert len(tick) <= 1 or len(tick) * max(each.steps for each in tick) <= limits.tick_steps
-            if tick and data.draw(st.booleans()):
-                queue.cancel(data.draw(st.sampled_from(tick)))
+            victim = data.draw(st.sampled_from([None, *tick]))
+            if victim is not None:
+                queue.cancel(victim)
             now += data.draw(st.floats(0, 2))
             for index in queue.seal(tick, now):
                 applied[tick[index].track].append(tick[index])

@@ -43,7 +43,7 @@ def test_every_source_sets_every_kind(tmp_path: Path, source: str, name: str) ->
     """Numbers, choices and paths, from each of the three."""
     text, value = SAMPLES[name]
     file = tmp_path / "server.toml"
-    file.write_text(f'{name} = {text if text.replace(".", "").isdigit() else repr(text)}\n')
+    file.write_text(f"{name} = {text if text.replace('.', '').isdigit() else repr(text)}\n")
     settings = {
         "flag": lambda: load([flag(name), text], {}),
         "environment": lambda: load([], {f"CONVEYOR_{name.upper()}": text}),

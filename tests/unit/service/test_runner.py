@@ -1,0 +1,333 @@
+"""A model at work, with a graph of a few lines of NumPy in the engine's place, so that runs can fail or be held.
+
+The graph adds up: y_t = s + x_0 + ... + x_t, and its state s is the last y. What a row should give is plain to see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.errors import Cancelled, Draining, EngineFailed, Full, Late
+from service.manifest import Manifest, StateSpec, TensorSpec
+from service.metrics import Metrics
+from service.runner import Runner
+from service.scheduler import Limits, Phase, Row, Track
+from tests.clock import Clock
+
+Array = NDArray[np.generic]
+
+POISON = 666.0
+
+
+class Sums:
+    """The graph.
+
+    Attributes:
+        digest: of no file.
+        manifest: x [T, N] and lengths in, y [T, N] out, state s [N].
+        runs: the rows of each run.
+        before: called inside each run with its x.
+    """
+
+    def __init__(self) -> None:
+        self.digest = ""
+        self.manifest = Manifest(
+            inputs=(TensorSpec(name="x", dtype="float64", shape=(None, None), batch_axis=1, time_axis=0),),
+            lengths="lengths",
+            outputs=(TensorSpec(name="y", dtype="float64", shape=(None, None), batch_axis=1, time_axis=0),),
+            states=(StateSpec(name="s", input="s0", output="sT", dtype="float64", shape=(None,), batch_axis=0),),
+            streamable=True,
+        )
+        self.runs: list[int] = []
+        self.before: Callable[[Array], None] = lambda x: None
+
+    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+        """Add up."""
+        x, lengths = feeds["x"], feeds["lengths"]
+        self.runs.append(x.shape[1])
+        self.before(x)
+        y = feeds["s0"] + np.cumsum(x, axis=0)
+        return [y], [y[lengths.astype(np.intp) - 1, np.arange(len(lengths))]]
+
+
+class Bench:
+    """A runner of the graph, and rows for it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.graph = Sums()
+        self.clock = Clock()
+        self.metrics = Metrics()
+        loop = asyncio.get_running_loop()
+        self.runner = Runner("sums", 1, self.graph, limits, 100, self.metrics, self.clock, loop)
+        self.ended: list[Row] = []
+        self._news = asyncio.Event()
+
+    def row(self, *x: float, track: Track | None = None, position: int = 0, deadline: float | None = None) -> Row:
+        """A row of those steps."""
+        track = track or Track(self.runner.pool.allocate())
+        return Row(track, position, len(x), [np.array(x)], self._end, deadline)
+
+    def state(self, row: Row) -> float:
+        """What the pool holds for a row."""
+        (state,) = self.runner.pool.read(row.track.slot)
+        return float(state)
+
+    async def all_ended(self, count: int) -> None:
+        """Wait until so many rows have ended."""
+        async with asyncio.timeout(30):
+            while len(self.ended) < count:
+                self._news.clear()
+                await self._news.wait()
+
+    async def run(self, *rows: Row) -> None:
+        """Queue rows together, and wait until they have ended."""
+        before = len(self.ended)
+        self.runner.submit(rows)
+        await self.all_ended(before + len(rows))
+
+    def _end(self, row: Row) -> None:
+        self.ended.append(row)
+        self._news.set()
+
+    def counted(self, name: str, **labels: str) -> float | None:
+        """A metric's value."""
+        return self.metrics.registry.get_sample_value(name, {"model": "sums", "version": "1", **labels})
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    """A runner that has started, and is stopped in the end."""
+    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=1000))
+    bench.runner.start()
+    yield bench
+    await bench.runner.stop()
+
+
+def outputs(row: Row) -> list[float]:
+    """The row's only output."""
+    assert row.outputs is not None
+    (y,) = row.outputs
+    return [float(value) for value in y]
+
+
+async def test_rows_queued_together_run_together(bench: Bench) -> None:
+    """Each gets its own outputs without padding, its state and its position move, and it ends once."""
+    long, short, other = bench.row(1, 2, 3, 4), bench.row(10, 20), bench.row(5, 5, 5)
+    await bench.run(long, short, other)
+    assert [outputs(row) for row in (long, short, other)] == [[1, 3, 6, 10], [10, 30], [5, 10, 15]]
+    assert [bench.state(row) for row in (long, short, other)] == [10, 30, 15]
+    assert [row.track.position for row in (long, short, other)] == [4, 2, 3]
+    assert (bench.graph.runs, len(bench.ended)) == ([3], 3)
+
+
+async def test_the_state_goes_on_from_tick_to_tick(bench: Bench) -> None:
+    """Chunks of one track, queued at once, each begin in the state that the one before left."""
+    first = bench.row(1, 2)
+    second, third = bench.row(3, track=first.track, position=2), bench.row(4, 5, track=first.track, position=3)
+    await bench.run(first, second, third)
+    assert [outputs(row) for row in (first, second, third)] == [[1, 3], [6], [10, 15]]
+    assert bench.graph.runs == [1, 1, 1]
+
+
+@pytest.mark.parametrize("poisoned", range(5))
+async def test_a_row_that_the_model_cannot_take_fails_alone(bench: Bench, poisoned: int) -> None:
+    """The others of its tick succeed, whatever its place in it; its own state and position have not moved."""
+
+    def refuse(x: Array) -> None:
+        if (x == POISON).any():
+            raise RuntimeError("secret")
+
+    rows = [bench.row(n + 1, n + 2) for n in range(5)]
+    await bench.run(*rows)
+    before = [bench.state(row) for row in rows]
+    bench.graph.before = refuse
+    again = [
+        bench.row(POISON if n == poisoned else 1, track=row.track, position=2 if row.track.position == 2 else 0)
+        for n, row in enumerate(rows)
+    ]
+    await bench.run(*again)
+    for n, row in enumerate(again):
+        if n == poisoned:
+            assert isinstance(row.error, EngineFailed)
+            assert "secret" not in str(row.error)
+            assert (row.outputs, bench.state(row), row.track.position) == (None, before[n], 2)
+        else:
+            assert (row.error, outputs(row), row.track.position) == (None, [before[n] + 1], 3)
+            assert bench.state(row) == before[n] + 1
+
+
+async def test_an_engine_that_always_fails_fails_every_row_and_the_runner_lives(bench: Bench) -> None:
+    """Each row ends once with an error, no state moves, and when the engine works again so does everything."""
+
+    def fail(x: Array) -> None:
+        raise MemoryError("out of it")
+
+    bench.graph.before = fail
+    rows = [bench.row(1) for _ in range(7)]
+    await bench.run(*rows)
+    assert [type(row.error) for row in rows] == [EngineFailed] * 7
+    assert [bench.state(row) for row in rows] == [0] * 7
+    assert len(bench.ended) == 7
+    bench.graph.before = lambda x: None
+    again = [bench.row(2, track=row.track) for row in rows]
+    await bench.run(*again)
+    assert [outputs(row) for row in again] == [[2]] * 7
+
+
+async def test_outputs_that_are_not_as_the_manifest_says(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that gives too few arrays is an engine failure, found before any state has moved."""
+    monkeypatch.setattr(bench.graph, "run", lambda feeds: ([], []))
+    row = bench.row(1)
+    await bench.run(row)
+    assert isinstance(row.error, EngineFailed)
+    assert (bench.state(row), row.track.position) == (0, 0)
+
+
+async def test_a_row_cancelled_while_it_runs_is_not_applied(bench: Bench) -> None:
+    """Its tick goes on for the others; it ends once, cancelled, with its state where it was."""
+    stays, goes = bench.row(1), bench.row(2)
+    told: list[bool] = []
+    bench.graph.before = lambda x: told.append(bench.runner.cancel(goes))
+    await bench.run(stays, goes)
+    assert told == [False]
+    assert (outputs(stays), bench.state(stays), stays.track.position) == ([1], 1, 1)
+    assert isinstance(goes.error, Cancelled)
+    assert (goes.outputs, bench.state(goes), goes.track.position) == (None, 0, 0)
+    assert bench.ended.count(goes) == 1
+
+
+async def test_a_row_whose_deadline_passes_while_it_runs_is_not_applied(bench: Bench) -> None:
+    """The clock moves inside the run: what is late when the run ends has not happened."""
+    in_time, late = bench.row(1, deadline=bench.clock.now + 10), bench.row(2, deadline=bench.clock.now + 5)
+
+    def take_time(x: Array) -> None:
+        bench.clock.now += 7
+
+    bench.graph.before = take_time
+    await bench.run(in_time, late)
+    assert (outputs(in_time), bench.state(in_time)) == ([1], 1)
+    assert isinstance(late.error, Late)
+    assert (bench.state(late), late.track.position) == (0, 0)
+
+
+async def test_a_row_cancelled_while_it_waits_never_runs(bench: Bench) -> None:
+    """Whoever cancels it is told that it has ended, and nobody is told a second time."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(x: Array) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    bench.graph.before = hold
+    running, waiting, last = bench.row(1), bench.row(2), bench.row(3)
+    bench.runner.submit([running])
+    assert await asyncio.to_thread(inside.wait, 30)
+    bench.runner.submit([waiting, last])
+    assert bench.runner.queued == 2
+    assert bench.runner.cancel(waiting)
+    go_on.set()
+    await bench.all_ended(2)
+    assert bench.ended == [running, last]
+    assert (waiting.phase, type(waiting.error), bench.state(waiting)) == (Phase.REFUSED, Cancelled, 0)
+    assert sum(bench.graph.runs) == 2
+
+
+async def test_what_queues_while_a_run_is_held_shares_the_next(bench: Bench) -> None:
+    """Any number of submissions, one run; over the limit of the queue the answer is immediate."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(x: Array) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    bench.graph.before = hold
+    bench.runner.submit([bench.row(1)])
+    assert await asyncio.to_thread(inside.wait, 30)
+    for n in range(16):
+        bench.runner.submit([bench.row(n)])
+    assert bench.counted("conveyor_queued_rows") == 16
+    with pytest.raises(Full, match="limit of 20"):
+        bench.runner.submit([bench.row(0) for _ in range(5)])
+    go_on.set()
+    await bench.all_ended(17)
+    assert bench.graph.runs == [1, 16]
+
+
+async def test_a_result_that_its_owner_cannot_take_costs_the_others_nothing(bench: Bench) -> None:
+    """Everyone else of the tick is told all the same, and so is the next tick."""
+
+    def choke(row: Row) -> None:
+        raise RuntimeError("full")
+
+    bad = Row(Track(bench.runner.pool.allocate()), 0, 1, [np.ones(1)], choke)
+    good = bench.row(1)
+    bench.runner.submit([bad, good])
+    await bench.all_ended(1)
+    await bench.run(bench.row(2))
+    assert bad.phase is Phase.APPLIED
+    assert outputs(good) == [1]
+
+
+async def test_stop_finishes_the_run_and_refuses_what_waits(bench: Bench) -> None:
+    """Each row ends once: the one that runs is applied, the one that waits is told, a new one is not taken."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(x: Array) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    bench.graph.before = hold
+    running, waiting = bench.row(1), bench.row(2)
+    bench.runner.submit([running])
+    assert await asyncio.to_thread(inside.wait, 30)
+    bench.runner.submit([waiting])
+    stop = asyncio.create_task(bench.runner.stop())
+    await bench.all_ended(1)
+    assert isinstance(waiting.error, Draining)
+    with pytest.raises(Draining):
+        bench.runner.submit([bench.row(3)])
+    assert not stop.done()
+    go_on.set()
+    await stop
+    await bench.all_ended(2)
+    assert (outputs(running), bench.state(waiting)) == ([1], 0)
+
+
+async def test_warm_up_leaves_nothing_behind() -> None:
+    """It runs the graph at several sizes, and every slot it took is free and in its initial state afterwards."""
+    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=1000))
+    bench.graph.before = lambda x: np.copyto(x, 1)
+    bench.runner.warm_up()
+    assert len(bench.graph.runs) > 1
+    assert bench.runner.pool.taken == 0
+    rows = [bench.row(0) for _ in range(max(bench.graph.runs))]
+    assert [bench.state(row) for row in rows] == [0] * len(rows)
+
+
+async def test_warm_up_says_what_the_engine_says() -> None:
+    """A graph that does not run is found before it is served."""
+    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=1000))
+
+    def fail(x: Array) -> None:
+        raise RuntimeError("no kernel")
+
+    bench.graph.before = fail
+    with pytest.raises(RuntimeError, match="no kernel"):
+        bench.runner.warm_up()
+
+
+async def test_what_is_counted(bench: Bench) -> None:
+    """Steps applied, steps of padding, rows by how they ended, rows a tick."""
+    await bench.run(bench.row(1, 2, 3), bench.row(1, 2), bench.row(1, deadline=0))
+    assert bench.counted("conveyor_steps_total") == 5
+    assert bench.counted("conveyor_padding_steps_total") == 1
+    assert bench.counted("conveyor_rows_total", outcome="applied") == 2
+    assert bench.counted("conveyor_rows_total", outcome="refused") == 1
+    assert bench.counted("conveyor_tick_rows_sum") == 2
+    assert bench.counted("conveyor_tick_seconds_count") == 1
