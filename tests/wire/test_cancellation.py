@@ -369,3 +369,24 @@ async def test_drain_finishes_what_was_accepted(house: House) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as ended:
         await house.caller.call.read()
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_of_one_tick_only_who_is_answered_moves(house: House) -> None:
+    """Two sessions share a run and one goes away meanwhile: the other's state moves, its own does not."""
+    busy, stays, goes = [await house.caller.open() for _ in range(3)]
+    await house.caller.send(chunk(busy, 0, x[:1]))
+    await house.gate.entered()
+    async with streaming(house.stub) as other:
+        await other.send(chunk(goes, 0, x[:2]))
+        await house.caller.send(chunk(stays, 0, x[:2]))
+        await house.queued(2)
+        house.gate.let(1)
+        await house.gate.entered()
+    await until(lambda: house.pending(goes) == 0)
+    house.gate.let(3)
+    for _ in range(2):
+        assert not (await house.caller.result()).HasField("error")
+    for session, position, reference in ((stays, 2, expected(x[:5])[2:]), (goes, 0, expected(x[2:5]))):
+        (result,) = await house.caller.step(chunk(session, position, x[2:5]))
+        assert_close(array(result.outputs[0]), reference)
+    assert house.gate.rows[:2] == [1, 2]
