@@ -18,7 +18,6 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from conveyor.v1 import conveyor_pb2, conveyor_pb2_grpc
 from service.engine import LoadError
 from service.metrics import Metrics
 from service.operations import Operations
@@ -82,10 +81,9 @@ class Server:
             LoadError: if the repository cannot be read.
             OSError: if the address or port cannot be had.
         """
-        conveyor_pb2_grpc.add_ConveyorServiceServicer_to_server(self._servicer, self._grpc)
+        name = self._servicer.register(self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        services = (conveyor_pb2.DESCRIPTOR.services_by_name["ConveyorService"].full_name, health.SERVICE_NAME)
-        reflection.enable_server_reflection((*services, reflection.SERVICE_NAME), self._grpc)
+        reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         await self._health.set("", _NOT_SERVING)
         try:

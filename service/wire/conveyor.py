@@ -57,6 +57,11 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
         self._codecs: dict[Runner, Codec] = {}
         self._streams: set[Stream] = set()
 
+    def register(self, server: grpc.aio.Server) -> str:
+        """Enter the calls into a server, and return the service's full name."""
+        stubs.add_ConveyorServiceServicer_to_server(self, server)
+        return str(pb.DESCRIPTOR.services_by_name["ConveyorService"].full_name)
+
     def codec(self, runner: Runner) -> Codec:
         """The reader of a model's tensors."""
         codec = self._codecs.get(runner)
