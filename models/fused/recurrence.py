@@ -56,7 +56,7 @@ class Recurrence(nn.Module):
         """The state before the first step, ``[N, H]`` each: learned, or zeros."""
         names = ("h0", "c0") if self.layer.has_cell_state else ("h0",)
         if self.layer.learned_initial_state:
-            return tuple(self.get_parameter(name).expand(N, -1) for name in names)
+            return tuple(getattr(self, name).expand(N, -1) for name in names)
         return tuple(self.W_h.new_zeros(N, self.layer.hidden_size) for _ in names)
 
     def forward(self, x: Tensor, valid: Tensor | None, state: State) -> tuple[Tensor, State]:
