@@ -49,12 +49,14 @@ class Codec:
         manifest: of the model.
         max_steps: most steps of one sequence or chunk.
         max_batch: most sequences of one batch.
+        max_bytes: most bytes of the arrays in one reply.
         finite: whether NaN and infinity are refused.
     """
 
-    def __init__(self, manifest: Manifest, max_steps: int, max_batch: int, finite: bool) -> None:
+    def __init__(self, manifest: Manifest, max_steps: int, max_batch: int, max_bytes: int, finite: bool) -> None:
         self.max_steps = max_steps
         self.max_batch = max_batch
+        self.max_bytes = max_bytes
         self._manifest = manifest
         self._finite = finite
 
@@ -76,6 +78,7 @@ class Codec:
                     f"input {spec.name!r} has {len(array)} steps; expected {1 if spec.time_axis is None else steps}"
                 )
             self._check_values(array, f"input {spec.name!r}", spec.below)
+        self.check_reply(1, steps)
         return arrays
 
     def batch(self, tensors: Sequence[pb.Tensor], lengths: Sequence[int]) -> tuple[list[Array], list[int]]:
@@ -132,6 +135,26 @@ class Codec:
             arrays.append(array)
         return arrays
 
+    def check_reply(self, rows: int, steps: int, states: bool = False) -> None:
+        """Refuse what could not be answered, before it is run.
+
+        Args:
+            rows: how many are to be answered at once.
+            steps: of the longest.
+            states: whether the final states are to be sent too.
+        """
+        sizes = [
+            (steps if spec.time_axis is not None else 1) * _bytes(spec.tail, spec.dtype)
+            for spec in self._manifest.outputs
+        ]
+        if states:
+            sizes += [_bytes(spec.tail, spec.dtype) for spec in self._manifest.states]
+        if rows * sum(sizes) > self.max_bytes:
+            raise InvalidRequest(
+                f"the reply would hold {rows * sum(sizes)} bytes; this server sends up to {self.max_bytes}: "
+                "send fewer rows, or fewer steps"
+            )
+
     def _pair(self, specs: Sequence[Spec], tensors: Sequence[pb.Tensor], kind: str) -> Iterable[tuple[Spec, pb.Tensor]]:
         if len(specs) == 1 and len(tensors) == 1 and tensors[0].name in ("", specs[0].name):
             return ((specs[0], tensors[0]),)
@@ -183,6 +206,10 @@ class Codec:
             raise InvalidRequest(
                 f"there are {steps} steps; this server takes up to {self.max_steps} in one sequence or chunk"
             )
+
+
+def _bytes(tail: Sequence[int | None], dtype: str) -> int:
+    return math.prod(size or 1 for size in tail) * np.dtype(dtype).itemsize
 
 
 def _show(shape: Sequence[int]) -> str:

@@ -26,6 +26,8 @@ from service.wire.status import abort
 from service.wire.streaming import Stream
 
 _KEY = "conveyor-key"
+_LAST_POSITION = 1 << 62
+"""Room enough behind it that no session can step to where the wire's 64 bits end."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Request = TypeVar("Request")
@@ -67,8 +69,13 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
         codec = self._codecs.get(runner)
         if codec is None:
             settings = self._settings
-            finite = settings.non_finite == "reject"
-            codec = self._codecs[runner] = Codec(runner.manifest, settings.max_steps, settings.max_batch, finite)
+            codec = self._codecs[runner] = Codec(
+                runner.manifest,
+                max_steps=settings.max_steps,
+                max_batch=settings.max_batch,
+                max_bytes=settings.max_message_bytes,
+                finite=settings.non_finite == "reject",
+            )
         return codec
 
     # --- models ---
@@ -93,7 +100,7 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
         codec = self.codec(runner)
         inputs, lengths = codec.batch(request.inputs, request.lengths)
         states = codec.states(request.initial_states, rows=len(lengths))
-        self._check_reply(runner, len(lengths), inputs[0].shape[1])
+        codec.check_reply(len(lengths), inputs[0].shape[1], request.return_states)
         left = context.time_remaining()
         deadline = None if left is None else self._clock() + left
         outputs, finals = await self._operations.infer(runner, inputs, lengths, states, deadline)
@@ -175,8 +182,8 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
         """Open a session from an exported state."""
         state = request.state
         runner = self._find(state.model, state.version)
-        if state.position < 0:
-            raise InvalidRequest(f"the state is at position {state.position}; expected 0 or more")
+        if not 0 <= state.position <= _LAST_POSITION:
+            raise InvalidRequest(f"the state is at position {state.position}; expected 0 to {_LAST_POSITION}")
         states = self.codec(runner).states(state.states, rows=None)
         if states is None and runner.manifest.states:
             raise InvalidRequest(f"the state is empty; expected {[spec.name for spec in runner.manifest.states]}")
@@ -189,18 +196,6 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
         if version < 0:
             raise InvalidRequest(f"version is {version}; expected a positive integer, or 0 for the newest")
         return self._operations.repository.find(model, version)
-
-    def _check_reply(self, runner: Runner, rows: int, steps: int) -> None:
-        """Refuse what could not be answered, before it is run."""
-        size = 0
-        for output in runner.manifest.outputs:
-            times = 1 if output.time_axis is None else steps
-            size += rows * times * int(np.prod([size or 1 for size in output.tail])) * np.dtype(output.dtype).itemsize
-        if size > self._settings.max_message_bytes:
-            raise InvalidRequest(
-                f"the reply would hold {size} bytes; this server sends up to {self._settings.max_message_bytes}: "
-                "send fewer rows, or fewer steps"
-            )
 
     def _session(self, session: Session) -> pb.Session:
         return pb.Session(

@@ -30,6 +30,8 @@ log = structlog.get_logger()
 DETAIL_KEY = "conveyor-error-bin"
 """Where the trailing metadata of a failed unary call holds a serialized ErrorDetail."""
 
+_LONGEST_MESSAGE = 2000
+
 _CODES: dict[type[ConveyorError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     NotFound: grpc.StatusCode.NOT_FOUND,
@@ -57,8 +59,10 @@ def detail(error: Exception) -> pb.ErrorDetail:
     if not isinstance(error, ConveyorError):
         log.error("unexpected error", exc_info=error)
         error = EngineFailed("internal error")
+    # It goes into trailing metadata, twice: clients refuse what is over 8 KiB there, and all but ASCII grows under way.
+    message = str(error).encode("ascii", "backslashreplace").decode()[:_LONGEST_MESSAGE]
     position = error.position if isinstance(error, PositionConflict) else None
-    return pb.ErrorDetail(code=code(error).value[0], reason=error.reason, message=str(error), position=position)
+    return pb.ErrorDetail(code=code(error).value[0], reason=error.reason, message=message, position=position)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
