@@ -45,12 +45,13 @@ class Engine:
 
     Args:
         path: the .onnx file.
-        device: ``cuda`` fails where CUDA does not start or any node would run elsewhere; ``auto`` falls to the CPU
-            then. threads: inside one run; 0 for one a core.
+        device: ``cuda`` fails where CUDA does not start or any node would run elsewhere; ``auto`` falls to the
+            CPU then.
+        threads: inside one run; 0 for one a core.
 
     Raises:
         LoadError: if the file cannot be read, is no model, has no manifest, disagrees with it, or the device does not
-        start.
+            start.
     """
 
     def __init__(self, path: Path, device: Literal["auto", "cpu", "cuda"] = "cpu", threads: int = 0) -> None:
