@@ -5,12 +5,25 @@ Owns the arithmetic from raw outputs to figures. Must not know how they were got
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from demo.digits import Digits
+
+
+def rows_by_tick(counted: Mapping[tuple[str, str], float]) -> dict[int, int]:
+    """Undoes the server's histogram, which counts for each bound all ticks up to it: the ticks of each bound alone."""
+    below = sorted(
+        (int(float(bound)), int(value))
+        for (name, bound), value in counted.items()
+        if name == "conveyor_tick_rows_bucket" and bound != "+Inf"
+    )
+    before = [0, *(count for _, count in below)]
+    return {bound: count - earlier for (bound, count), earlier in zip(below, before, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,9 @@ class Results:
         sessions: how many were open at a time.
         tick_rows: how many ticks had up to so many rows, by that upper bound; as the server counted them.
         rows_per_tick: the mean; as the server counted it.
+        steps: how many the server applied; as the server counted them.
         largest_difference: from the reference, over all outputs and final states.
+        largest_error: the same by the measure of the export, in which values beyond 1 count relatively.
     """
 
     digits: Digits
@@ -35,7 +50,9 @@ class Results:
     sessions: int
     tick_rows: dict[int, int]
     rows_per_tick: float
+    steps: int
     largest_difference: float
+    largest_error: float
 
     @property
     def probabilities(self) -> NDArray[np.float64]:
@@ -54,6 +71,22 @@ class Results:
     def steps_per_second(self) -> float:
         """Rows answered in a second, by the clock of the whole streaming."""
         return self.latencies_s.size / self.seconds
+
+    def to_json(self) -> str:
+        """The figures, for programs."""
+        figures = {
+            "images": len(self.digits.labels),
+            "sessions": self.sessions,
+            "steps": self.steps,
+            "accuracy": self.accuracy.tolist(),
+            "largest_difference": self.largest_difference,
+            "largest_error": self.largest_error,
+            "steps_per_second": self.steps_per_second,
+            "p50_ms": self.latency_ms(50),
+            "p99_ms": self.latency_ms(99),
+            "rows_per_tick": self.rows_per_tick,
+        }
+        return json.dumps(figures, indent=2) + "\n"
 
     def latency_ms(self, percentile: float) -> float:
         """The latency that so many percent of the steps stay under, in milliseconds."""

@@ -27,11 +27,13 @@ class Server:
     """A server that is ready.
 
     Attributes:
+        pid: the process.
         port: for gRPC, on 127.0.0.1.
         metrics_port: for its metrics over HTTP.
         ready_s: seconds from the start of the process until it was ready.
     """
 
+    pid: int
     port: int
     metrics_port: int
     ready_s: float
@@ -90,7 +92,7 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> Server:
         for line in log.read_text().splitlines():
             event = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
             if event.get("event") == "ready":
-                return Server(event["port"], event["metrics_port"], time.monotonic() - began)
+                return Server(process.pid, event["port"], event["metrics_port"], time.monotonic() - began)
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with status {process.returncode} before it was ready: see {log}")
         time.sleep(_POLL_S)
