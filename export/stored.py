@@ -57,7 +57,7 @@ def from_stored(layer: Layer, arrays: Weights, lowering: Lowering) -> dict[str, 
     if lowering == "operator":
         return convert(arrays, stored_layer(layer, lowering), source="onnx", target="fused")
     canonical = {stored: name for name, stored in TRANSPOSED.items()}
-    return {_swap_kernel(name, canonical): array.T for name, array in arrays.items()}
+    return {_swap_kernel(name, canonical): np.ascontiguousarray(array.T) for name, array in arrays.items()}
 
 
 def stored_weights(spec: ModelSpec, weights: Weights, lowerings: Sequence[Lowering]) -> dict[str, Array]:

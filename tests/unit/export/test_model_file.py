@@ -1,0 +1,230 @@
+"""A file leaves export only if its graph computes what it was made from; verified again, it is judged by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import export.model_file
+from export import ExportError, VerificationFailed, export_model
+from export.describe import read_manifest
+from export.graph import build_graph
+from export.model_file import make_model_file, verify_file
+from models.fused import SequenceModel
+from models.spec import Layer, ModelSpec
+from service.manifest import METADATA_KEY
+from tests.unit.export.sabotage import LSTM_SABOTAGE, SCAN_SABOTAGE, Sabotage, drop_linear_before_reset
+from tests.unit.models.drawn import draw_weights
+
+LSTM = ModelSpec((Layer("lstm", 4, 4), Layer("lstm", 4, 4)), head_size=3)
+GRU = ModelSpec((Layer("gru", 4, 4, reset="after"),))
+SABOTAGE = [
+    *((LSTM, "operator", sabotage) for sabotage in LSTM_SABOTAGE),
+    *((LSTM, "scan", sabotage) for sabotage in SCAN_SABOTAGE),
+    (GRU, "operator", drop_linear_before_reset),
+]
+NAMES = [f"{lowering}, {sabotage.__name__}" for _, lowering, sabotage in SABOTAGE]
+
+
+def model(spec: ModelSpec) -> SequenceModel:
+    """A model with random weights."""
+    return SequenceModel.from_weights(spec, draw_weights(spec.weight_shapes, dtype=np.float32))
+
+
+@pytest.fixture(scope="module")
+def good_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ModelSpec, str], Path]:
+    """Gives the path of a good file for a model and a lowering, each exported once."""
+    folder = tmp_path_factory.mktemp("good")
+
+    def path(spec: ModelSpec, lowering: Any) -> Path:
+        file: Path = folder / str(hash(spec)) / lowering / "1" / "model.onnx"
+        if not file.exists():
+            export_model(model(spec), file.parents[2], lowering, lowering=lowering)
+        return file
+
+    return path
+
+
+@pytest.mark.parametrize(("spec", "lowering", "sabotage"), SABOTAGE, ids=NAMES)
+def test_a_wrong_graph_is_not_written(
+    spec: ModelSpec, lowering: Any, sabotage: Sabotage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug in the lowering fails verification, the error says where, and nothing is on the disk."""
+
+    def wrong(*arguments: Any) -> onnx.ModelProto:
+        graph = build_graph(*arguments)
+        sabotage(graph)
+        return graph
+
+    monkeypatch.setattr(export.model_file, "build_graph", wrong)
+    with pytest.raises(VerificationFailed, match=r"verification failed in .* rows") as failed:
+        export_model(model(spec), tmp_path / "models", "wrong", lowering=lowering)
+    assert any(not row.within for row in failed.value.parity.rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("spec", "lowering", "sabotage"), SABOTAGE, ids=NAMES)
+def test_a_tampered_file_is_found_out(
+    spec: ModelSpec, lowering: Any, sabotage: Sabotage, good_file: Callable[[ModelSpec, str], Path], tmp_path: Path
+) -> None:
+    """A file whose graph was changed fails; one whose weights alone were changed is another model, and may pass."""
+    path = good_file(spec, lowering)
+    assert verify_file(path) == read_manifest(onnx.load(path)).parity
+    tampered = onnx.load(path)
+    sabotage(tampered)
+    (tmp_path / "tampered.onnx").write_bytes(tampered.SerializeToString())
+    if sabotage.__name__ in ("nudge_a_weight", "break_gate_order"):
+        assert verify_file(tmp_path / "tampered.onnx").rows
+        return
+    with pytest.raises(VerificationFailed):
+        verify_file(tmp_path / "tampered.onnx")
+
+
+def without_manifest(file: onnx.ModelProto) -> None:
+    """Not exported here."""
+    del file.metadata_props[:]
+
+
+def with_another_format(file: onnx.ModelProto) -> None:
+    """From another time."""
+    onnx.helper.set_model_props(file, {METADATA_KEY: '{"format": 2}'})
+
+
+def without_a_weight(file: onnx.ModelProto) -> None:
+    """A weight under another name."""
+    next(tensor for tensor in file.graph.initializer if tensor.name == "layers.0.R").name = "R"
+
+
+def with_an_unknown_operator(file: onnx.ModelProto) -> None:
+    """A graph that nothing can run."""
+    next(node for node in file.graph.node if node.op_type == "LSTM").op_type = "LTSM"
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (without_manifest, "was not exported here"),
+        (with_another_format, "manifest does not hold to the format"),
+        (without_a_weight, "does not hold the model that its manifest tells of.*R"),
+        (with_an_unknown_operator, "onnxruntime refuses the graph"),
+    ],
+)
+def test_a_damaged_file_is_refused(
+    damage: Sabotage, says: str, good_file: Callable[[ModelSpec, str], Path], tmp_path: Path
+) -> None:
+    """A file that cannot be verified at all gets an error that says why."""
+    damaged = onnx.load(good_file(LSTM, "operator"))
+    damage(damaged)
+    (tmp_path / "damaged.onnx").write_bytes(damaged.SerializeToString())
+    with pytest.raises(ExportError, match=says):
+        verify_file(tmp_path / "damaged.onnx")
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"\xff\xff", "is not an ONNX file"), (None, "No such file")])
+def test_no_onnx_file(content: bytes | None, says: str, tmp_path: Path) -> None:
+    """What is no ONNX file, or no file, is refused as that."""
+    path = tmp_path / "model.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ExportError, match=says):
+        verify_file(path)
+
+
+def test_given_data_is_verified_too(good_file: Callable[[ModelSpec, str], Path]) -> None:
+    """Given sequences get a row of their own, and are held to the same bound."""
+    x = np.random.default_rng(0).standard_normal((3, 5, 4))
+    data = {"x": x, "lengths": np.array([5, 1, 3])}
+    row = verify_file(good_file(LSTM, "operator"), data).rows[-1]
+    assert (row.case, row.batch, row.steps, row.within) == ("given data", 3, 5, True)
+    with pytest.raises(VerificationFailed):
+        verify_file(good_file(LSTM, "operator"), data, max_error=1e-12)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ModelSpec(
+            (Layer("gru", 3, 4, bidirectional=True, learned_initial_state=True), Layer("lstm_peephole", 8, 5)),
+            vocabulary_size=7,
+            head_size=2,
+            head_on="last",
+        ),
+        ModelSpec((Layer("lstm", 3, 4, learned_initial_state=True), Layer("lstm_coupled", 4, 4, bias=False))),
+        ModelSpec((Layer("rnn", 3, 1),), head_size=1),
+    ],
+    ids=["everything", "learned and zero states", "sizes of 1"],
+)
+def test_models_of_many_parts(spec: ModelSpec, tmp_path: Path) -> None:
+    """Embedding, mixed cells, learned initial states and a head on the last step verify, from the file too."""
+    path = export_model(model(spec), tmp_path, "many")
+    assert verify_file(path) == read_manifest(onnx.load(path)).parity
+
+
+def test_the_file_says_nothing_of_where_it_was_made(good_file: Callable[[ModelSpec, str], Path]) -> None:
+    """No path, user or source line of the machine is in the file."""
+    assert str(Path(__file__).parents[3]).encode() not in good_file(LSTM, "operator").read_bytes()
+
+
+def test_auto_takes_scan_for_rnn_and_says_so() -> None:
+    """The RNN operator's results depend on the batch in their last bits; "auto" avoids it, and says so."""
+    spec = ModelSpec((Layer("rnn", 3, 4), Layer("lstm", 4, 4)))
+    made = make_model_file(model(spec))
+    assert [layer.lowering for layer in made.manifest.layers] == ["scan", "operator"]
+    (note,) = made.notes
+    assert "layer 1 (rnn) is lowered to Scan" in note
+
+
+def test_float16() -> None:
+    """Inputs, outputs, states and weights are float16; the loss is measured and stays within its bound."""
+    made = make_model_file(model(LSTM), precision="float16")
+    manifest = made.manifest
+    assert {tensor.dtype for tensor in (*manifest.inputs, *manifest.outputs)} == {"float16"}
+    assert {state.dtype for state in manifest.states} == {"float16"}
+    assert made.manifest.parity is not None
+    errors = [max(row.outputs, row.states) for row in made.manifest.parity.rows]
+    assert 2e-6 < max(errors) <= 5e-3
+    assert len(made.content) < len(made.baseline)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
+def test_int8(bidirectional: bool, tmp_path: Path) -> None:
+    """LSTMs become DynamicQuantizeLSTM; what one row's company costs it is measured and recorded, not hidden."""
+    first = Layer("lstm_peephole", 4, 32, bidirectional=bidirectional)
+    spec = ModelSpec((first, Layer("lstm_coupled", first.output_size, 32, bidirectional=bidirectional)), head_size=3)
+    torch.manual_seed(0)
+    path = export_model(SequenceModel(spec), tmp_path, "small", precision="int8")
+    file = onnx.load(path)
+    assert [node.op_type for node in file.graph.node].count("DynamicQuantizeLSTM") == 2
+    parity = read_manifest(file).parity
+    assert parity is not None
+    shared = [row for row in parity.rows if row.case == "alone against batched"]
+    assert max(row.states for row in shared) > 2e-6
+    assert {row.bound for row in parity.rows} == {5e-2}
+    assert verify_file(path).rows
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "says"),
+    [
+        (nn.Linear(3, 4), {}, "got a Linear, expected a SequenceModel"),
+        (nn.LSTM(3, 4, proj_size=2), {}, "projection"),
+        (nn.LSTM(3, 4).bfloat16(), {}, "is torch.bfloat16, expected float16, float32 or float64"),
+        (nn.GRU(3, 4), {"precision": "int8"}, "layer 1 is a gru: onnxruntime has an int8 form of LSTM"),
+        (nn.LSTM(3, 4), {"precision": "int8", "lowering": "scan"}, "int8 needs the LSTM operator"),
+        (nn.LSTM(3, 4), {"data": {"y": np.zeros(1)}}, r"got \['y'\], expected an array 'x'"),
+        (nn.LSTM(3, 4), {"data": {"x": np.zeros((2, 5, 2))}}, r"shape \(2, 5, 2\), expected numbers \[N, T, 3\]"),
+        (nn.LSTM(3, 4), {"data": {"x": np.zeros((2, 5, 3)), "lengths": np.array([0, 6])}}, "each from 1 to T = 5"),
+    ],
+)
+def test_what_cannot_be_exported(module: nn.Module, options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """Every refusal says what was wrong and what was expected; nothing is written."""
+    with pytest.raises(ExportError, match=says):
+        export_model(module, tmp_path / "models", "no", **options)
+    assert list(tmp_path.iterdir()) == []

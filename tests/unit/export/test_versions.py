@@ -1,0 +1,110 @@
+"""Model versions appear as a whole or not at all, and none is replaced unasked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from export.errors import ExportError
+from export.versions import choose_version, write_file, write_version
+
+
+def everything(folder: Path) -> list[str]:
+    """All files and folders below, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_layout(tmp_path: Path) -> None:
+    """A version is one file in its folder, and nothing is left beside it."""
+    path = write_version(tmp_path, "digits", 3, b"model", overwrite=False)
+    assert path == tmp_path / "digits" / "3" / "model.onnx"
+    assert path.read_bytes() == b"model"
+    assert everything(tmp_path) == ["digits", "digits/3", "digits/3/model.onnx"]
+
+
+def test_the_next_version_is_the_one_after_the_last(tmp_path: Path) -> None:
+    """Gaps are not filled, and what is no number does not count."""
+    assert choose_version(tmp_path, "digits", None, overwrite=False) == 1
+    for name in ("1", "7", "notes", ".9.half"):
+        (tmp_path / "digits" / name).mkdir(parents=True)
+    assert choose_version(tmp_path, "digits", None, overwrite=False) == 8
+
+
+def test_a_version_is_not_replaced_unasked(tmp_path: Path) -> None:
+    """An existing version is refused by name and stays as it was; asked for, its file is replaced and others stay."""
+    write_version(tmp_path, "digits", 1, b"old", overwrite=False)
+    (tmp_path / "digits" / "1" / "labels.txt").touch()
+    with pytest.raises(ExportError, match="digits/1 is there already"):
+        write_version(tmp_path, "digits", 1, b"new", overwrite=False)
+    assert (tmp_path / "digits" / "1" / "model.onnx").read_bytes() == b"old"
+    assert write_version(tmp_path, "digits", 1, b"new", overwrite=True).read_bytes() == b"new"
+    assert everything(tmp_path / "digits") == ["1", "1/labels.txt", "1/model.onnx"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_write_that_fails_leaves_nothing(overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails before the bytes are safe leaves what was there, and no half of a file."""
+    if overwrite:
+        write_version(tmp_path, "digits", 1, b"old", overwrite=False)
+    before = everything(tmp_path / "digits")
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_version(tmp_path, "digits", 1, b"new", overwrite=overwrite)
+    assert everything(tmp_path / "digits") == before
+    assert not overwrite or (tmp_path / "digits" / "1" / "model.onnx").read_bytes() == b"old"
+
+
+def test_bytes_are_flushed_before_the_name_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the file is flushed, its version is not visible yet; when its folder is, the file is."""
+    seen: list[bool] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        seen.append((tmp_path / "digits" / "1" / "model.onnx").exists())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_version(tmp_path, "digits", 1, b"model", overwrite=False)
+    assert seen == [False, False, True]  # the file, its folder, the folder of versions
+
+
+def test_two_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes second to a version gets an error, and the first one's file stays."""
+    fsync = os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_version(tmp_path, "digits", 1, b"first", overwrite=False)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    with pytest.raises(ExportError, match="has appeared meanwhile"):
+        write_version(tmp_path, "digits", 1, b"second", overwrite=False)
+    assert everything(tmp_path) == ["digits", "digits/1", "digits/1/model.onnx"]
+    assert (tmp_path / "digits" / "1" / "model.onnx").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "tab\t", "ümlaut"])
+def test_names_that_cannot_be(name: str, tmp_path: Path) -> None:
+    """A name is letters, digits and a few signs: nothing that leads out of the repository."""
+    with pytest.raises(ExportError, match="model name"):
+        write_version(tmp_path, name, 1, b"", overwrite=False)
+
+
+def test_versions_that_cannot_be(tmp_path: Path) -> None:
+    """A version is a positive integer."""
+    with pytest.raises(ExportError, match="version 0: expected a positive integer"):
+        choose_version(tmp_path, "digits", 0, overwrite=False)
+
+
+def test_one_file(tmp_path: Path) -> None:
+    """A single file is written and replaced likewise, its folder made if need be."""
+    path = tmp_path / "new" / "model.onnx"
+    write_file(path, b"one")
+    assert write_file(path, b"two").read_bytes() == b"two"
+    assert everything(tmp_path) == ["new", "new/model.onnx"]
