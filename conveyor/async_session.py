@@ -191,8 +191,6 @@ class AsyncSession:
         async with self._lock:
             if self._closed:
                 return
-            if self._pending is not None:
-                self._stream.forget(self._pending.flight)
             request = pb.CloseSessionRequest(session_id=self.session_id)
             # Gone is what was asked for, whether by an attempt whose reply was lost or otherwise.
             with suppress(NotFound):

@@ -59,9 +59,9 @@ class Client:
             options=options,
         )
         self._background = background.shared()
-        self._token = self._background.enter(self._client.close)
-        # The collector may come by in any thread, the background's too, where waiting would last forever.
-        weakref.finalize(self, self._background.leave, self._token, wait=False).atexit = False
+        # A forgotten client's connection is closed too. Nobody waits for that: the collector may come by in any thread.
+        self._forgotten = weakref.finalize(self, self._background.post, self._client.close)
+        self._forgotten.atexit = False
 
     def models(self) -> list[Model]:
         """All models that are ready, each in its newest version, in alphabetical order."""
@@ -203,7 +203,8 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; sessions stay on the server until they expire."""
-        self._background.leave(self._token)
+        if self._forgotten.detach() is not None and self._background.alive:
+            self._run(self._client.close())
 
     def __enter__(self) -> Client:
         return self

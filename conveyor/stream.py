@@ -82,13 +82,6 @@ class ChunkStream:
             self._task.add_done_callback(self._ended)
         return flight
 
-    def forget(self, flight: Flight) -> None:
-        """Drops a chunk whose answer is of no use any more."""
-        if self._flights.get(flight.chunk.session_id) is flight:
-            del self._flights[flight.chunk.session_id]
-        if flight in self._outbox:
-            self._outbox.remove(flight)
-
     async def close(self) -> None:
         """Ends the stream; chunks under way stay in doubt."""
         if self._task is not None:

@@ -34,15 +34,23 @@ class Fault:
     """What goes wrong with one chunk or call.
 
     Attributes:
-        when: the connection breaks before the work is done, or after it and before its reply; or the reply comes twice;
-            or the work waits until the test releases it.
+        when: the connection breaks before the work is done, or after it and before its reply; or the reply comes twice,
+            or behind the one to the chunk before; or the work waits until the test releases it.
         code: with which the connection breaks.
         text: of that status.
+        detail: what the server says of it; nothing if None, as when the connection broke.
     """
 
-    when: Literal["before", "after", "twice", "held"]
+    when: Literal["before", "after", "twice", "stale", "held"]
     code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
     text: str = "Socket closed"
+    detail: errors.ConveyorError | None = None
+
+    async def abort(self, context: Any) -> None:
+        """Ends a call."""
+        if self.detail is not None:
+            await _abort(context, self.detail)
+        await context.abort(self.code, self.text)
 
 
 @dataclass
@@ -206,13 +214,16 @@ class SumServer(stubs.ConveyorServiceServicer):
                 self.chunks.append(chunk)
                 fault = self.chunk_faults.popleft() if self.chunk_faults else None
                 if fault and fault.when == "before":
-                    await context.abort(fault.code, fault.text)
+                    await fault.abort(context)
                 if fault and fault.when == "held":
                     self.held.put_nowait(None)
                     await self.released.wait()
+                if fault and fault.when == "stale":
+                    last = self.sessions[chunk.session_id].last
+                    await context.write(pb.StreamResponse(results=[last] if last else []))
                 result = self._step(chunk)
                 if fault and fault.when == "after":
-                    await context.abort(fault.code, fault.text)
+                    await fault.abort(context)
                 copies = 2 if fault and fault.when == "twice" else 1
                 await context.write(pb.StreamResponse(results=[result] * copies))
 
@@ -248,7 +259,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         faults = self.call_faults[name]
         fault = faults.popleft() if faults else None
         if fault and fault.when == "before":
-            await context.abort(fault.code, fault.text)
+            await fault.abort(context)
         if fault and fault.when == "held":
             self.held.put_nowait(None)
             await self.released.wait()
@@ -258,7 +269,7 @@ class SumServer(stubs.ConveyorServiceServicer):
             await _abort(context, error)
             raise
         if fault and fault.when == "after":
-            await context.abort(fault.code, fault.text)
+            await fault.abort(context)
         return response
 
     def _find(self, session_id: str) -> Held:

@@ -15,6 +15,7 @@ from conveyor import (
     AsyncSession,
     ConnectionLost,
     ConveyorError,
+    Draining,
     EngineFailed,
     InvalidRequest,
     ModelUnknown,
@@ -163,12 +164,13 @@ async def test_step_many_refuses_sessions_of_another_client() -> None:
 
 
 async def test_two_step_many_with_the_same_sessions_do_not_block_each_other() -> None:
-    """Whatever order the sessions are named in."""
+    """Whatever order the sessions are named in, and whoever gets one of them first."""
     async with sum_server() as server, AsyncClient(server.target) as client:
         a, b = await client.session("sum"), await client.session("sum")
-        calls = [client.step_many({a: rows(1), b: rows(1)}), client.step_many({b: rows(1), a: rows(1)})]
-        await asyncio.wait_for(asyncio.gather(*calls), 10)
-        assert (a.position, b.position) == (2, 2)
+        singles = [a.step(rows(1)), b.step(rows(1))]
+        pairs = [client.step_many({b: rows(1), a: rows(1)}), client.step_many({a: rows(1), b: rows(1)})]
+        await asyncio.wait_for(asyncio.gather(*singles, *pairs), 10)
+        assert (a.position, b.position) == (3, 3)
 
 
 async def test_a_message_does_not_grow_without_bound() -> None:
@@ -275,9 +277,45 @@ async def test_an_idle_stream_that_breaks_is_opened_again_by_the_next_step() -> 
         again = SumServer()
         again.sessions = sessions
         await again.start(port)
+        await client.models()
+        assert again.streams == 0
         await session.step(rows(1))
         assert (again.streams, len(again.chunks)) == (1, 1)
         await again.stop()
+
+
+async def test_a_draining_server_is_a_lost_connection_to_a_stream() -> None:
+    """Another server, or the same one restarted, may have the sessions."""
+    async with sum_server() as server, impatient(server) as client, client.session("sum") as session:
+        server.chunk_faults.append(Fault("before", detail=Draining("the server is about to stop")))
+        np.testing.assert_array_equal(await session.step(rows(1)), rows(1))
+        assert server.streams == 2
+
+
+async def test_progress_counts_against_giving_up() -> None:
+    """A connection that keeps breaking is borne beyond the reconnect timeout as long as answers come through."""
+    clock = Clock()
+    async with sum_server() as server, impatient(server, clock, reconnect_timeout_s=1) as client:
+        sessions = [await client.session("sum") for _ in range(2)]
+        server.chunk_faults.extend([None, Fault("before")] * 79)
+
+        async def run(session: AsyncSession) -> None:
+            for _ in range(40):
+                await session.step(rows(1))
+
+        began = clock.now
+        await asyncio.gather(*map(run, sessions))
+        assert clock.now - began > 1.5
+        assert [session.position for session in sessions] == [40, 40]
+
+
+async def test_a_reply_to_an_earlier_chunk_is_not_taken_for_the_next() -> None:
+    """A result is matched by its position too."""
+    async with sum_server() as server, AsyncClient(server.target) as client, client.session("sum") as session:
+        await session.step(rows(1))
+        server.chunk_faults.append(Fault("stale"))
+        np.testing.assert_array_equal(await session.step(rows(1)), 2 * rows(1))
+        assert session.position == 2
 
 
 async def test_giving_up_says_where_the_session_stands() -> None:

@@ -157,7 +157,15 @@ print(session.step([1.0, 2.0]))
 """
 
 
-@pytest.mark.parametrize("end", ["", "sys.exit(0)", "import threading; threading.Thread(target=session.close).start()"])
+ENDS = [
+    "",
+    "sys.exit(0)",
+    "import threading; threading.Thread(target=session.close).start()",
+    "import threading; threading.Thread(target=lambda: [client.models() for _ in iter(int, 1)], daemon=True).start()",
+]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=["falls off", "exits", "leaves a thread", "leaves a daemon at work"])
 def test_a_program_that_forgets_to_close_ends_quietly(server: SumServer, end: str) -> None:
     """At the interpreter's exit nothing hangs and nothing is printed."""
     result = subprocess.run(
