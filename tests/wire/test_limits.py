@@ -37,12 +37,14 @@ class House:
         self.server = server
         self.stub = stub
         self.caller = caller
+        self.gates: list[Gate] = []
 
     def gate(self) -> Gate:
         """Hold every run from here on."""
         runner = self.server.repository.find("lstm")
         gate = Gate(runner.engine)
         runner.engine = gate
+        self.gates.append(gate)
         return gate
 
     async def infer(self, x: NDArray[Any], **more: Any) -> pb.InferResponse:
@@ -63,7 +65,13 @@ class House:
 async def built(repository: Path, **limits: int) -> AsyncIterator[House]:
     """Build it."""
     async with running(repository, None, **limits) as server, calling(server) as stub, streaming(stub) as caller:
-        yield House(server, stub, caller)
+        house = House(server, stub, caller)
+        try:
+            yield house
+        finally:
+            # Also when a test fails: a run that is held would hold the server's end.
+            for gate in house.gates:
+                gate.let(1000)
 
 
 def equal(given: NDArray[Any], reference: NDArray[Any]) -> None:
