@@ -118,7 +118,7 @@ def _stream(target: str, digits: Digits) -> Streamed:
 
 
 def _against_reference(model: SequenceModel, digits: Digits, streamed: Streamed) -> tuple[float, float]:
-    """All outputs and final states against the float64 reference: the largest difference, plainly and as export has it."""
+    """All outputs and final states against the float64 reference: the largest difference, and that as export has it."""
     weights = {name: array.astype(np.float64) for name, array in model.weights().items()}
     y, states = run_model(model.spec, weights, digits.images.astype(np.float64))
     h, c = (state.swapaxes(0, 1) for state in stack_states(states))

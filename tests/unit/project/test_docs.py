@@ -1,0 +1,54 @@
+"""The documents name what is there: tests, files, settings and their defaults."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[3]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/guarantees.md"]
+UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30}
+
+
+def test_every_test_named_is_there() -> None:
+    """Each ``tests/...::test_...`` in the guarantees is a test in that file."""
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / "docs/guarantees.md").read_text())
+    assert len(named) > 30
+    missing = [
+        f"{path}::{name}"
+        for path, name in named
+        if not (ROOT / path).is_file() or f"def {name}(" not in (ROOT / path).read_text()
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document: str) -> None:
+    """Each relative link and picture is a file of the project."""
+    path = ROOT / document
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).is_file()] == []
+
+
+def test_limits_have_the_defaults_that_are_named() -> None:
+    """The table of limits gives each setting's real name and default."""
+    rows = re.findall(r"`--([\w-]+)` \| ([\d,]+) ?(\w*) \|", (ROOT / "docs/guarantees.md").read_text())
+    assert len(rows) == 9
+    for flag, number, unit in rows:
+        default = Settings.model_fields[flag.replace("-", "_")].default
+        assert default == int(number.replace(",", "")) * UNITS[unit], flag
+
+
+def test_every_room_is_in_the_table() -> None:
+    """Each module of the server, and no other, has its line in the table of rooms."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    table = text.partition("## The rooms of the server")[2].partition("\n## ")[0]
+    first_columns = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    rooms = set(re.findall(r"`(\w+)(?:\.py|/)`", " ".join(first_columns)))
+    modules = {path.stem for path in (ROOT / "service").glob("*.py")} - {"__init__"}
+    packages = {path.parent.name for path in (ROOT / "service").glob("*/__init__.py")}
+    assert rooms == modules | packages
