@@ -30,8 +30,12 @@ def restore(model: onnx.ModelProto, manifest: Manifest) -> tuple[ModelSpec, dict
         What the model is made of, and its canonical weights in float64.
 
     Raises:
-        ExportError: the file's initializers are not those that the manifest tells of.
+        ExportError: the file's initializers are not those that the manifest tells of, or stand in another file.
     """
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise ExportError(
+            "the file keeps weights in another file, and was not exported here: one file holds everything"
+        )
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     arrays = {name: array.astype(np.float64) for name, array in _dequantized(arrays).items()}
     try:

@@ -102,6 +102,14 @@ def without_a_weight(file: onnx.ModelProto) -> None:
     next(tensor for tensor in file.graph.initializer if tensor.name == "layers.0.R").name = "R"
 
 
+def with_external_data(file: onnx.ModelProto) -> None:
+    """A weight that stands elsewhere on the disk."""
+    tensor = file.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="elsewhere")
+
+
 def with_an_unknown_operator(file: onnx.ModelProto) -> None:
     """A graph that nothing can run."""
     next(node for node in file.graph.node if node.op_type == "LSTM").op_type = "LTSM"
@@ -113,6 +121,7 @@ def with_an_unknown_operator(file: onnx.ModelProto) -> None:
         (without_manifest, "was not exported here"),
         (with_another_format, "manifest does not hold to the format"),
         (without_a_weight, "does not hold the model that its manifest tells of.*R"),
+        (with_external_data, "one file holds everything"),
         (with_an_unknown_operator, "onnxruntime refuses the graph"),
     ],
 )
