@@ -119,7 +119,8 @@ class AsyncSession:
             outputs.
 
         Raises:
-            ConveyorError: TimedOut and ConnectionLost leave the session in doubt; after any other, nothing was applied.
+            ConveyorError: nothing was applied, unless the session is ``in_doubt`` after it, as after TimedOut and
+                ConnectionLost. After a ProtocolError, ``position`` says what was.
         """
         (outcome,) = (await step_sessions([(self, x)], self._timeout_s(timeout_s))).values()
         if isinstance(outcome, ConveyorError):
@@ -294,12 +295,18 @@ async def step_sessions(
         # One order for everybody, so that two calls cannot each hold what the other waits for.
         for session in sorted(encoded, key=lambda session: session.session_id):
             await locks.enter_async_context(session._lock)
-        for session, (tensors, single_step) in encoded.items():
+        for session in encoded:
             try:
                 await session._ready()
-                flights.append(session._send(tensors, single_step, timeout_s))
             except ConveyorError as error:
                 outcomes[session] = error
+        # Nothing is awaited between the first chunk and the last: all leave together, and none is sent unwatched.
+        for session, (tensors, single_step) in encoded.items():
+            if outcomes[session] is None:
+                try:
+                    flights.append(session._send(tensors, single_step, timeout_s))
+                except ConveyorError as error:
+                    outcomes[session] = error
         await _answers(flights, timeout_s)
         for session in encoded:
             if outcomes[session] is None:

@@ -16,6 +16,7 @@ from conveyor.model import Model
 from conveyor.payload import Inputs, Outputs, States
 from conveyor.session import Session
 from conveyor.state import SessionState
+from conveyor.tensors import Array
 
 Result = TypeVar("Result")
 
@@ -80,7 +81,7 @@ class Client:
         self,
         model: str,
         x: Inputs | Sequences,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | Array | None = None,
         states: States | None = None,
         return_states: Literal[False] = False,
         version: int = 0,
@@ -92,7 +93,7 @@ class Client:
         self,
         model: str,
         x: Inputs | Sequences,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | Array | None = None,
         states: States | None = None,
         *,
         return_states: Literal[True],
@@ -104,7 +105,7 @@ class Client:
         self,
         model: str,
         x: Inputs | Sequences,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | Array | None = None,
         states: States | None = None,
         return_states: bool = False,
         version: int = 0,

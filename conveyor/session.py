@@ -73,7 +73,8 @@ class Session:
             outputs.
 
         Raises:
-            ConveyorError: TimedOut and ConnectionLost leave the session in doubt; after any other, nothing was applied.
+            ConveyorError: nothing was applied, unless the session is ``in_doubt`` after it, as after TimedOut and
+                ConnectionLost. After a ProtocolError, ``position`` says what was.
         """
         return self._client._run(self._session.step(x, timeout_s=timeout_s))
 

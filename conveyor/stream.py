@@ -71,8 +71,6 @@ class ChunkStream:
                 f"a chunk of {size_bytes} bytes does not fit into a message of {self._settings.max_message_bytes}"
             )
         answer: asyncio.Future[pb.ChunkResult] = asyncio.get_running_loop().create_future()
-        # An abandoned chunk's error is looked at late or never; asyncio would complain of the latter.
-        answer.add_done_callback(lambda future: future.cancelled() or future.exception())
         flight = Flight(chunk, size_bytes, self._settings.clock() + timeout_s, answer, abandoned)
         self._flights[chunk.session_id] = flight
         self._outbox.append(flight)
@@ -175,6 +173,8 @@ class ChunkStream:
             stands = f"session {chunk.session_id!r} stands at position {chunk.position}"
             failure.args = (f"{stands}, and whether the chunk sent there was applied is not known: {error}",)
             flight.answer.set_exception(failure)
+            # Looked at, so that asyncio does not complain should nobody do so any more.
+            flight.answer.exception()
         self._flights.clear()
         self._outbox.clear()
 

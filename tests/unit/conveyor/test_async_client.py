@@ -584,7 +584,7 @@ async def test_infer_takes_batches_and_ragged_lists() -> None:
     """[N, T, I] with lengths gives [N, T, O]; a list of [T_i, I] gives a list of [T_i, O]."""
     a, b = rows(2), rows(3) * 10
     async with sum_server() as server, AsyncClient(server.target) as client:
-        whole = await client.infer("sum", np.stack([b, b]), lengths=[2, 3])
+        whole = await client.infer("sum", np.stack([b, b]), lengths=np.array([2, 3]))
         np.testing.assert_array_equal(whole[1], np.cumsum(b, 0))
         assert not whole[0, 2:].any()
         ragged = await client.infer("sum", [a, b])
