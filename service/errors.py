@@ -80,7 +80,7 @@ class PositionConflict(ConveyorError):
     """The chunk does not begin where the session is.
 
     Attributes:
-        position: how many steps of the session have been applied, or are accepted and will be.
+        position: how many steps of the session have been applied.
     """
 
     reason = "position_conflict"

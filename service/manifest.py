@@ -136,3 +136,20 @@ class Manifest(_Part):
     precision: Literal["float32", "float16", "int8"] = "float32"
     parity: Parity | None = None
     made_with: dict[str, str] = Field(default_factory=dict, description="versions of the libraries that wrote the file")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Manifest:
+        graph_inputs = [
+            *(x.name for x in self.inputs),
+            *([self.lengths] if self.lengths else []),
+            *(s.input for s in self.states),
+        ]
+        graph_outputs = [*(y.name for y in self.outputs), *(s.output for s in self.states)]
+        for kind, names in (
+            ("graph input", graph_inputs),
+            ("graph output", graph_outputs),
+            ("state", [state.name for state in self.states]),
+        ):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{kind} {twice[0]!r} stands twice")
+        return self

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import ConveyorError, Draining, NotStreamable, PositionConflict, SessionLost, SessionUnknown
+from service.errors import ConveyorError, Draining, Full, NotStreamable, PositionConflict, SessionLost, SessionUnknown
 from service.metrics import Metrics
 from service.repository import Repository
 from service.runner import Runner
@@ -30,12 +30,21 @@ class Operations:
         repository: the models.
         sessions: the session table.
         draining: once true, no new work is taken.
+
+    Args:
+        repository: the models.
+        max_sessions: most sessions open at once.
+        max_reply_bytes: most bytes that the sessions' newest replies hold together before chunks are refused.
+        idle_timeout_s: seconds without a chunk after which a session expires.
+        metrics: what is counted.
+        clock: tells the time, in seconds.
     """
 
     def __init__(
         self,
         repository: Repository,
         max_sessions: int,
+        max_reply_bytes: int,
         idle_timeout_s: float,
         metrics: Metrics,
         clock: Callable[[], float],
@@ -45,6 +54,8 @@ class Operations:
         self.draining = False
         self._metrics = metrics
         self._clock = clock
+        self._max_reply_bytes = max_reply_bytes
+        self._reply_bytes = 0
         self._working = 0
         self._rested: asyncio.Event = asyncio.Event()
         self._rested.set()
@@ -116,6 +127,11 @@ class Operations:
             match.waiters.append(waiter)
             return match
         self._take_new_work()
+        if self._reply_bytes > self._max_reply_bytes:
+            raise Full(
+                f"the replies that sessions keep hold {self._reply_bytes} bytes, over the limit of "
+                f"{self._max_reply_bytes}; close sessions, or step with fewer steps at a time"
+            )
         row = Row(session.track, position, steps, inputs, lambda row: self._ended(session, row), deadline)
         runner.submit([row])
         self._begin(1)
@@ -155,7 +171,7 @@ class Operations:
         session = await self._at_rest(owner, identity, position)
         self.runner(session).pool.reset(session.track.slot)
         session.position = session.track.position = 0
-        session.last = None
+        self._keep(session, None)
         self.sessions.touch(session)
         return session
 
@@ -193,14 +209,23 @@ class Operations:
         return session
 
     def _ended(self, session: Session, row: Row) -> None:
+        before = session.last
         try:
             session.end(row)
             self.sessions.touch(session)
         finally:
+            self._reply_bytes += _size(session.last) - _size(before)
             self._end(1)
 
-    def _free(self, session: Session) -> None:
+    def _keep(self, session: Session, reply: Reply | None) -> None:
+        self._reply_bytes += _size(reply) - _size(session.last)
+        session.last = reply
+
+    def _free(self, session: Session, expired: bool) -> None:
+        self._keep(session, None)
         self.runner(session).pool.free(session.track.slot)
+        if expired:
+            self._metrics.expired.inc()
 
     # --- batches ---
 
@@ -281,7 +306,7 @@ class Operations:
                 self.sessions.lose(one.owner, one.identity)
                 lost += 1
                 continue
-            session.last = one.last
+            self._keep(session, one.last)
             session.used_at -= one.idle_s
             restored += 1
         return restored, lost
@@ -304,6 +329,10 @@ class Operations:
         self._working -= count
         if not self._working:
             self._rested.set()
+
+
+def _size(reply: Reply | None) -> int:
+    return 0 if reply is None else reply.size
 
 
 class _Batch:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from service.errors import Cancelled, ConveyorError, Full, Late, PositionConflict
+from service.errors import Cancelled, ConveyorError, Full, InvalidRequest, Late, PositionConflict
 
 
 class Track:
@@ -141,15 +141,21 @@ class Scheduler:
         """Queue rows: all of them or, over the limit, none.
 
         Raises:
-            Full: if they would not fit.
+            InvalidRequest: if they would not fit into an empty queue.
+            Full: if they do not fit now.
         """
         limits = self._limits
+        size = sum(row.size for row in rows)
+        if len(rows) > limits.queued_rows or size > limits.queued_bytes:
+            raise InvalidRequest(
+                f"{len(rows)} rows of {size} bytes never fit: a model's queue holds up to {limits.queued_rows} rows "
+                f"and {limits.queued_bytes} bytes; send fewer at a time"
+            )
         if self._queued + len(rows) > limits.queued_rows:
             raise Full(
                 f"{self._queued} rows are waiting for this model and {len(rows)} more would pass the limit of "
                 f"{limits.queued_rows}; try again later"
             )
-        size = sum(row.size for row in rows)
         if self._bytes + size > limits.queued_bytes:
             raise Full(
                 f"{self._bytes} bytes of input are waiting for this model and {size} more would pass the limit of "
@@ -251,14 +257,15 @@ class Scheduler:
 
 
 def _unfit(row: Row, now: float) -> ConveyorError | None:
-    if row.deadline is not None and now >= row.deadline:
-        return _late()
+    # The position first: a chunk that was applied already must not be told that the state has not moved.
     if row.position != row.track.position:
         return PositionConflict(
             f"the chunk begins at position {row.position}, and the session is at {row.track.position}: "
             "an earlier chunk was not applied",
             row.track.position,
         )
+    if row.deadline is not None and now >= row.deadline:
+        return _late()
     return None
 
 

@@ -50,14 +50,18 @@ class Server:
         self.metrics = Metrics()
         self.repository = Repository(settings, self.metrics, clock)
         self.operations = Operations(
-            self.repository, settings.max_sessions, settings.idle_timeout_s, self.metrics, clock
+            self.repository,
+            settings.max_sessions,
+            settings.max_reply_bytes,
+            settings.idle_timeout_s,
+            self.metrics,
+            clock,
         )
         self.port = 0
         self.metrics_port: int | None = None
         self._servicer = ConveyorServicer(self.operations, settings, clock)
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
-            maximum_concurrent_rpcs=settings.max_calls,
             options=[
                 # Two servers on one port would share its calls, and sessions with them.
                 ("grpc.so_reuseport", 0),
@@ -170,7 +174,6 @@ class Server:
         while True:
             await asyncio.sleep(pause_s)
             if count := self.operations.sessions.expire():
-                self.metrics.expired.inc(count)
                 log.info("sessions expired", count=count, open=len(self.operations.sessions))
 
 

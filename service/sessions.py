@@ -43,6 +43,11 @@ class Reply:
     steps: int
     outputs: Sequence[Any]
 
+    @property
+    def size(self) -> int:
+        """Bytes that the outputs hold."""
+        return sum(output.nbytes for output in self.outputs)
+
     def answers(self, row: Row) -> bool:
         """Whether this is what a row was or would be answered."""
         return (self.position, self.steps) == (row.position, row.steps)
@@ -195,11 +200,11 @@ class SessionTable:
         limit: most sessions open at once.
         idle_timeout_s: seconds without a chunk after which a session expires.
         clock: tells the time, in seconds.
-        on_end: called with each session that ends, however it ends, to give its slot back.
+        on_end: called with each session that ends, and whether it expired, to give back what it held.
     """
 
     def __init__(
-        self, limit: int, idle_timeout_s: float, clock: Callable[[], float], on_end: Callable[[Session], None]
+        self, limit: int, idle_timeout_s: float, clock: Callable[[], float], on_end: Callable[[Session, bool], None]
     ) -> None:
         self.limit = limit
         self.idle_timeout_s = idle_timeout_s
@@ -257,8 +262,7 @@ class SessionTable:
             gone = self._gone.get(key, SessionUnknown)
             raise gone(_WHY[gone].format(identity=identity[:_LONGEST_ID], timeout_s=self.idle_timeout_s))
         if session.at_rest and self._clock() - session.used_at >= self.idle_timeout_s:
-            self._end(key, session)
-            self._remember(key, SessionExpired)
+            self._end(key, session, expired=True)
             return self.find(owner, identity)
         return session
 
@@ -273,7 +277,7 @@ class SessionTable:
 
     def end(self, session: Session) -> None:
         """Take a session out. Nothing of it may be under way."""
-        self._end((session.owner, session.identity), session)
+        self._end((session.owner, session.identity), session, expired=False)
 
     def expire(self) -> int:
         """End the sessions that have been idle for too long.
@@ -289,14 +293,15 @@ class SessionTable:
             if session.closing or not session.at_rest:
                 self.touch(session)
                 continue
-            self._end(key, session)
-            self._remember(key, SessionExpired)
+            self._end(key, session, expired=True)
             count += 1
         return count
 
-    def _end(self, key: tuple[bytes, str], session: Session) -> None:
+    def _end(self, key: tuple[bytes, str], session: Session, expired: bool) -> None:
         del self._sessions[key]
-        self._on_end(session)
+        if expired:
+            self._remember(key, SessionExpired)
+        self._on_end(session, expired)
 
     def _remember(self, key: tuple[bytes, str], why: type[NotFound]) -> None:
         self._gone[key] = why

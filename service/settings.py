@@ -64,8 +64,10 @@ class Settings(BaseModel):
     """Most chunks and batch rows waiting for one model; over it, new ones are refused at once."""
     max_queued_bytes: Positive = 1024 * 1024 * 1024
     """Most bytes of input waiting for one model."""
+    max_reply_bytes: Positive = 1024 * 1024 * 1024
+    """Most bytes that the newest replies of all sessions hold together; over it, chunks are refused."""
     max_calls: Positive = 10_000
-    """Most calls under way at once; a stream is one call however long it lives."""
+    """Most calls under way at once, health checks not counted; a stream is one call however long it lives."""
     max_stream_chunks: Positive = 4096
     """Most chunks of one stream that are not answered yet; over it, the stream is not read until some are."""
     max_tick_rows: Positive = 512
@@ -73,7 +75,7 @@ class Settings(BaseModel):
     max_tick_steps: Positive = 8192
     """Most steps in one run of a model, padding counted, unless one row alone has more."""
     non_finite: Literal["reject", "accept"] = "reject"
-    """What to do with NaN and infinity in inputs and states."""
+    """What to do with NaN and infinity in inputs and states. Accepted, they may come out as finite numbers."""
 
     sessions_file: Path | None = None
     """File in which open sessions outlive a restart: written after a drain, read and removed at start."""
@@ -178,6 +180,7 @@ _METAVARS = {
     "drain_timeout_s": "SECONDS",
     "max_message_bytes": "BYTES",
     "max_queued_bytes": "BYTES",
+    "max_reply_bytes": "BYTES",
     "config": "FILE",
     "sessions_file": "FILE",
 }

@@ -130,7 +130,7 @@ def _group(number: int, group: dict[str, Any], archive: Any) -> Iterable[Saved]:
             parts = []
             for output, shape in enumerate(shapes):
                 begin, size = ends[output], int(np.prod(shape))
-                parts.append(outputs[output][begin : begin + size].reshape(shape))
+                parts.append(outputs[output][begin : begin + size].reshape(shape).copy())
                 ends[output] = begin + size
             reply = Reply(entry["last"]["position"], entry["last"]["steps"], parts)
         yield Saved(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -15,7 +16,7 @@ import numpy as np
 
 from conveyor.v1 import conveyor_pb2 as pb
 from conveyor.v1 import conveyor_pb2_grpc as stubs
-from service.errors import InvalidRequest
+from service.errors import Full, InvalidRequest
 from service.manifest import StateSpec, TensorSpec
 from service.operations import Operations
 from service.runner import Runner
@@ -42,7 +43,8 @@ def _told(
     @functools.wraps(method)
     async def call(self: ConveyorServicer, request: Request, context: Context) -> Response:
         try:
-            return await method(self, request, context)
+            with self.counted():
+                return await method(self, request, context)
         except Exception as error:
             await abort(context, error)
 
@@ -58,11 +60,27 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
         self._clock = clock
         self._codecs: dict[Runner, Codec] = {}
         self._streams: set[Stream] = set()
+        self._calls = 0
 
     def register(self, server: grpc.aio.Server) -> str:
         """Enter the calls into a server, and return the service's full name."""
         stubs.add_ConveyorServiceServicer_to_server(self, server)
         return str(pb.DESCRIPTOR.services_by_name["ConveyorService"].full_name)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Hold one of the places for calls.
+
+        Raises:
+            Full: if all are taken.
+        """
+        if self._calls >= self._settings.max_calls:
+            raise Full(f"{self._calls} calls are under way, which is the limit; try again later")
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
 
     def codec(self, runner: Runner) -> Codec:
         """The reader of a model's tensors."""
@@ -118,6 +136,13 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
 
     async def Stream(self, requests: AsyncIterable[pb.StreamRequest], context: Context) -> None:
         """Step any number of sessions."""
+        try:
+            with self.counted():
+                await self._stream(requests, context)
+        except Full as error:
+            await abort(context, error)
+
+    async def _stream(self, requests: AsyncIterable[pb.StreamRequest], context: Context) -> None:
         stream = Stream(self._operations, self.codec, owner(context), self._settings.max_stream_chunks, self._clock)
         self._streams.add(stream)
         try:

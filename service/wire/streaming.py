@@ -91,7 +91,7 @@ class Stream:
                 size = 0
                 while self._results and size < _RESPONSE_BYTES:
                     result = self._results.popleft()
-                    size += sum(len(tensor.data) for tensor in result.outputs)
+                    size += result.ByteSize()
                     response.results.append(result)
                 self._room.set()
                 await context.write(response)

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import onnx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -182,6 +183,10 @@ async def test_calls(lstm_repository: Path) -> None:
             await second.step(chunk("nobody", 0, x))
             call = house.stub.ListModels(pb.ListModelsRequest())
             assert await call.code() is EXHAUSTED
+            # Whoever watches the server's health would take a busy one for a dead one.
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{house.server.port}") as channel:
+                reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
             (result,) = await house.caller.step(chunk(session, 4, x[4:]))
             equal(array(result.outputs[0]), expected(x)[4:])
         async with asyncio.timeout(30):
@@ -266,3 +271,20 @@ async def test_replies_that_are_too_large(tmp_path: Path) -> None:
         assert "reply would hold 4400 bytes" in result.error.message
         (result,) = await house.caller.step(chunk(session, 0, fits))
         equal(array(result.outputs[0]), wanted)
+
+
+async def test_kept_replies(lstm_repository: Path) -> None:
+    """The replies that sessions keep for a repetition are bounded together; closing a session makes room."""
+    async with built(lstm_repository, max_reply_bytes=2 * expected(x).astype(np.float32).nbytes - 1) as house:
+        first, second, third = [await house.caller.open() for _ in range(3)]
+        for session in (first, second):
+            (result,) = await house.caller.step(chunk(session, 0, x))
+            equal(array(result.outputs[0]), expected(x))
+        (refused,) = await house.caller.step(chunk(third, 0, x))
+        assert refused.error.code == EXHAUSTED.value[0]
+        assert "the replies that sessions keep hold" in refused.error.message
+        (again,) = await house.caller.step(chunk(first, 0, x))
+        assert not again.HasField("error")
+        await house.stub.CloseSession(pb.CloseSessionRequest(session_id=second))
+        (result,) = await house.caller.step(chunk(third, 0, x))
+        equal(array(result.outputs[0]), expected(x))

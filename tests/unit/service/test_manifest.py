@@ -78,3 +78,19 @@ def test_manifests_that_cannot_be(change: dict[str, Any], says: str) -> None:
     Manifest.model_validate(WHOLE)
     with pytest.raises(ValidationError, match=says):
         Manifest.model_validate(WHOLE | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"inputs": [X, X]}, "graph input 'x' stands twice"),
+        ({"lengths": "h0"}, "graph input 'h0' stands twice"),
+        ({"outputs": [X | {"name": "hT"}]}, "graph output 'hT' stands twice"),
+        ({"states": [H, H | {"input": "c0", "output": "cT"}]}, "state 'h' stands twice"),
+    ],
+    ids=lambda case: str(case)[:40],
+)
+def test_names_that_stand_twice(change: dict[str, Any], says: str) -> None:
+    """Two tensors of one name could not be told apart by a caller."""
+    with pytest.raises(ValidationError, match=says):
+        Manifest.model_validate(WHOLE | change)

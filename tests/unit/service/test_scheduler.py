@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import Cancelled, Draining, Full, Late, PositionConflict
+from service.errors import Cancelled, Draining, Full, InvalidRequest, Late, PositionConflict
 from service.scheduler import Limits, Phase, Row, Scheduler, Track
 
 NOW = 100.0
@@ -96,12 +96,30 @@ def test_bytes_that_wait_are_bounded() -> None:
     queue.submit([large(40)])
     for _ in range(2):
         queue.cut(NOW)
-    with pytest.raises(Full):
+    with pytest.raises(InvalidRequest, match=r"101 bytes never fit: .* 100 bytes"):
         queue.submit([large(101)])
     queue.submit([large(100)])
     queue.clear(Draining("stopping"))
     queue.submit([large(100)])
     assert [len(row.inputs) for row in rows] == [1, 0, 0]
+
+
+def test_more_rows_than_the_queue_holds_never_fit() -> None:
+    """Trying again later would not help, so the error does not say so."""
+    with pytest.raises(InvalidRequest, match=r"3 rows of 0 bytes never fit: .* 2 rows"):
+        scheduler(queued_rows=2).submit([row(), row(), row()])
+
+
+def test_what_was_applied_already_is_a_conflict_also_when_it_is_late() -> None:
+    """A repetition that comes late is told where its track is, not that nothing has moved."""
+    track = Track(0)
+    queue = scheduler()
+    queue.submit([row(2, track), row(2, track, deadline=NOW)])
+    tick, _ = queue.cut(NOW)
+    queue.seal(tick, NOW)
+    _, (refused,) = queue.cut(NOW)
+    assert isinstance(refused.error, PositionConflict)
+    assert refused.error.position == 2
 
 
 # --- cutting ticks ---

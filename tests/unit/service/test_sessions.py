@@ -42,7 +42,7 @@ class Table(SessionTable):
     def __init__(self, limit: int = 10, idle_timeout_s: float = 60) -> None:
         self.clock = Clock()
         self.ended: list[str] = []
-        super().__init__(limit, idle_timeout_s, self.clock, lambda session: self.ended.append(session.identity))
+        super().__init__(limit, idle_timeout_s, self.clock, lambda session, _: self.ended.append(session.identity))
 
     def open(self, identity: str = "", owner: bytes = ME) -> Session:
         """Check and add."""
