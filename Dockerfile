@@ -24,7 +24,6 @@ RUN /opt/conveyor/bin/python -m compileall -q . \
 ENV PATH=/opt/conveyor/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    ORT_DISABLE_TELEMETRY=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     CONVEYOR_HOST=0.0.0.0 \

@@ -3,8 +3,6 @@
 .PHONY: help venv demo test lint bench proto test-gpu bench-gpu
 
 export PYTHON
-# onnxruntime reports to its maker unless told not to.
-export ORT_DISABLE_TELEMETRY := 1
 RUN := .venv/bin/python
 
 help:  ## this list
