@@ -12,7 +12,7 @@ venv:
 	@sh scripts/venv.sh
 
 demo: venv  ## train, export, serve and stream, on handwritten digits: about a minute
-	@$(RUN) -m demo
+	$(RUN) -m demo
 
 test: venv  ## the tests that need no GPU
 	$(RUN) -m pytest
