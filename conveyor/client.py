@@ -149,7 +149,7 @@ class Client:
         Raises:
             ConveyorError: as the server says; no session was opened.
         """
-        return Session(self, self._run(self._client._session(model, version, initial_states, session_id)))
+        return Session(self._run, self._run(self._client._session(model, version, initial_states, session_id)))
 
     def attach(self, session_id: str, position: int | None = None) -> Session:
         """Goes on with a session that is open on the server, of this client or another one.
@@ -163,7 +163,7 @@ class Client:
         Raises:
             NotFound: there is no such session: unknown, expired or lost, as the type says.
         """
-        return Session(self, self._run(self._client._attach(session_id, position)))
+        return Session(self._run, self._run(self._client._attach(session_id, position)))
 
     def import_session(self, state: SessionState, session_id: str | None = None) -> Session:
         """Opens a session from a state that ``export`` gave, here or elsewhere.
@@ -175,7 +175,7 @@ class Client:
         Raises:
             ConveyorError: as the server says; no session was opened.
         """
-        return Session(self, self._run(self._client._import(state, session_id)))
+        return Session(self._run, self._run(self._client._import(state, session_id)))
 
     def step_many(self, chunks: Mapping[Session, Inputs], *, timeout_s: float | None = None) -> dict[Session, Outputs]:
         """Applies one chunk to each of many sessions, together in as few messages as they fit in.

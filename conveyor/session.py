@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, TypeVar
 
 from conveyor.async_session import AsyncSession
 from conveyor.model import Model
 from conveyor.payload import Inputs, Outputs
 from conveyor.state import SessionState
 
-if TYPE_CHECKING:
-    from conveyor.client import Client
+Result = TypeVar("Result")
+
+
+class Run(Protocol):
+    """Runs a coroutine to its end in the client's event loop."""
+
+    def __call__(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Return what it returns."""
 
 
 class Session:
@@ -33,9 +40,9 @@ class Session:
                 y = session.step(x)
     """
 
-    def __init__(self, client: Client, session: AsyncSession) -> None:
-        # The client also so that it is not collected, and its connection closed, while a session is in use.
-        self._client = client
+    def __init__(self, run: Run, session: AsyncSession) -> None:
+        # A method of the client, which is not collected and its connection not closed while a session is in use.
+        self._run = run
         self._session = session
 
     def __repr__(self) -> str:
@@ -76,7 +83,7 @@ class Session:
             ConveyorError: nothing was applied, unless the session is ``in_doubt`` after it, as after TimedOut and
                 ConnectionLost. After a ProtocolError, ``position`` says what was.
         """
-        return self._client._run(self._session.step(x, timeout_s=timeout_s))
+        return self._run(self._session.step(x, timeout_s=timeout_s))
 
     def settle(self, *, timeout_s: float | None = None) -> Outputs | None:
         """Finds out what became of the step in doubt.
@@ -87,7 +94,7 @@ class Session:
         Raises:
             ConveyorError: if that could not be found out; the session stays in doubt.
         """
-        return self._client._run(self._session.settle(timeout_s=timeout_s))
+        return self._run(self._session.settle(timeout_s=timeout_s))
 
     def fork(self, session_id: str | None = None) -> Session:
         """Opens a second session from the state of this one; the two go on independently.
@@ -98,7 +105,7 @@ class Session:
         Raises:
             ConveyorError: as the server says; no session was opened.
         """
-        return Session(self._client, self._client._run(self._session.fork(session_id)))
+        return Session(self._run, self._run(self._session.fork(session_id)))
 
     def reset(self) -> None:
         """Goes back to position 0 and the model's initial state.
@@ -106,7 +113,7 @@ class Session:
         Raises:
             ConveyorError: as the server says; the session is as it was.
         """
-        self._client._run(self._session.reset())
+        self._run(self._session.reset())
 
     def export(self) -> SessionState:
         """Copies the state out; the session goes on.
@@ -114,7 +121,7 @@ class Session:
         Raises:
             ConveyorError: as the server says.
         """
-        return self._client._run(self._session.export())
+        return self._run(self._session.export())
 
     def close(self, *, timeout_s: float | None = None) -> None:
         """Ends the session on the server, after a step that is under way; a second time does nothing.
@@ -123,7 +130,7 @@ class Session:
             ConveyorError: the server could not be told. The session then ends there by itself when its idle timeout is
                 over.
         """
-        self._client._run(self._session.close(timeout_s=timeout_s))
+        self._run(self._session.close(timeout_s=timeout_s))
 
     def __enter__(self) -> Session:
         return self
@@ -131,4 +138,4 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._client._run(self._session.__aexit__(kind, error, trace))
+        self._run(self._session.__aexit__(kind, error, trace))
