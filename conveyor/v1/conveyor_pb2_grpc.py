@@ -118,7 +118,8 @@ class ConveyorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Stream(self, request_iterator, context):
-        """Steps any number of sessions. Each chunk gets exactly one result; results of one session keep their order,
+        """Steps any number of sessions. Each chunk gets exactly one result. Results of chunks that were applied keep the
+        order of their session; a chunk that is refused is told so at once, and so before chunks that still wait, and
         results of different sessions may overtake each other. Half-closing ends the stream after the last result.
         Cancelling drops what has not run yet; what was dropped has not moved its session.
         """
