@@ -144,7 +144,7 @@ def _summary(results: Results) -> Table:
     )
     table.add_row("  by export's measure", f"{results.largest_error:.1e}: values beyond 1 count relatively")
     table.add_row("steps applied", f"{results.steps:,}, for {results.outputs[..., 0].size:,} rows sent")
-    table.add_row("steps a second", f"{results.steps_per_second:,.0f}, sessions' opening and end included")
+    table.add_row("steps a second", f"{results.steps_per_second:,.0f}, while {results.sessions} sessions stream")
     table.add_row(
         "from a row to its answer", f"p50 {results.latency_ms(50):.1f} ms, p99 {results.latency_ms(99):.1f} ms"
     )

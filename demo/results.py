@@ -34,7 +34,7 @@ class Results:
         digits: the held-out images, N of them.
         outputs: what the server answered, ``[N, 8, 10]``: a score for each digit after each row.
         latencies_s: seconds from a row's sending to its reply, ``[N, 8]``.
-        seconds: how long the streaming took in all, opening, reading out and closing the sessions included.
+        seconds: in which rows were under way.
         sessions: how many were open at a time.
         tick_rows: how many ticks had up to so many rows, by that upper bound; as the server counted them.
         rows_per_tick: the mean; as the server counted it.
@@ -69,7 +69,7 @@ class Results:
 
     @property
     def steps_per_second(self) -> float:
-        """Rows answered in a second, by the clock of the whole streaming."""
+        """Rows answered in a second, while they were under way."""
         return self.latencies_s.size / self.seconds
 
     def to_json(self) -> str:
