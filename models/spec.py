@@ -140,6 +140,11 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("a model needs at least one layer")
+        for name, size in (("vocabulary_size", self.vocabulary_size), ("head_size", self.head_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be positive, or None where there is none; got {size}")
+        if self.head_on not in ("every", "last"):
+            raise ValueError(f"unknown head_on {self.head_on!r}; expected every or last")
         for below, above in zip(self.layers, self.layers[1:], strict=False):
             if above.input_size != below.output_size:
                 raise ValueError(f"a layer takes {above.input_size} values, the one below gives {below.output_size}")

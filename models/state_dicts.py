@@ -30,7 +30,8 @@ def from_torch_state_dict(
         The layers, bottom first, and their weights under canonical names (``layers.0.W_x``).
 
     Raises:
-        ValueError: there is no such module, or several and no prefix; it has projections; its shapes do not fit.
+        ValueError: there is no such module, or several and no prefix; it has projections; a layer between others is
+            missing; its shapes do not fit.
     """
     if prefix is None:
         found = [name.removesuffix("weight_ih_l0") for name in state_dict if name.endswith("weight_ih_l0")]
@@ -44,14 +45,19 @@ def from_torch_state_dict(
 
     layers: list[Layer] = []
     weights: dict[str, Array] = {}
+    names = re.compile(re.escape(prefix) + r"(weight|bias)_(ih|hh)_l\d+(_reverse)?")
+    left = {name for name in state_dict if names.fullmatch(name)}
     while prefix + f"weight_ih_l{len(layers)}" in state_dict:
         index = len(layers)
         name = re.compile(rf"{re.escape(prefix)}((?:weight|bias)_(?:ih|hh)_l){index}(|_reverse)")
         matches = [match for match in map(name.fullmatch, state_dict) if match]
+        left -= {match[0] for match in matches}
         arrays = {match[1] + "0" + match[2]: np.asarray(state_dict[match[0]]) for match in matches}
         layers.append(_layer(arrays, activation))
         fused = convert(arrays, layers[-1], source="torch", target="fused")
         weights |= {f"layers.{index}.{name}": array for name, array in fused.items()}
+    if left:
+        raise ValueError(f"there is no {prefix}weight_ih_l{len(layers)}, but what belongs after it: {sorted(left)}")
     return layers, weights
 
 

@@ -75,8 +75,12 @@ class SequenceModel(nn.Module):
         Returns:
             The output, ``[N, T, O]`` with zeros past a row's length, or ``[N, O]`` where the head is on the last valid
             step; and the states after each row's last valid step, in the form of ``states``.
+
+        Raises:
+            ValueError: there is no step, or none where the last one is asked for; lengths or states do not fit.
         """
         N, T = x.shape[:2]
+        self._check_lengths(lengths, N, T)
         states = [d.initial_state(N) for d in self.directions] if states is None else states
         if len(states) != len(self.directions):
             raise ValueError(
@@ -87,6 +91,7 @@ class SequenceModel(nn.Module):
         if lengths is not None:
             lengths = lengths.to(x.device)
             valid = (torch.arange(T, device=x.device)[:, None] < lengths).unsqueeze(2)
+            y = y.where(valid, 0.0)  # whatever the padding is: 0 times not-a-number would spoil every gradient
         before, after = iter(states), []
         for layer in self.layers:
             assert isinstance(layer, Recurrence)
@@ -103,6 +108,17 @@ class SequenceModel(nn.Module):
         if self.head is not None:
             y = self.head(y) if valid is None else self.head(y).where(valid, 0.0)
         return y.transpose(0, 1), after
+
+    def _check_lengths(self, lengths: Tensor | None, N: int, T: int) -> None:
+        if T == 0:
+            raise ValueError("x has no steps (T = 0), expected at least one")
+        if lengths is None:
+            return
+        if lengths.shape != (N,) or lengths.is_floating_point():
+            raise ValueError(f"lengths are {lengths.dtype} of shape {list(lengths.shape)}, expected integers [{N}]")
+        least = 1 if self.spec.head_on == "last" else 0
+        if N and not (lengths.min() >= least and lengths.max() <= T):
+            raise ValueError(f"lengths lie between {lengths.min()} and {lengths.max()}, expected {least} to T = {T}")
 
     @classmethod
     def from_torch(cls, recurrent: nn.LSTM | nn.GRU | nn.RNN, head: nn.Linear | None = None) -> SequenceModel:
@@ -139,11 +155,14 @@ class SequenceModel(nn.Module):
             weights: every array of ``spec.weight_shapes``, all of one dtype.
 
         Raises:
-            ValueError: a weight is missing, unknown, of the wrong shape or of another dtype than the others.
+            ValueError: a weight is missing, unknown, of the wrong shape, of another dtype than the others, or no
+                floating point of 16, 32 or 64 bits.
         """
         check_shapes(weights, spec.weight_shapes)
         if len(dtypes := {array.dtype for array in weights.values()}) != 1:
             raise ValueError(f"weights must share one dtype, got {', '.join(sorted(map(str, dtypes)))}")
-        model = cls(spec).to(torch.from_numpy(np.zeros(0, dtypes.pop())).dtype)
+        if (dtype := dtypes.pop()) not in (np.float16, np.float32, np.float64):
+            raise ValueError(f"weights are {dtype}, expected float16, float32 or float64")
+        model = cls(spec).to(torch.from_numpy(np.zeros(0, dtype)).dtype)
         model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in weights.items()})
         return model

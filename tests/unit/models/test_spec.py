@@ -85,3 +85,18 @@ def test_refused_models() -> None:
         ModelSpec(())
     with pytest.raises(ValueError, match="takes 3 values, the one below gives 6"):
         ModelSpec((Layer("lstm", 2, 3, bidirectional=True), Layer("lstm", 3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"head_size": 0}, "head_size must be positive, .*; got 0"),
+        ({"head_size": -2}, "head_size must be positive, .*; got -2"),
+        ({"vocabulary_size": 0}, "vocabulary_size must be positive, .*; got 0"),
+        ({"head_on": "first"}, "unknown head_on 'first'; expected every or last"),
+    ],
+)
+def test_refused_ends(arguments: dict[str, Any], message: str) -> None:
+    """What stands before and after the layers has a size, or is not there."""
+    with pytest.raises(ValueError, match=message):
+        ModelSpec((Layer("lstm", 2, 3),), **arguments)

@@ -79,6 +79,22 @@ def test_prefix() -> None:
         from_torch_state_dict(model.state_dict(), prefix="third.")
 
 
+def test_a_gap_is_no_shallower_model() -> None:
+    """Three layers of which the middle one is missing are not one layer."""
+    whole = torch.nn.LSTM(5, 5, 3).state_dict()
+    gap = {f"body.{name}": array for name, array in whole.items() if not name.endswith("_l1")}
+    with pytest.raises(ValueError, match=r"there is no body.weight_ih_l1, but .*'body.weight_ih_l2'"):
+        from_torch_state_dict(gap)
+
+
+def test_leftover_arrays() -> None:
+    """A bias of a layer that has no matrices, and a name of no layer, are not passed over."""
+    state_dict = dict(torch.nn.GRU(3, 5).state_dict())
+    for name in ("bias_ih_l1", "weight_hh_l01"):
+        with pytest.raises(ValueError, match=rf"no weight_ih_l1, but .*: \['{name}'\]"):
+            from_torch_state_dict({**state_dict, name: torch.zeros(15)})
+
+
 def test_refusals() -> None:
     """No recurrent module, projections, a missing matrix and a wrong number of gates are refused."""
     with pytest.raises(ValueError, match=r"expected one recurrent module in the state dict, found \[\]"):

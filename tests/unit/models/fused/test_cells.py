@@ -78,6 +78,20 @@ def test_gradients(layer: Layer) -> None:
     assert torch.autograd.gradcheck(outputs, weights)
 
 
+def test_padding_does_not_reach_the_gradients() -> None:
+    """Padding that is not a number leaves outputs and gradients as padding with zeros does."""
+    spec = ModelSpec((Layer("lstm", 3, 4, bidirectional=True),), head_size=2)
+    x, lengths = torch.from_numpy(draw(2, 3, 3)), torch.tensor([3, 1])
+    gradients = []
+    for padding in (0.0, torch.nan):
+        model = SequenceModel.from_weights(spec, draw_weights(spec.weight_shapes))
+        padded = x.clone()
+        padded[1, 1:] = padding
+        model(padded, lengths)[0].square().sum().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_it_learns() -> None:
     """A hundred steps of training teach an LSTM to give back what it saw two steps ago."""
     torch.manual_seed(0)

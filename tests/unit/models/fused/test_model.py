@@ -48,6 +48,7 @@ def test_weights_there_and_back(dtype: Any) -> None:
         ({"head.c": np.zeros(2)}, "unknown .*head.c"),
         ({"head.b": np.zeros(3)}, "head.b.* has shape"),
         ({"head.b": np.zeros(2, np.float32)}, "one dtype, got float32, float64"),
+        ({name: np.zeros(shape, np.int64) for name, shape in EVERYTHING.weight_shapes.items()}, "weights are int64"),
     ],
 )
 def test_weights_that_do_not_fit(change: dict[str, Any], says: str) -> None:
@@ -75,6 +76,24 @@ def test_states_of_the_wrong_number() -> None:
     model = SequenceModel(ModelSpec((Layer("gru", 3, 4, bidirectional=True),)))
     with pytest.raises(ValueError, match="got 1 states, expected 2"):
         model(torch.zeros(2, 3, 3), states=[(torch.zeros(2, 4),)])
+
+
+@pytest.mark.parametrize(
+    ("T", "lengths", "says"),
+    [
+        (0, None, "no steps"),
+        (0, [0, 0], "no steps"),
+        (3, [3, 0], "lengths lie between 0 and 3, expected 1 to T = 3"),
+        (3, [4, 1], "lengths lie between 1 and 4, expected 1 to T = 3"),
+        (3, [3], r"lengths are torch.int64 of shape \[1\], expected integers \[2\]"),
+        (3, [3.0, 1.0], "lengths are torch.float32"),
+    ],
+)
+def test_lengths_that_do_not_fit(T: int, lengths: list[float] | None, says: str) -> None:
+    """Without a step, or a last one where its output is asked for, there is an error and not an index out of range."""
+    model = SequenceModel(ModelSpec((Layer("gru", 3, 4),), head_on="last"))
+    with pytest.raises(ValueError, match=says):
+        model(torch.zeros(2, T, 3), None if lengths is None else torch.tensor(lengths))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
