@@ -17,6 +17,7 @@ from onnxscript import evaluator
 from torch import Tensor
 
 from export.scan import ACTIVATIONS, Ops, State, scan_direction
+from export.stored import stored_layer
 from models.spec import PREFIXES, Layer
 
 OPERATORS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "lstm_peephole": "LSTM", "lstm_coupled": "LSTM"}
@@ -111,7 +112,7 @@ def write_scan(
     op: Ops, name: str, layer: Layer, weights: Sequence[ir.Value], x: ir.Value, lengths: ir.Value, state: State
 ) -> list[ir.Value]:
     """A Scan for each direction."""
-    names = list(replace(layer, bidirectional=False).weight_shapes)
+    names = list(replace(stored_layer(layer, "scan"), bidirectional=False).weight_shapes)
     outputs, final = [], []
     for direction in range(layer.directions):
         here = dict(zip(names, weights[direction * len(names) : (direction + 1) * len(names)], strict=True))

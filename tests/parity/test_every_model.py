@@ -28,6 +28,15 @@ MODELS = {
     # relu changes one activation in the node, and how deep the stack is makes no difference to that.
     if layer.activation == "tanh" or depth == "two layers"
 }
+# Biases and initial states are handled alike in every cell: a few cells stand for all.
+MODELS |= {
+    "lstm; mixed sizes, learned": (replace(CELLS["lstm"], learned_initial_state=True), (4, 2)),
+    "gru, reset after; no bias, learned": (
+        Layer("gru", 3, 4, reset="after", bias=False, learned_initial_state=True),
+        (4, 4),
+    ),
+    "lstm_coupled, peepholes; no bias": (Layer("lstm_coupled", 3, 4, peepholes=True, bias=False), (4, 4)),
+}
 
 
 def stack(layer: Layer, sizes: tuple[int, ...], bidirectional: bool) -> ModelSpec:
