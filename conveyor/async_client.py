@@ -10,10 +10,11 @@ from typing import Any, Literal, TypeAlias, cast, overload
 import grpc
 import numpy as np
 
-from conveyor.async_session import AsyncSession, new_session_id, opened_before, step_sessions
+from conveyor.async_session import AsyncSession, step_sessions
 from conveyor.connection import Connection, Settings
 from conveyor.errors import ConveyorError, InvalidRequest, StepsFailed
 from conveyor.model import Model, decode_model
+from conveyor.opening import find_session, new_session_id, open_session
 from conveyor.payload import (
     Inputs,
     Outputs,
@@ -71,16 +72,17 @@ class Opening:
 class AsyncClient:
     """A client of one server, for use in one event loop.
 
-    Calls that a lost connection interrupts are made again where that is safe, and here all are: sessions get their id
-    from the client, chunks carry their position. Closing the client leaves its sessions on the server, where ``attach``
-    finds them until they expire.
+    Calls that a lost connection interrupts, or that a server refuses because it drains or loads, are made again where
+    that is safe, and here all are: sessions get their id from the client, chunks carry their position. Closing the
+    client leaves its sessions on the server, where ``attach`` finds them until they expire.
 
     Args:
         target: address of the server, "host:port".
         key: a secret of the caller's choosing; sessions opened with it exist only for calls that carry it. Without TLS
             anyone on the way can read it.
         timeout_s: for each call that does not say its own.
-        reconnect_timeout_s: how long a lost connection is tried again before a call fails with ConnectionLost.
+        reconnect_timeout_s: how long a server that cannot be reached, drains or loads is tried again before a call
+            fails with ConnectionLost, Draining or Loading.
         max_message_bytes: largest message, either way.
         credentials: for TLS; plain text without.
         options: further gRPC channel arguments.
@@ -119,6 +121,10 @@ class AsyncClient:
         response: pb.GetModelResponse = await self._connection.call("GetModel", request)
         model = decode_model(response.model)
         self._models[name, version] = self._models[name, model.version] = model
+        connection = self._connection
+        connection.max_message_bytes = min(
+            self._settings.max_message_bytes, model.max_message_bytes or self._settings.max_message_bytes
+        )
         return model
 
     @overload
@@ -178,23 +184,23 @@ class AsyncClient:
         """
         signature = self._models.get((model, version)) or await self.model(model, version)
         ragged = isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(row, np.ndarray) for row in x)
-        if ragged:
-            if lengths is not None:
-                raise InvalidRequest("a list of sequences has lengths of its own; expected lengths=None")
-            x, lengths = pad(signature, cast("list[Array]", x))
-        request = pb.InferRequest(
-            model=model,
-            version=version,
-            inputs=encode_inputs(signature, cast("Inputs", x)),
-            lengths=() if lengths is None else lengths,
-            initial_states=() if states is None else encode_states(signature, states),
-            return_states=return_states,
-        )
+        if ragged and lengths is not None:
+            raise InvalidRequest("a list of sequences has lengths of its own; expected lengths=None")
         try:
+            if ragged:
+                x, lengths = pad(signature, cast("list[Array]", x))
+            request = pb.InferRequest(
+                model=model,
+                version=version,
+                inputs=encode_inputs(signature, cast("Inputs", x)),
+                lengths=() if lengths is None else lengths,
+                initial_states=() if states is None else encode_states(signature, states),
+                return_states=return_states,
+            )
             response: pb.InferResponse = await self._connection.call("Infer", request, timeout_s=timeout_s)
         except InvalidRequest:
-            # The newest version may be another one by now.
-            self._models.pop((model, 0), None)
+            # It may be another model by now, with another signature.
+            self._models.pop((model, version), None)
             raise
         if response.version != signature.version:
             signature = await self.model(model, response.version)
@@ -294,32 +300,27 @@ class AsyncClient:
     async def _session(
         self, model: str, version: int, initial_states: States | None, session_id: str | None
     ) -> AsyncSession:
-        session_id = session_id or new_session_id()
+        new_id = session_id or new_session_id()
         states: Sequence[pb.Tensor] = ()
         if initial_states is not None:
             states = encode_states(await self.model(model, version), initial_states)
-        request = pb.OpenSessionRequest(model=model, version=version, session_id=session_id, initial_states=states)
-        return await self._enter("OpenSession", request, session_id)
+        request = pb.OpenSessionRequest(model=model, version=version, session_id=new_id, initial_states=states)
+        opened = await open_session(self._connection, "OpenSession", request, new_id, chosen=bool(session_id))
+        return await self._made(opened)
 
     async def _import(self, state: SessionState, session_id: str | None) -> AsyncSession:
-        session_id = session_id or new_session_id()
-        request = pb.ImportSessionRequest(state=encode_state(state), session_id=session_id)
-        return await self._enter("ImportSession", request, session_id)
-
-    async def _enter(self, method: str, request: Any, session_id: str) -> AsyncSession:
-        response = await self._connection.call(method, request, done_before=opened_before)
-        return await self._attach(session_id, None) if response is None else await self._made(response.session)
+        new_id = session_id or new_session_id()
+        request = pb.ImportSessionRequest(state=encode_state(state), session_id=new_id)
+        opened = await open_session(self._connection, "ImportSession", request, new_id, chosen=bool(session_id))
+        return await self._made(opened)
 
     async def _attach(self, session_id: str, position: int | None) -> AsyncSession:
-        request = pb.GetSessionRequest(session_id=session_id)
-        response: pb.GetSessionResponse = await self._connection.call("GetSession", request)
-        return await self._made(response.session, position)
+        return await self._made(await find_session(self._connection, session_id), position)
 
     async def _made(self, session: pb.Session, position: int | None = None) -> AsyncSession:
         connection, stream = self._opened()
         model = self._models.get((session.model, session.version)) or await self.model(session.model, session.version)
-        position = session.position if position is None else position
-        return AsyncSession(connection, stream, model, session.session_id, position)
+        return AsyncSession(connection, stream, model, session, position)
 
     @property
     def _connection(self) -> Connection:

@@ -6,27 +6,27 @@ Must not know how the stream reconnects.
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 from conveyor.connection import Connection
 from conveyor.errors import (
     ConveyorError,
+    EpochConflict,
     InvalidRequest,
     NotFound,
     PositionConflict,
     ProtocolError,
-    SessionExists,
     SessionLost,
     SessionUnknown,
     TimedOut,
+    Unavailable,
     from_detail,
 )
 from conveyor.model import Model
+from conveyor.opening import find_session, new_session_id, open_session
 from conveyor.payload import Inputs, Outputs, decode_outputs, encode_chunk
 from conveyor.state import SessionState, decode_state
 from conveyor.stream import ChunkStream, Flight
@@ -48,33 +48,25 @@ class _Step:
     single_step: bool
 
 
-def new_session_id() -> str:
-    """An id that nobody can guess. The client makes it, so that opening can be tried again when a reply is lost."""
-    return uuid.uuid4().hex
-
-
-def opened_before(error: ConveyorError) -> bool:
-    """Whether an error of a repeated attempt to open a session under such an id shows that an earlier one succeeded."""
-    return isinstance(error, SessionExists)
-
-
 class AsyncSession:
     """A live sequence whose state the server holds. Made by ``AsyncClient.session`` and its like.
 
     At most one chunk is under way at a time; ``step`` called meanwhile waits its turn. A dropped connection neither
     loses nor doubles a step: the chunk is sent again with its position.
 
-    A ``step`` that ends without the server's word on it (cancelled, TimedOut, ConnectionLost) leaves the session *in
+    A ``step`` that ends without the server's word on it (cancelled, TimedOut, Unavailable) leaves the session *in
     doubt*: the chunk may have been applied or not. The next call that needs to know asks the server first, so steps
     never go missing unnoticed: ``await session.settle()`` gives the chunk's outputs if it counted and None if it did
     not, and ``position`` is right from then on. To repeat a step only if it did not count::
 
         try:
             y = await session.step(x)
-        except (ConnectionLost, TimedOut):
+        except (Unavailable, TimedOut):
             y = await session.settle()
             if y is None:
                 y = await session.step(x)
+
+    A ``reset`` that ends so leaves it in doubt too.
 
     Attributes:
         session_id: with which ``attach`` finds the session again; whoever knows it, and the client's key, can use it.
@@ -82,14 +74,21 @@ class AsyncSession:
     """
 
     def __init__(
-        self, connection: Connection, stream: ChunkStream, model: Model, session_id: str, position: int
+        self,
+        connection: Connection,
+        stream: ChunkStream,
+        model: Model,
+        session: pb.Session,
+        position: int | None = None,
     ) -> None:
-        self.session_id = session_id
+        self.session_id = session.session_id
         self.model = model
         self._connection = connection
         self._stream = stream
-        self._position = position
+        self._epoch = session.epoch
+        self._position = session.position if position is None else position
         self._pending: _Step | None = None
+        self._resetting = False
         self._closed = False
         self._lock = asyncio.Lock()
 
@@ -104,8 +103,8 @@ class AsyncSession:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether a chunk was sent of which it is not known whether it was applied."""
-        return self._pending is not None
+        """Whether a chunk was sent, or a reset, of which it is not known whether it was applied."""
+        return self._pending is not None or self._resetting
 
     async def step(self, x: Inputs, *, timeout_s: float | None = None) -> Outputs:
         """Applies the next steps.
@@ -121,6 +120,7 @@ class AsyncSession:
         Raises:
             ConveyorError: nothing was applied, unless the session is ``in_doubt`` after it, as after TimedOut and
                 ConnectionLost. After a ProtocolError, ``position`` says what was.
+            EpochConflict: somebody else has reset the session; ``attach`` goes on with it.
         """
         (outcome,) = (await step_sessions([(self, x)], self._timeout_s(timeout_s))).values()
         if isinstance(outcome, ConveyorError):
@@ -128,10 +128,10 @@ class AsyncSession:
         return outcome
 
     async def settle(self, *, timeout_s: float | None = None) -> Outputs | None:
-        """Finds out what became of the step in doubt.
+        """Finds out what became of the step or reset in doubt.
 
         Returns:
-            Its outputs if it was applied; None if it was not, or nothing was in doubt.
+            The step's outputs if it was applied; None if it was not, or none was in doubt.
 
         Raises:
             ConveyorError: if that could not be found out; the session stays in doubt.
@@ -152,22 +152,34 @@ class AsyncSession:
         async with self._lock:
             await self._ready()
             request = pb.ForkSessionRequest(session_id=self.session_id, new_session_id=new_id, position=self._position)
-            await self._call("ForkSession", request, opened_before)
-            return AsyncSession(self._connection, self._stream, self.model, new_id, self._position)
+            with self._explained():
+                fork = await open_session(self._connection, "ForkSession", request, new_id, chosen=bool(session_id))
+            return AsyncSession(self._connection, self._stream, self.model, fork)
 
     async def reset(self) -> None:
         """Goes back to position 0 and the model's initial state.
 
         Raises:
-            ConveyorError: as the server says; the session is as it was.
+            ConveyorError: as the server says; the session is as it was, unless it is ``in_doubt`` after it.
+            EpochConflict: somebody else has reset the session; ``attach`` goes on with it.
         """
         async with self._lock:
             await self._ready()
-            request = pb.ResetSessionRequest(session_id=self.session_id, position=self._position)
-            await self._call(
-                "ResetSession", request, lambda error: isinstance(error, PositionConflict) and error.position == 0
-            )
-            self._position = 0
+            request = pb.ResetSessionRequest(session_id=self.session_id, position=self._position, epoch=self._epoch)
+            self._resetting = True
+            try:
+                with self._explained():
+                    # The epoch that a repeated attempt finds over is the one that an earlier attempt ended.
+                    response = await self._connection.call(
+                        "ResetSession", request, after_loss=lambda e: None if isinstance(e, EpochConflict) else e
+                    )
+            except ConveyorError as error:
+                self._resetting = isinstance(error, Unavailable | TimedOut)
+                raise
+            if response is None:
+                await self._settle_reset(None)
+            else:
+                self._begin_anew(response.session)
 
     async def export(self) -> SessionState:
         """Copies the state out; the session goes on.
@@ -177,9 +189,9 @@ class AsyncSession:
         """
         async with self._lock:
             await self._ready()
-            response: pb.ExportSessionResponse = await self._call(
-                "ExportSession", pb.ExportSessionRequest(session_id=self.session_id)
-            )
+            request = pb.ExportSessionRequest(session_id=self.session_id)
+            with self._explained():
+                response: pb.ExportSessionResponse = await self._connection.call("ExportSession", request)
             return decode_state(response.state)
 
     async def close(self, *, timeout_s: float | None = None) -> None:
@@ -218,6 +230,8 @@ class AsyncSession:
         await self._settle(None)
 
     async def _settle(self, timeout_s: float | None) -> Outputs | None:
+        if self._resetting:
+            await self._settle_reset(timeout_s)
         step = self._pending
         if step is None:
             return None
@@ -229,12 +243,25 @@ class AsyncSession:
         try:
             return self._take()
         except ConveyorError as error:
-            if self.in_doubt or isinstance(error, NotFound | PositionConflict | ProtocolError):
+            if self.in_doubt or isinstance(error, NotFound | PositionConflict | EpochConflict | ProtocolError):
                 raise
             return None
 
+    async def _settle_reset(self, timeout_s: float | None) -> None:
+        with self._explained():
+            session = await find_session(self._connection, self.session_id, timeout_s)
+        if session.epoch == self._epoch:
+            self._resetting = False
+        else:
+            self._begin_anew(session)
+
+    def _begin_anew(self, session: pb.Session) -> None:
+        self._resetting = False
+        self._epoch = session.epoch
+        self._position = session.position
+
     def _send(self, tensors: list[pb.Tensor], single_step: bool, timeout_s: float) -> Flight:
-        chunk = pb.Chunk(session_id=self.session_id, position=self._position, inputs=tensors)
+        chunk = pb.Chunk(session_id=self.session_id, position=self._position, inputs=tensors, epoch=self._epoch)
         flight = self._stream.submit(chunk, timeout_s)
         self._pending = _Step(flight, tensors[0].shape[0], single_step)
         return flight
@@ -260,21 +287,22 @@ class AsyncSession:
             )
         return decode_outputs(self.model, result.outputs, single_step=step.single_step)
 
-    async def _call(
-        self, method: str, request: Any, done_before: Callable[[ConveyorError], bool] = lambda error: False
-    ) -> Any:
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            return await self._connection.call(method, request, done_before=done_before)
-        except SessionUnknown as error:
+            yield
+        except (SessionUnknown, EpochConflict) as error:
             raise self._explain(error) from None
 
     def _explain(self, error: ConveyorError) -> ConveyorError:
-        if not isinstance(error, SessionUnknown):
-            return error
-        return SessionLost(
-            f"session {self.session_id!r} stood at position {self._position}, and the server no longer knows it: "
-            "it restarted, or someone else closed the session"
-        )
+        stood = f"session {self.session_id!r} stood at position {self._position}, and "
+        if isinstance(error, SessionUnknown):
+            return SessionLost(
+                stood + "the server no longer knows it: it restarted, or someone else closed the session"
+            )
+        if isinstance(error, EpochConflict):
+            return EpochConflict(stood + f"someone else has reset it or opened it anew; attach() goes on: {error}")
+        return error
 
     def _timeout_s(self, timeout_s: float | None) -> float:
         return self._connection.settings.timeout_s if timeout_s is None else timeout_s

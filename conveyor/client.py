@@ -24,16 +24,18 @@ Result = TypeVar("Result")
 class Client:
     """A client of one server, for use from any number of threads.
 
-    Calls that a lost connection interrupts are made again where that is safe, and here all are: sessions get their id
-    from the client, chunks carry their position. Closing the client leaves its sessions on the server, where ``attach``
-    finds them until they expire. A process that forks needs a client of its own on either side, made after the fork.
+    Calls that a lost connection interrupts, or that a server refuses because it drains or loads, are made again where
+    that is safe, and here all are: sessions get their id from the client, chunks carry their position. Closing the
+    client leaves its sessions on the server, where ``attach`` finds them until they expire. A process that forks needs
+    a client of its own on either side, made after the fork.
 
     Args:
         target: address of the server, "host:port".
         key: a secret of the caller's choosing; sessions opened with it exist only for calls that carry it. Without TLS
             anyone on the way can read it.
         timeout_s: for each call that does not say its own.
-        reconnect_timeout_s: how long a lost connection is tried again before a call fails with ConnectionLost.
+        reconnect_timeout_s: how long a server that cannot be reached, drains or loads is tried again before a call
+            fails with ConnectionLost, Draining or Loading.
         max_message_bytes: largest message, either way.
         credentials: for TLS; plain text without.
         options: further gRPC channel arguments.

@@ -1,4 +1,4 @@
-"""The channel to one server: its options, the key, and unary calls that are sent again while the connection is lost.
+"""The channel to one server: its options, the key, and unary calls that are made again while the server cannot be had.
 
 Must not know sessions or tensors.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from conveyor.errors import ConnectionLost, ConveyorError, InvalidRequest, from_rpc
+from conveyor.errors import ConnectionLost, ConveyorError, InvalidRequest, Unavailable, from_rpc
 from conveyor.v1 import conveyor_pb2_grpc as pb_grpc
 
 _KEY = "conveyor-key"
@@ -48,7 +48,7 @@ class Settings:
         target: address of the server, "host:port" or any name that gRPC resolves.
         key: secret of the caller's choosing; sessions opened with it exist only for calls that carry it.
         timeout_s: for each call that does not say its own.
-        reconnect_timeout_s: how long a lost connection is tried again.
+        reconnect_timeout_s: how long a server that cannot be reached, drains or loads is tried again.
         max_message_bytes: largest message, either way.
         credentials: for TLS; None for plain text.
         options: gRPC channel arguments beside, or instead of, the ones set here.
@@ -76,10 +76,17 @@ class Settings:
 
 
 class Connection:
-    """A channel, bound to the event loop in which it was made."""
+    """A channel, bound to the event loop in which it was made.
+
+    Attributes:
+        settings: what the client was told.
+        closed: whether it was closed; nothing can be called any more.
+        max_message_bytes: largest message that may be sent: the client's limit, or the server's, once it is known.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.max_message_bytes = settings.max_message_bytes
         self.closed = False
         options = {
             "grpc.max_send_message_length": settings.max_message_bytes,
@@ -110,7 +117,7 @@ class Connection:
         request: Any,
         *,
         timeout_s: float | None = None,
-        done_before: Callable[[ConveyorError], bool] = lambda error: False,
+        after_loss: Callable[[ConveyorError], ConveyorError | None] = lambda error: error,
     ) -> Any:
         """Makes a unary call that may be sent twice without harm.
 
@@ -118,11 +125,11 @@ class Connection:
             method: name of the call.
             request: its message.
             timeout_s: for all attempts together; the client's own if None.
-            done_before: whether an error of a repeated attempt shows that an earlier one, whose reply was lost,
-                succeeded.
+            after_loss: what the error of an attempt means once the reply to an earlier one was lost: the error to
+                raise, or None if it shows that the earlier one succeeded.
 
         Returns:
-            The response; None where ``done_before`` said so.
+            The response; None where ``after_loss`` said so.
 
         Raises:
             ConveyorError: as the server says, or ConnectionLost or TimedOut where it says nothing.
@@ -131,6 +138,7 @@ class Connection:
         timeout_s = settings.timeout_s if timeout_s is None else timeout_s
         started = settings.clock()
         attempt = 0
+        lost = False
         while True:
             self.check_open()
             left_s = started + timeout_s - settings.clock()
@@ -144,11 +152,15 @@ class Connection:
                 if self.closed and task is not None and not task.cancelling():
                     raise ConnectionLost("the client was closed during the call") from None
                 raise
-            if attempt and done_before(error):
-                return None
+            if lost:
+                told = after_loss(error)
+                if told is None:
+                    return None
+                error = told
+            lost |= isinstance(error, ConnectionLost)
             delay_s = settings.backoff.delay_s(attempt)
             waited_s = settings.clock() - started + delay_s
-            if not isinstance(error, ConnectionLost) or waited_s >= min(timeout_s, settings.reconnect_timeout_s):
+            if not isinstance(error, Unavailable) or waited_s >= min(timeout_s, settings.reconnect_timeout_s):
                 raise error
             await settings.sleep(delay_s)
             attempt += 1

@@ -11,6 +11,7 @@
     │   └── SessionLost           its state is gone, through no doing of this client
     ├── NotStreamable             the model cannot run step by step
     ├── PositionConflict          the chunk does not begin where the session is
+    ├── EpochConflict             the session was reset, or opened anew, by somebody else
     ├── SessionExists
     ├── Full                      a limit of the server is reached; the text says which
     ├── Late                      the deadline passed, and the server says that nothing was applied
@@ -113,6 +114,13 @@ class PositionConflict(ConveyorError):
         self.position = position
 
 
+class EpochConflict(ConveyorError):
+    """The session was reset, or opened anew, by somebody else; nothing was applied. ``attach`` goes on with it."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "epoch_conflict"
+
+
 class SessionExists(ConveyorError):
     """A session of that id is open already."""
 
@@ -207,7 +215,8 @@ _BY_REASON: dict[str, type[ConveyorError]] = {
     kind.reason: kind
     for kind in (
         InvalidRequest, NotFound, ModelUnknown, SessionUnknown, SessionExpired, SessionLost, NotStreamable,
-        PositionConflict, SessionExists, Full, Late, Cancelled, Unavailable, Draining, Loading, EngineFailed,
+        PositionConflict, EpochConflict, SessionExists, Full, Late, Cancelled, Unavailable, Draining, Loading,
+        EngineFailed,
     )
 }  # fmt: skip
 

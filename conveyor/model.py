@@ -44,6 +44,7 @@ class Model:
         precision: of the weights: "float32", "float16" or "int8".
         max_steps: largest number of steps that one sequence or chunk may have.
         max_batch: largest number of sequences that one ``infer`` may hold.
+        max_message_bytes: largest message that the server takes; 0 where it does not say.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Model:
     precision: str
     max_steps: int
     max_batch: int
+    max_message_bytes: int
 
 
 def decode_model(message: pb.Model) -> Model:
@@ -75,6 +77,7 @@ def decode_model(message: pb.Model) -> Model:
         precision=message.precision,
         max_steps=message.max_steps,
         max_batch=message.max_batch,
+        max_message_bytes=message.max_message_bytes,
     )
 
 

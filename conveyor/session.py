@@ -27,17 +27,19 @@ class Session:
     At most one chunk is under way at a time; ``step`` called meanwhile waits its turn. A dropped connection neither
     loses nor doubles a step: the chunk is sent again with its position.
 
-    A ``step`` that ends without the server's word on it (an interrupt, TimedOut, ConnectionLost) leaves the session *in
+    A ``step`` that ends without the server's word on it (an interrupt, TimedOut, Unavailable) leaves the session *in
     doubt*: the chunk may have been applied or not. The next call that needs to know asks the server first. ``settle()``
     gives the chunk's outputs if it counted and None if it did not, and ``position`` is right from then on. To repeat a
     step only if it did not count::
 
         try:
             y = session.step(x)
-        except (ConnectionLost, TimedOut):
+        except (Unavailable, TimedOut):
             y = session.settle()
             if y is None:
                 y = session.step(x)
+
+    A ``reset`` that ends so leaves it in doubt too.
     """
 
     def __init__(self, run: Run, session: AsyncSession) -> None:
@@ -65,7 +67,7 @@ class Session:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether a chunk was sent of which it is not known whether it was applied."""
+        """Whether a chunk was sent, or a reset, of which it is not known whether it was applied."""
         return self._session.in_doubt
 
     def step(self, x: Inputs, *, timeout_s: float | None = None) -> Outputs:
@@ -82,14 +84,15 @@ class Session:
         Raises:
             ConveyorError: nothing was applied, unless the session is ``in_doubt`` after it, as after TimedOut and
                 ConnectionLost. After a ProtocolError, ``position`` says what was.
+            EpochConflict: somebody else has reset the session; ``attach`` goes on with it.
         """
         return self._run(self._session.step(x, timeout_s=timeout_s))
 
     def settle(self, *, timeout_s: float | None = None) -> Outputs | None:
-        """Finds out what became of the step in doubt.
+        """Finds out what became of the step or reset in doubt.
 
         Returns:
-            Its outputs if it was applied; None if it was not, or nothing was in doubt.
+            The step's outputs if it was applied; None if it was not, or none was in doubt.
 
         Raises:
             ConveyorError: if that could not be found out; the session stays in doubt.
@@ -111,7 +114,8 @@ class Session:
         """Goes back to position 0 and the model's initial state.
 
         Raises:
-            ConveyorError: as the server says; the session is as it was.
+            ConveyorError: as the server says; the session is as it was, unless it is ``in_doubt`` after it.
+            EpochConflict: somebody else has reset the session; ``attach`` goes on with it.
         """
         self._run(self._session.reset())
 

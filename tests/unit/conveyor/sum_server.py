@@ -9,6 +9,7 @@ twice.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import defaultdict, deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -28,6 +29,8 @@ WIDTH = 2
 
 Response = TypeVar("Response")
 
+_epochs = itertools.count(1)
+
 
 @dataclass
 class Fault:
@@ -35,13 +38,13 @@ class Fault:
 
     Attributes:
         when: the connection breaks before the work is done, or after it and before its reply; or the reply comes twice,
-            or behind the one to the chunk before; or the work waits until the test releases it.
+            or behind the one to the chunk before; or the work waits until the test releases it, or its reply does.
         code: with which the connection breaks.
         text: of that status.
         detail: what the server says of it; nothing if None, as when the connection broke.
     """
 
-    when: Literal["before", "after", "twice", "stale", "held"]
+    when: Literal["before", "after", "twice", "stale", "held", "kept"]
     code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
     text: str = "Socket closed"
     detail: errors.ConveyorError | None = None
@@ -60,6 +63,7 @@ class Held:
     total: Array = field(default_factory=lambda: np.zeros(WIDTH, np.float32))
     position: int = 0
     last: pb.ChunkResult | None = None
+    epoch: int = field(default_factory=lambda: next(_epochs))
 
 
 class SumServer(stubs.ConveyorServiceServicer):
@@ -67,6 +71,8 @@ class SumServer(stubs.ConveyorServiceServicer):
 
     Attributes:
         sessions: open ones, by id.
+        version: of the model.
+        input: name of the model's input.
         applied: how often each (session, position) was applied.
         messages: how many chunks each StreamRequest held.
         chunks: every chunk as it arrived.
@@ -79,10 +85,16 @@ class SumServer(stubs.ConveyorServiceServicer):
         released: what is held waits for this.
         ended: gets an item when a stream has ended.
         target: address, once it listens.
+
+    Args:
+        max_message_bytes: largest message that it takes, and says so; 0 for what gRPC takes, and no word of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_message_bytes: int = 0) -> None:
+        self.max_message_bytes = max_message_bytes
         self.sessions: dict[str, Held] = {}
+        self.version = 1
+        self.input = "x"
         self.applied: dict[tuple[str, int], int] = defaultdict(int)
         self.messages: list[int] = []
         self.chunks: list[pb.Chunk] = []
@@ -99,7 +111,8 @@ class SumServer(stubs.ConveyorServiceServicer):
 
     async def start(self, port: int = 0) -> None:
         """Listens on a port; 0 for a free one."""
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        limit = [("grpc.max_receive_message_length", self.max_message_bytes)] if self.max_message_bytes else []
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), *limit])
         stubs.add_ConveyorServiceServicer_to_server(self, self._server)
         self.target = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
         await self._server.start()
@@ -117,12 +130,12 @@ class SumServer(stubs.ConveyorServiceServicer):
     # --- the wire contract ---
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
-        return await self._call("ListModels", context, lambda: pb.ListModelsResponse(models=[_model()]))
+        return await self._call("ListModels", context, lambda: pb.ListModelsResponse(models=[self._model()]))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         def described() -> pb.GetModelResponse:
             _check_model(request.model)
-            return pb.GetModelResponse(model=_model())
+            return pb.GetModelResponse(model=self._model())
 
         return await self._call("GetModel", context, described)
 
@@ -135,7 +148,7 @@ class SumServer(stubs.ConveyorServiceServicer):
             y = (np.cumsum(x, 1) + initial[:, None]).astype(np.float32)
             final = np.stack([row[length - 1] for row, length in zip(y, lengths, strict=True)])
             return pb.InferResponse(
-                version=1,
+                version=self.version,
                 outputs=[encode_tensor("y", y * valid[..., None].astype(np.float32))],
                 final_states=[encode_tensor("s", final)] if request.return_states else [],
             )
@@ -168,7 +181,9 @@ class SumServer(stubs.ConveyorServiceServicer):
 
     async def ResetSession(self, request: pb.ResetSessionRequest, context: Any) -> pb.ResetSessionResponse:
         def reset() -> pb.ResetSessionResponse:
-            self._check_position(request, self._find(request.session_id))
+            held = self._find(request.session_id)
+            _check_epoch(request, held)
+            self._check_position(request, held)
             self.sessions[request.session_id] = Held()
             return pb.ResetSessionResponse(session=self._describe(request.session_id))
 
@@ -187,7 +202,7 @@ class SumServer(stubs.ConveyorServiceServicer):
             held = self._find(request.session_id)
             states = [encode_tensor("s", held.total)]
             return pb.ExportSessionResponse(
-                state=pb.SessionState(model="sum", version=1, position=held.position, states=states)
+                state=pb.SessionState(model="sum", version=self.version, position=held.position, states=states)
             )
 
         return await self._call("ExportSession", context, export)
@@ -234,6 +249,7 @@ class SumServer(stubs.ConveyorServiceServicer):
             return result
         try:
             held = self._find(chunk.session_id)
+            _check_epoch(chunk, held)
         except errors.ConveyorError as error:
             result.error.CopyFrom(_detail(error))
             return result
@@ -270,6 +286,9 @@ class SumServer(stubs.ConveyorServiceServicer):
             raise
         if fault and fault.when == "after":
             await fault.abort(context)
+        if fault and fault.when == "kept":
+            self.held.put_nowait(None)
+            await self.released.wait()
         return response
 
     def _find(self, session_id: str) -> Held:
@@ -284,18 +303,39 @@ class SumServer(stubs.ConveyorServiceServicer):
         return self._describe(session_id)
 
     def _describe(self, session_id: str) -> pb.Session:
-        position = self._find(session_id).position
-        return pb.Session(session_id=session_id, model="sum", version=1, position=position)
+        held = self._find(session_id)
+        return pb.Session(
+            session_id=session_id, model="sum", version=self.version, position=held.position, epoch=held.epoch
+        )
 
     def _check_position(self, request: pb.ForkSessionRequest | pb.ResetSessionRequest, held: Held) -> None:
         if request.HasField("position") and request.position != held.position:
             raise errors.PositionConflict("out of place", held.position)
 
+    def _model(self) -> pb.Model:
+        def spec(name: str, *axes: str) -> pb.TensorSpec:
+            return pb.TensorSpec(
+                name=name,
+                data_type=pb.DATA_TYPE_FLOAT32,
+                shape=[WIDTH if axis == "feature" else -1 for axis in axes],
+                axes=axes,
+            )
+
+        return pb.Model(
+            name="sum",
+            version=self.version,
+            inputs=[spec(self.input, "batch", "time", "feature")],
+            outputs=[spec("y", "batch", "time", "feature")],
+            states=[spec("s", "batch", "feature")],
+            streamable=True,
+            max_message_bytes=self.max_message_bytes,
+        )
+
 
 @asynccontextmanager
-async def sum_server() -> AsyncIterator[SumServer]:
+async def sum_server(max_message_bytes: int = 0) -> AsyncIterator[SumServer]:
     """A server on a free port, in this event loop."""
-    server = SumServer()
+    server = SumServer(max_message_bytes)
     await server.start()
     try:
         yield server
@@ -309,23 +349,9 @@ def _check_model(name: str) -> None:
         raise errors.ModelUnknown(f"no model {name!r}")
 
 
-def _model() -> pb.Model:
-    def spec(name: str, *axes: str) -> pb.TensorSpec:
-        return pb.TensorSpec(
-            name=name,
-            data_type=pb.DATA_TYPE_FLOAT32,
-            shape=[WIDTH if axis == "feature" else -1 for axis in axes],
-            axes=axes,
-        )
-
-    return pb.Model(
-        name="sum",
-        version=1,
-        inputs=[spec("x", "batch", "time", "feature")],
-        outputs=[spec("y", "batch", "time", "feature")],
-        states=[spec("s", "batch", "feature")],
-        streamable=True,
-    )
+def _check_epoch(request: pb.Chunk | pb.ResetSessionRequest, held: Held) -> None:
+    if request.epoch not in (0, held.epoch):
+        raise errors.EpochConflict(f"epoch {request.epoch} is over; now it is {held.epoch}")
 
 
 def _detail(error: errors.ConveyorError) -> pb.ErrorDetail:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from pathlib import Path
+from typing import Literal
 
 import grpc
 import numpy as np
@@ -28,9 +29,9 @@ from conveyor import (
     StepsFailed,
     TimedOut,
 )
-from conveyor.connection import Backoff, Settings
 from conveyor.v1 import conveyor_pb2 as pb
 from tests.clock import Clock
+from tests.unit.conveyor.clients import PAUSE_S, held_step, impatient, rows
 from tests.unit.conveyor.sum_server import Fault, Held, SumServer, sum_server
 
 LOST = [
@@ -41,33 +42,6 @@ LOST = [
 ]
 
 CALLS = ["OpenSession", "ForkSession", "ResetSession", "CloseSession", "ExportSession", "ImportSession"]
-
-
-def rows(count: int, width: int = 2) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Whole numbers, so that their sums are exact: [count, width]."""
-    return np.arange(1, count * width + 1, dtype=np.float32).reshape(count, width)
-
-
-PAUSE_S = 1.0
-
-
-def impatient(server: SumServer, clock: Clock | None = None, reconnect_timeout_s: float = 30) -> AsyncClient:
-    """A client whose pauses between attempts, up to PAUSE_S, move a clock instead of taking time."""
-    clock = clock or Clock()
-
-    async def sleep(seconds: float) -> None:
-        clock.now += seconds
-        await asyncio.sleep(0)
-
-    client = AsyncClient(server.target)
-    client._settings = Settings(
-        server.target,
-        reconnect_timeout_s=reconnect_timeout_s,
-        backoff=Backoff(limit_s=PAUSE_S),
-        clock=clock,
-        sleep=sleep,
-    )
-    return client
 
 
 # --- what a step is ---
@@ -191,6 +165,39 @@ async def test_a_chunk_larger_than_a_message_is_refused_here() -> None:
         assert not server.chunks
 
 
+async def test_the_servers_limit_on_messages_holds_here() -> None:
+    """Messages stay below it, and a chunk beyond it is refused here; on the stream it would end everybody's steps."""
+    async with sum_server(max_message_bytes=300_000) as server, AsyncClient(server.target) as client:
+        assert (await client.model("sum")).max_message_bytes == 300_000
+        sessions = [await client.session("sum") for _ in range(7)]
+        chunks = {session: np.zeros((12_500, 2)) for session in sessions}
+        chunks[sessions[0]] = np.zeros((37_500, 2))
+        with pytest.raises(StepsFailed) as failed:
+            await client.step_many(chunks)
+        assert failed.value.outputs.keys() == set(sessions[1:])
+        with pytest.raises(InvalidRequest, match="does not fit into a message of 300000"):
+            raise failed.value.errors[sessions[0]]
+        assert server.messages == [2, 2, 2]
+        assert (server.streams, sessions[0].in_doubt) == (1, False)
+
+
+async def test_two_handles_of_a_session_do_not_take_each_others_replies() -> None:
+    """While one has a chunk under way the other is refused, and neither waits for ever."""
+    async with sum_server() as server, AsyncClient(server.target) as client:
+        one = await client.session("sum")
+        other = await client.attach(one.session_id)
+        step = await held_step(server, one)
+        with pytest.raises(InvalidRequest, match="under way already, from another handle"):
+            await other.step(rows(2))
+        server.released.set()
+        np.testing.assert_array_equal(await asyncio.wait_for(step, 10), rows(1))
+        again = await client.attach(one.session_id)
+        with pytest.raises(StepsFailed) as failed:
+            await asyncio.wait_for(client.step_many({one: rows(1), again: rows(1)}), 10)
+        assert (set(failed.value.outputs), set(failed.value.errors)) == ({one}, {again})
+        assert list(server.applied.values()) == [1, 1]
+
+
 # --- a broken connection ---
 
 
@@ -256,15 +263,6 @@ async def test_a_session_that_the_server_forgot_is_lost() -> None:
         await session.close()
         with pytest.raises(SessionUnknown):
             await client.attach("0" * 32)
-
-
-async def test_a_chunk_dropped_with_its_old_connection_is_sent_again() -> None:
-    """A server may cancel the copy from the broken stream just after the new one joined it: nobody here cancelled."""
-    async with sum_server() as server, AsyncClient(server.target) as client, client.session("sum") as session:
-        server.chunk_faults.append(Fault("before"))
-        server.refusals.append(pb.ErrorDetail(code=grpc.StatusCode.CANCELLED.value[0], reason="cancelled"))
-        np.testing.assert_array_equal(await session.step(rows(1)), rows(1))
-        assert [chunk.position for chunk in server.chunks] == [0, 0, 0]
 
 
 async def test_an_idle_stream_that_breaks_is_opened_again_by_the_next_step() -> None:
@@ -353,19 +351,11 @@ async def test_a_stream_that_the_server_refuses_is_not_tried_again() -> None:
 # --- doubt ---
 
 
-async def _held_step(server: SumServer, session: AsyncSession) -> asyncio.Task[object]:
-    """A step that has reached the server, which does not answer until it is released."""
-    server.chunk_faults.append(Fault("held"))
-    task: asyncio.Task[object] = asyncio.create_task(session.step(rows(1)))
-    await server.held.get()
-    return task
-
-
 async def test_a_cancelled_step_that_counted_is_found_out() -> None:
     """``settle`` gives its outputs, and the position has moved."""
     async with sum_server() as server, AsyncClient(server.target) as client:
         session = await client.session("sum")
-        task = await _held_step(server, session)
+        task = await held_step(server, session)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -380,7 +370,7 @@ async def test_the_step_after_a_cancelled_one_settles_it_first() -> None:
     """New inputs never get the reply to the old ones."""
     async with sum_server() as server, AsyncClient(server.target) as client:
         session = await client.session("sum")
-        task = await _held_step(server, session)
+        task = await held_step(server, session)
         task.cancel()
         server.released.set()
         y = await session.step([10.0, 20.0])
@@ -424,7 +414,7 @@ async def test_every_call_settles_a_step_in_doubt_first() -> None:
         session = await client.session("sum")
         server.released.set()
         for call, position in [("export", 1), ("fork", 2), ("reset", 0)]:
-            task = await _held_step(server, session)
+            task = await held_step(server, session)
             task.cancel()
             await getattr(session, call)()
             assert (session.position, session.in_doubt) == (position, False)
@@ -434,7 +424,7 @@ async def test_closing_does_not_wait_for_a_step_in_doubt() -> None:
     """Whether it counted does not matter any more."""
     async with sum_server() as server, AsyncClient(server.target) as client:
         session = await client.session("sum")
-        task = await _held_step(server, session)
+        task = await held_step(server, session)
         task.cancel()
         await asyncio.wait_for(session.close(), 10)
         assert not server.sessions
@@ -563,10 +553,31 @@ async def test_an_id_that_is_taken_is_an_error_the_first_time() -> None:
     """Only on a repeated attempt does it mean that the earlier one succeeded."""
     async with sum_server() as server, AsyncClient(server.target) as client:
         session = await client.session("sum", session_id="mine")
-        with pytest.raises(SessionExists):
-            await client.session("sum", session_id="mine")
-        with pytest.raises(SessionExists):
-            await session.fork("mine")
+        for taken in (client.session("sum", session_id="mine"), session.fork("mine")):
+            with pytest.raises(SessionExists) as exists:
+                await taken
+            assert "earlier attempt" not in str(exists.value)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", ["OpenSession", "ForkSession", "ImportSession"])
+async def test_a_chosen_id_is_never_taken_over(call: str, when: Literal["before", "after"]) -> None:
+    """Found open after a lost attempt it may be anybody's session, so it is not given out as a new one."""
+    async with sum_server() as server, AsyncClient(server.target) as client:
+        source = await client.session("sum")
+        state = await source.export()
+        if when == "before":
+            async with AsyncClient(server.target) as other:
+                await (await other.session("sum", session_id="cam-1")).step(rows(7))
+        server.call_faults[call].append(Fault(when))
+        with pytest.raises(SessionExists, match=r"an earlier attempt .* may have opened it"):
+            if call == "OpenSession":
+                await client.session("sum", session_id="cam-1")
+            elif call == "ForkSession":
+                await source.fork("cam-1")
+            else:
+                await client.import_session(state, "cam-1")
+        assert (await client.attach("cam-1")).position == (7 if when == "before" else 0)
 
 
 async def test_ids_cannot_be_guessed() -> None:
@@ -627,6 +638,17 @@ async def test_a_batch_is_sent_again_while_the_connection_is_lost() -> None:
         assert not server.call_faults["Infer"]
 
 
+@pytest.mark.parametrize("version", [0, 1])
+async def test_a_signature_that_no_longer_fits_is_asked_for_again(version: int) -> None:
+    """A batch that fits the model as it is now fails here once, by what was known of it, and not for good."""
+    async with sum_server() as server, AsyncClient(server.target) as client:
+        await client.infer("sum", {"x": rows(1)[None]}, version=version)
+        server.input = "z"
+        with pytest.raises(InvalidRequest, match=r"expected \['x'\]"):
+            await client.infer("sum", {"z": rows(1)[None]}, version=version)
+        np.testing.assert_array_equal(await client.infer("sum", {"z": rows(1)[None]}, version=version), rows(1)[None])
+
+
 async def test_a_batch_has_its_deadline() -> None:
     """All attempts together."""
     async with sum_server() as server, AsyncClient(server.target) as client:
@@ -664,7 +686,7 @@ async def test_closing_the_client_ends_what_waits() -> None:
     async with sum_server() as server:
         client = AsyncClient(server.target)
         session = await client.session("sum")
-        step = await _held_step(server, session)
+        step = await held_step(server, session)
         server.call_faults["ListModels"].append(Fault("held"))
         call = asyncio.create_task(client.models())
         await server.held.get()

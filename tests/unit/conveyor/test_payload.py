@@ -29,7 +29,7 @@ STATE = _spec("h", "float32", "batch", "feature")
 
 
 def _model(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Model:
-    return Model("m", 1, inputs, outputs, (STATE,), True, ("gru",), "float32", 100, 10)
+    return Model("m", 1, inputs, outputs, (STATE,), True, ("gru",), "float32", 100, 10, 1000)
 
 
 VECTORS = _model((_spec("x", "float32", *SERIES),), (_spec("y", "float32", *SERIES),))

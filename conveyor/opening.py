@@ -1,0 +1,57 @@
+"""Calls that open a session, or find one that is open. Must not know what a session does afterwards."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from conveyor.connection import Connection
+from conveyor.errors import ConveyorError, SessionExists
+from conveyor.v1 import conveyor_pb2 as pb
+
+
+def new_session_id() -> str:
+    """An id that nobody can guess. The client makes it, so that opening can be tried again when a reply is lost."""
+    return uuid.uuid4().hex
+
+
+async def open_session(
+    connection: Connection, method: str, request: Any, session_id: str, *, chosen: bool
+) -> pb.Session:
+    """Opens a session, once, however often the connection is lost meanwhile.
+
+    Args:
+        connection: to the server.
+        method: name of the call.
+        request: its message.
+        session_id: of the new session, as it stands in the request.
+        chosen: whether the id is the user's. It may then be somebody else's too, while an id that the client made can
+            only have been taken by an earlier attempt of the same call.
+
+    Raises:
+        ConveyorError: as the server says.
+    """
+
+    def taken(error: ConveyorError) -> ConveyorError | None:
+        if not isinstance(error, SessionExists):
+            return error
+        if not chosen:
+            return None
+        return SessionExists(
+            f"{error}; the connection was lost meanwhile, and an earlier attempt of this very call may have opened it: "
+            "if nobody else uses the id, attach() goes on with it"
+        )
+
+    response = await connection.call(method, request, after_loss=taken)
+    return await find_session(connection, session_id) if response is None else response.session
+
+
+async def find_session(connection: Connection, session_id: str, timeout_s: float | None = None) -> pb.Session:
+    """Looks at a session.
+
+    Raises:
+        NotFound: there is none: unknown, expired or lost, as the type says.
+    """
+    request = pb.GetSessionRequest(session_id=session_id)
+    response: pb.GetSessionResponse = await connection.call("GetSession", request, timeout_s=timeout_s)
+    return response.session
