@@ -12,6 +12,8 @@ from service.settings import load
 def main() -> int:
     """Run until a signal comes; return the exit status."""
     settings = load(sys.argv[1:], os.environ)
+    # gRPC's core writes to standard error in a form of its own; what matters comes back as an exception and is logged.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # After the settings, so that --help and a wrong flag answer before the libraries are loaded.
     from service.server import configure_logs, serve
 
@@ -20,4 +22,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # A run of a model that never ends would hold an ordinary exit for ever. Nothing is left to be written here.
+    sys.stdout.flush()
+    os._exit(status)

@@ -11,6 +11,7 @@
     │   └── SessionLost           its state is gone through no doing of its owner
     ├── NotStreamable             the model cannot run step by step
     ├── PositionConflict          the chunk does not begin where the session is
+    ├── EpochConflict             it is meant for another life of the session
     ├── SessionExists
     ├── Full                      a limit is reached; the text says which
     ├── Late                      the deadline has passed
@@ -88,6 +89,12 @@ class PositionConflict(ConveyorError):
     def __init__(self, message: str, position: int) -> None:
         super().__init__(message)
         self.position = position
+
+
+class EpochConflict(ConveyorError):
+    """The session was reset, or opened anew, since the epoch that was given."""
+
+    reason = "epoch_conflict"
 
 
 class SessionExists(ConveyorError):

@@ -6,6 +6,7 @@ or torch. Axes are the graph's own; the wire puts batch first and time second wh
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,6 +15,7 @@ METADATA_KEY = "conveyor.manifest"
 """The key under which the manifest's JSON stands in the ONNX file's metadata."""
 
 DType = Literal["float32", "float16", "float64", "int64", "int32", "int8", "bool"]
+_ITEM_BYTES = {"float32": 4, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 Size = Annotated[int, Field(ge=1)] | None
 """The size of an axis; None where the graph takes any."""
 
@@ -95,8 +97,8 @@ class ParityRow(_Part):
 
     @property
     def within(self) -> bool:
-        """Whether both stayed within the bound."""
-        return self.outputs <= self.bound and self.states <= self.bound
+        """Whether both are numbers and stayed within a bound that is one."""
+        return all(error <= self.bound < float("inf") for error in (self.outputs, self.states))
 
 
 class Parity(_Part):
@@ -134,6 +136,10 @@ class Manifest(_Part):
     layers: tuple[LayerSpec, ...] = ()
     head_on: Literal["every", "last"] = "every"
     precision: Literal["float32", "float16", "int8"] = "float32"
+    weights_digest: str | None = Field(
+        default=None,
+        description="sha256 over the names, shapes and values of the weights, as the exporter reads them from the file",
+    )
     parity: Parity | None = None
     made_with: dict[str, str] = Field(default_factory=dict, description="versions of the libraries that wrote the file")
 
@@ -153,3 +159,9 @@ class Manifest(_Part):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{kind} {twice[0]!r} stands twice")
         return self
+
+    def reply_bytes(self, steps: int, states: bool = False) -> int:
+        """Bytes of one row's outputs, and of its states where asked; a size that is free counts as 1."""
+        shapes = [((steps if y.time_axis is not None else 1, *y.tail), y.dtype) for y in self.outputs]
+        shapes += [(state.tail, state.dtype) for state in self.states] if states else []
+        return sum(math.prod(size or 1 for size in shape) * _ITEM_BYTES[dtype] for shape, dtype in shapes)

@@ -7,17 +7,27 @@ Arrays come in decoded and checked against the model's manifest. Must not know g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import ConveyorError, Draining, Full, NotStreamable, PositionConflict, SessionLost, SessionUnknown
+from service.errors import (
+    ConveyorError,
+    Draining,
+    Full,
+    Loading,
+    NotStreamable,
+    PositionConflict,
+    SessionLost,
+    SessionUnknown,
+)
 from service.metrics import Metrics
 from service.repository import Repository
 from service.runner import Runner
 from service.scheduler import Row, Track
-from service.sessions import Pending, Reply, Session, SessionTable, Waiter
+from service.sessions import Pending, Reply, Session, SessionTable, Waiter, new_epoch
 from service.stores.file import Saved
 
 Array = NDArray[np.generic]
@@ -29,6 +39,7 @@ class Operations:
     Attributes:
         repository: the models.
         sessions: the session table.
+        ready: whether models and the sessions of an earlier process are there; calls before are told to come again.
         draining: once true, no new work is taken.
 
     Args:
@@ -51,10 +62,12 @@ class Operations:
     ) -> None:
         self.repository = repository
         self.sessions = SessionTable(max_sessions, idle_timeout_s, clock, self._free)
+        self.ready = False
         self.draining = False
         self._metrics = metrics
         self._clock = clock
         self._max_reply_bytes = max_reply_bytes
+        # What sessions keep, and what the chunks under way will leave to be kept.
         self._reply_bytes = 0
         self._working = 0
         self._rested: asyncio.Event = asyncio.Event()
@@ -79,6 +92,11 @@ class Operations:
             Draining, NotStreamable, InvalidRequest, SessionExists, Full: as their names say.
         """
         self._take_new_work()
+        return self._open(owner, identity, runner, states, position)
+
+    def _open(
+        self, owner: bytes, identity: str, runner: Runner, states: Sequence[Array] | None, position: int
+    ) -> Session:
         if not runner.manifest.streamable:
             raise NotStreamable(
                 f"model {runner.name!r} reads its input in both directions: it has no sessions, only Infer"
@@ -86,6 +104,16 @@ class Operations:
         identity = self.sessions.check_new(owner, identity)
         track = Track(runner.pool.allocate(states), position)
         return self.sessions.add(owner, identity, runner.name, runner.version, track)
+
+    def find(self, owner: bytes, identity: str) -> Session:
+        """Look a session up.
+
+        Raises:
+            Loading: if those of an earlier process are being read still.
+            SessionExpired, SessionLost, SessionUnknown: as their names say.
+        """
+        self._be_ready()
+        return self.sessions.find(owner, identity)
 
     def runner(self, session: Session) -> Runner:
         """The model that a session runs on."""
@@ -95,6 +123,7 @@ class Operations:
         self,
         session: Session,
         runner: Runner,
+        epoch: int,
         position: int,
         inputs: Sequence[Array],
         deadline: float | None,
@@ -105,6 +134,7 @@ class Operations:
         Args:
             session: the session.
             runner: its model.
+            epoch: the life of the session that it is meant for; 0 for whichever there is.
             position: where the chunk begins.
             inputs: one array [T, ...] an input of the model.
             deadline: on the clock; None for none.
@@ -114,10 +144,11 @@ class Operations:
             What to abandon if the caller goes away; None if the waiter has been answered already.
 
         Raises:
-            PositionConflict, SessionUnknown, Draining, Full: as their names say; the waiter is not answered then.
+            EpochConflict, PositionConflict, SessionUnknown, Unavailable, Full: as their names say; the waiter is not
+                answered then.
         """
         steps = len(inputs[0])
-        match = session.match(position, steps)
+        match = session.match(epoch, position, steps)
         if isinstance(match, Reply):
             self._metrics.replays.inc()
             self.sessions.touch(session)
@@ -127,13 +158,16 @@ class Operations:
             match.waiters.append(waiter)
             return match
         self._take_new_work()
-        if self._reply_bytes > self._max_reply_bytes:
+        reply_bytes = runner.manifest.reply_bytes(steps)
+        # Its reply takes the place of the one that the session keeps now.
+        if self._reply_bytes + reply_bytes - _size(session.last) > self._max_reply_bytes:
             raise Full(
-                f"the replies that sessions keep hold {self._reply_bytes} bytes, over the limit of "
-                f"{self._max_reply_bytes}; close sessions, or step with fewer steps at a time"
+                f"the replies that sessions keep hold {self._reply_bytes} bytes, and {reply_bytes} more would pass the "
+                f"limit of {self._max_reply_bytes}; close sessions, or step with fewer steps at a time"
             )
-        row = Row(session.track, position, steps, inputs, lambda row: self._ended(session, row), deadline)
+        row = Row(session.track, position, steps, inputs, lambda row: self._ended(session, row, reply_bytes), deadline)
         runner.submit([row])
+        self._reply_bytes += reply_bytes
         self._begin(1)
         self.sessions.touch(session)
         return session.begin(row, waiter)
@@ -146,7 +180,7 @@ class Operations:
         if pending.waiters:
             return
         if runner.cancel(pending.row):
-            self._ended(session, pending.row)
+            pending.row.on_end(pending.row)
         else:
             session.orphan(pending)
 
@@ -156,65 +190,73 @@ class Operations:
         Raises:
             PositionConflict: if ``position`` is given and is not where the session is.
         """
-        session = await self._at_rest(owner, identity, position)
-        runner = self.runner(session)
-        fork = self.open(owner, new_identity, runner, runner.pool.read(session.track.slot), session.position)
-        self.sessions.touch(session)
-        return fork
+        async with self._at_rest(owner, identity, position) as session:
+            runner = self.runner(session)
+            self.sessions.touch(session)
+            return self.open(owner, new_identity, runner, runner.pool.read(session.track.slot), session.position)
 
-    async def reset(self, owner: bytes, identity: str, position: int | None) -> Session:
+    async def reset(self, owner: bytes, identity: str, position: int | None, epoch: int = 0) -> Session:
         """Put a session back to its model's initial state, after the chunks that it has accepted.
 
         Raises:
             PositionConflict: if ``position`` is given and is not where the session is.
+            EpochConflict: if ``epoch`` is given and over.
         """
-        session = await self._at_rest(owner, identity, position)
-        self.runner(session).pool.reset(session.track.slot)
-        session.position = session.track.position = 0
-        self._keep(session, None)
-        self.sessions.touch(session)
-        return session
+        async with self._at_rest(owner, identity, position, epoch) as session:
+            self.runner(session).pool.reset(session.track.slot)
+            session.position = session.track.position = 0
+            session.epoch = new_epoch()
+            self._keep(session, None)
+            self.sessions.touch(session)
+            return session
 
     async def close(self, owner: bytes, identity: str) -> int:
-        """End a session, after the chunks that it has accepted.
+        """End a session, after the chunks that it has accepted; whoever asks meanwhile waits for the same end.
 
         Returns:
             How many steps had been applied.
         """
-        session = self.sessions.find(owner, identity)
-        if session.closing:
-            raise SessionUnknown(f"session {identity!r} is being closed")
-        session.closing = True
+        session = self.find(owner, identity)
+        session.closing += 1
         try:
             await session.idle()
         finally:
             # Also when the caller has gone meanwhile: then the session stays as it is.
-            session.closing = False
+            session.closing -= 1
         self.sessions.end(session)
         return session.position
 
     async def export(self, owner: bytes, identity: str) -> tuple[Session, list[Array]]:
         """Copy a session's states out, each without the batch axis, after the chunks that it has accepted."""
-        session = await self._at_rest(owner, identity, None)
-        return session, self.runner(session).pool.read(session.track.slot)
+        async with self._at_rest(owner, identity) as session:
+            return session, self.runner(session).pool.read(session.track.slot)
 
-    async def _at_rest(self, owner: bytes, identity: str, position: int | None) -> Session:
-        session = self.sessions.find(owner, identity)
-        await session.idle()
+    @asynccontextmanager
+    async def _at_rest(
+        self, owner: bytes, identity: str, position: int | None = None, epoch: int = 0
+    ) -> AsyncIterator[Session]:
+        """Find a session when nothing of it is under way. It takes no chunks while it is waited for."""
+        session = self.find(owner, identity)
+        session.guests += 1
+        try:
+            await session.idle()
+        finally:
+            session.guests -= 1
         # It may have ended while this waited.
-        session = self.sessions.find(owner, identity)
-        at = session.position
-        if position is not None and position != at:
-            raise PositionConflict(f"the session is at position {at}, not {position}", at)
-        return session
+        if self.find(owner, identity) is not session:
+            raise SessionUnknown(f"session {identity!r} was closed meanwhile")
+        session.check_epoch(epoch)
+        if position is not None and position != session.position:
+            raise PositionConflict(f"the session is at position {session.position}, not {position}", session.position)
+        yield session
 
-    def _ended(self, session: Session, row: Row) -> None:
+    def _ended(self, session: Session, row: Row, reply_bytes: int) -> None:
         before = session.last
         try:
             session.end(row)
             self.sessions.touch(session)
         finally:
-            self._reply_bytes += _size(session.last) - _size(before)
+            self._reply_bytes += _size(session.last) - _size(before) - reply_bytes
             self._end(1)
 
     def _keep(self, session: Session, reply: Reply | None) -> None:
@@ -259,7 +301,7 @@ class Operations:
                 given = None if states is None else [state[n] for state in states]
                 batch.add(given, length, [array[n, :length] for array in inputs], deadline)
             runner.submit(batch.rows)
-        except ConveyorError:
+        except Exception:
             batch.free()
             raise
         self._begin(1)
@@ -284,6 +326,7 @@ class Operations:
                     version=session.version,
                     digest=runner.digest,
                     position=session.position,
+                    epoch=session.epoch,
                     idle_s=now - session.used_at,
                     states=runner.pool.read(session.track.slot),
                     last=session.last,
@@ -295,21 +338,26 @@ class Operations:
         Returns:
             How many go on, and how many are lost.
         """
-        restored = lost = 0
-        for one in saved:
+        # In the order of their use, as the table has them; where there is room for some only, for those used last.
+        oldest_first = sorted(saved, key=lambda one: one.idle_s, reverse=True)
+        excess = max(0, len(oldest_first) - self.sessions.limit)
+        lost = 0
+        for index, one in enumerate(oldest_first):
             try:
+                if index < excess:
+                    raise SessionLost("there are more sessions than this server holds")
                 runner = self.repository.find(one.model, one.version)
                 if runner.digest != one.digest:
                     raise SessionLost("the model's file has changed")
-                session = self.open(one.owner, one.identity, runner, one.states, one.position)
+                session = self._open(one.owner, one.identity, runner, one.states, one.position)
             except ConveyorError:
                 self.sessions.lose(one.owner, one.identity)
                 lost += 1
                 continue
-            self._keep(session, one.last)
+            session.epoch = one.epoch
             session.used_at -= one.idle_s
-            restored += 1
-        return restored, lost
+            self._keep(session, one.last)
+        return len(oldest_first) - lost, lost
 
     # --- drain ---
 
@@ -317,7 +365,12 @@ class Operations:
         """Wait until nothing that was accepted is under way."""
         await self._rested.wait()
 
+    def _be_ready(self) -> None:
+        if not self.ready:
+            raise Loading("the server is starting; try again in a moment")
+
     def _take_new_work(self) -> None:
+        self._be_ready()
         if self.draining:
             raise Draining("the server is about to stop; go on elsewhere, or later")
 

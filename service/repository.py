@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,13 @@ class Found:
     path: Path
 
 
-def scan(folder: Path, latest: int) -> list[Found]:
-    """List the newest versions of each model.
+def scan(folder: Path, latest: int, needed: Container[tuple[str, int]] = ()) -> list[Found]:
+    """List the versions of each model that are to be served.
 
     Args:
         folder: the repository.
-        latest: how many versions of each.
+        latest: how many versions of each, newest first.
+        needed: names and versions beside those, where they are there.
 
     Raises:
         LoadError: if the folder cannot be read.
@@ -56,7 +57,8 @@ def scan(folder: Path, latest: int) -> list[Found]:
             for entry in model.iterdir()
             if _VERSION.fullmatch(entry.name) and (entry / "model.onnx").is_file()
         ]
-        found += sorted(versions, reverse=True)[:latest]
+        versions.sort(reverse=True)
+        found += versions[:latest] + [found for found in versions[latest:] if (found.name, found.version) in needed]
     return found
 
 
@@ -75,13 +77,16 @@ class Repository:
         self.broken: dict[tuple[str, int], str] = {}
         self._loaded = False
 
-    async def load(self) -> None:
+    async def load(self, needed: Container[tuple[str, int]] = ()) -> None:
         """Load and warm what is in the folder. One that fails is noted, logged, and left out.
 
+        Args:
+            needed: names and versions to load although newer ones are there.
+
         Raises:
-            LoadError: if the folder cannot be read.
+            LoadError: if the folder cannot be read, or nothing in it can be served.
         """
-        for found in scan(self._settings.repository, self._settings.latest_versions):
+        for found in scan(self._settings.repository, self._settings.latest_versions, needed):
             began = time.perf_counter()
             try:
                 runner, provider = await asyncio.to_thread(self._load, found, asyncio.get_running_loop())
@@ -101,8 +106,10 @@ class Repository:
                 seconds=round(time.perf_counter() - began, 3),
             )
         if not self._runners:
-            log.warning(
-                "no model is served", repository=str(self._settings.repository), expected="NAME/VERSION/model.onnx"
+            reasons = "; ".join(f"{name} {version}: {why}" for (name, version), why in self.broken.items())
+            raise LoadError(
+                f"no model in {self._settings.repository} can be served: "
+                f"{reasons or 'there is none; expected DIR/NAME/VERSION/model.onnx'}"
             )
         self._loaded = True
 
@@ -162,6 +169,10 @@ class Repository:
     def __iter__(self) -> Iterator[Runner]:
         return (runner for versions in self._runners.values() for runner in versions.values())
 
-    async def stop(self) -> None:
-        """Stop every model."""
-        await asyncio.gather(*(runner.stop() for runner in self))
+    async def stop(self, timeout_s: float) -> bool:
+        """Stop every model.
+
+        Returns:
+            Whether all have stopped in time.
+        """
+        return all(await asyncio.gather(*(runner.stop(timeout_s) for runner in self)))

@@ -86,6 +86,7 @@ class Runner:
         # Guards the scheduler, and with it the phase of every row and the position of every track.
         self._wake = threading.Condition()
         self._stopping = False
+        self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._work, name=f"engine-{name}-{version}", daemon=True)
         labels = (name, str(version))
         self._steps = metrics.steps.labels(*labels)
@@ -145,17 +146,30 @@ class Runner:
         with self._wake:
             return self._scheduler.cancel(row)
 
-    async def stop(self) -> None:
-        """Refuse what waits, finish the tick that runs, and end the thread."""
+    async def stop(self, timeout_s: float) -> bool:
+        """Refuse what waits, finish the tick that runs, and end the thread.
+
+        Returns:
+            False if the run did not end in time: it cannot be stopped from outside, and goes on.
+        """
         with self._wake:
             self._stopping = True
             refused = self._scheduler.clear(Draining("the server is stopping"))
             self._wake.notify()
         self._deliver(refused)
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        if not self._thread.is_alive():
+            return True
+        try:
+            await asyncio.wait_for(self._ended.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     def _work(self) -> None:
+        self._run_ticks()
+        self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _run_ticks(self) -> None:
         while True:
             with self._wake:
                 tick, refused = self._scheduler.cut(self._clock())

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO, cast
 
 import grpc
 import prometheus_client
@@ -23,7 +26,7 @@ from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
 from service.settings import Settings
-from service.stores.file import load, save
+from service.stores.file import Saved, load, save
 from service.wire.conveyor import ConveyorServicer
 
 log = structlog.get_logger()
@@ -93,16 +96,23 @@ class Server:
         try:
             self.port = self._grpc.add_insecure_port(f"{host}:{self.settings.port}")
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {host}:{self.settings.port}; is another server there?") from error
+            raise OSError(
+                f"cannot listen on {host}:{self.settings.port}: the port is taken, or the address is not this machine's"
+            ) from error
         await self._grpc.start()
         if self.settings.metrics_port is not None:
-            http, thread = prometheus_client.start_http_server(
-                self.settings.metrics_port, self.settings.host, self.metrics.registry
-            )
+            try:
+                http, thread = prometheus_client.start_http_server(
+                    self.settings.metrics_port, self.settings.host, self.metrics.registry
+                )
+            except OSError as error:
+                raise OSError(f"cannot serve metrics on {host}:{self.settings.metrics_port}: {error}") from error
             self._exporter = http, thread
             self.metrics_port = http.server_port
-        await self.repository.load()
-        await self._restore()
+        saved = await self._read_sessions()
+        await self.repository.load(needed={(one.model, one.version) for one in saved})
+        self._restore(saved)
+        self.operations.ready = True
         for name, _ in self.repository.broken:
             await self._health.set(name, _NOT_SERVING)
         for name in self.repository.names():
@@ -121,18 +131,21 @@ class Server:
             log.warning("drain timed out; what is left is cancelled")
         self._servicer.end_streams()
 
-    async def stop(self, grace_s: float = 2.0) -> None:
+    async def stop(self, grace_s: float = 2.0) -> bool:
         """End every call and free everything.
 
         Args:
-            grace_s: seconds that calls have to end by themselves.
+            grace_s: seconds that calls have to end by themselves, and then runs of models.
+
+        Returns:
+            False if a run of a model did not end: its thread goes on, and keeps the process alive unless it is exited.
         """
         if self._sweeper is not None:
             self._sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
         await self._grpc.stop(grace_s)
-        await self.repository.stop()
+        whole = await self.repository.stop(grace_s)
         if self.operations.draining:
             # The last thing of all: nothing can move a session any more.
             await self._save()
@@ -140,25 +153,52 @@ class Server:
             http, _ = self._exporter
             http.shutdown()  # type: ignore[attr-defined]
             http.server_close()  # type: ignore[attr-defined]
-        log.info("stopped")
+        log.info("stopped") if whole else log.error("stopped while a model was running")
+        return whole
 
-    async def _restore(self) -> None:
-        """Go on with the sessions of the last drain. A file is read once: its states are the past from then on."""
+    async def _read_sessions(self) -> list[Saved]:
+        """Read the sessions of the last drain, if there are any.
+
+        Raises:
+            OSError: if none could be written at the end; better now than then.
+        """
         path = self.settings.sessions_file
-        if path is None or not path.exists():
-            return
+        if path is None:
+            return []
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+            raise OSError(f"sessions cannot be kept in {path}: expected a file in a folder that can be written to")
+        if not path.exists():
+            return []
         try:
-            saved = await asyncio.to_thread(load, path)
+            return await asyncio.to_thread(load, path)
         except (OSError, ValueError) as error:
-            log.error("sessions not restored", reason=str(error))
+            log.error("sessions not restored", reason=str(error), kept_as=str(_set_aside(path)))
+            return []
+
+    def _restore(self, saved: list[Saved]) -> None:
+        """Go on with sessions. Their file is used up: its states are the past from then on."""
+        if not saved:
             return
+        path = self.settings.sessions_file
+        assert path is not None
         restored, lost = self.operations.restore(saved)
-        path.unlink()
-        log.info("sessions restored", count=restored, lost=lost)
+        if lost:
+            # Whoever started the server with the wrong models still has the states.
+            gone = sorted({f"{one.model} {one.version}" for one in saved} - self._served())
+            kept = str(_set_aside(path))
+            log.warning("sessions restored", count=restored, lost=lost, models_missing=gone, kept_as=kept)
+        else:
+            path.unlink()
+            log.info("sessions restored", count=restored)
+
+    def _served(self) -> set[str]:
+        return {f"{runner.name} {runner.version}" for runner in self.repository}
 
     async def _save(self) -> None:
         path = self.settings.sessions_file
         if path is None:
+            if count := len(self.operations.sessions):
+                log.warning("sessions end with the server", count=count, kept_with="--sessions-file")
             return
         sessions = list(self.operations.save())
         try:
@@ -177,11 +217,19 @@ class Server:
                 log.info("sessions expired", count=count, open=len(self.operations.sessions))
 
 
+def _set_aside(path: Path) -> Path:
+    """Move a file out of the way of the next one, and return where it is."""
+    aside = path.with_name(path.name + ".not-restored")
+    os.replace(path, aside)
+    return aside
+
+
 async def serve(settings: Settings) -> int:
     """Run a server until SIGTERM or SIGINT.
 
     Returns:
-        The process's exit status.
+        The process's exit status. Where a run of a model did not end the process has to be exited without waiting for
+        its thread.
     """
     began = time.perf_counter()
     server = Server(settings)
@@ -215,8 +263,7 @@ async def serve(settings: Settings) -> int:
         await server.stop(0)
         return 1
     drain.result()
-    await server.stop()
-    return 0
+    return 0 if await server.stop() else 1
 
 
 async def _second(signals: asyncio.Queue[signal.Signals]) -> None:
@@ -225,6 +272,27 @@ async def _second(signals: asyncio.Queue[signal.Signals]) -> None:
     while not signals.empty():
         signals.get_nowait()
     await signals.get()
+
+
+def _in_reading_order(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Put what a reader looks for first in front."""
+    return {name: event.pop(name) for name in ("timestamp", "level", "event")} | dict(event)
+
+
+class _Forgiving:
+    """Standard error, whose other end may be gone: a line that cannot be written must not stop a drain."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self._file.write(text)
+        return 0
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._file.flush()
 
 
 def configure_logs(level: str, form: str) -> None:
@@ -240,9 +308,10 @@ def configure_logs(level: str, form: str) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _in_reading_order,
             *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Forgiving(sys.stderr))),
         cache_logger_on_first_use=True,
     )

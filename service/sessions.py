@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from service.errors import (
     ConveyorError,
+    EpochConflict,
     Full,
     InvalidRequest,
     NotFound,
@@ -23,6 +24,7 @@ from service.errors import (
     SessionExpired,
     SessionLost,
     SessionUnknown,
+    Unavailable,
 )
 from service.scheduler import Row, Track
 
@@ -53,6 +55,11 @@ class Reply:
         return (self.position, self.steps) == (row.position, row.steps)
 
 
+def new_epoch() -> int:
+    """Draw an epoch: not 0, and fit for a signed field of 64 bits."""
+    return secrets.randbits(63) or 1
+
+
 class Waiter(Protocol):
     """Whoever is to be told what became of a chunk."""
 
@@ -76,18 +83,22 @@ class Session:
         identity: its id, unique to the owner.
         model: name of its model.
         version: the version it was opened on.
+        epoch: tells this life from others under the same id; drawn anew by a reset.
         track: its slot, and where the engine's thread has it.
         position: how many steps have been applied, as far as this thread has been told.
         pending: chunks accepted and not yet ended, by the position where they begin.
         orphans: rows that run for nobody: all who waited for them have gone.
         last: the newest reply.
         used_at: when it was opened or last stepped.
-        closing: whether it takes no more chunks.
+        closing: how many wait for it to be at rest to close it.
+        guests: how many wait for it to be at rest to look at it or change it.
     """
 
     __slots__ = (
         "_idle",
         "closing",
+        "epoch",
+        "guests",
         "identity",
         "last",
         "model",
@@ -105,28 +116,38 @@ class Session:
         self.identity = identity
         self.model = model
         self.version = version
+        self.epoch = new_epoch()
         self.track = track
         self.position = track.position
         self.pending: dict[int, Pending] = {}
         self.orphans: set[Row] = set()
         self.last: Reply | None = None
         self.used_at = now
-        self.closing = False
+        self.closing = 0
+        self.guests = 0
         self._idle: asyncio.Future[None] | None = None
 
-    def match(self, position: int, steps: int) -> Reply | Pending | None:
+    def match(self, epoch: int, position: int, steps: int) -> Reply | Pending | None:
         """Tell what a chunk is to this session.
+
+        Args:
+            epoch: the life that it is meant for; 0 for whichever there is.
+            position: where it begins.
+            steps: how many steps it has.
 
         Returns:
             The reply that it got, if it has been applied and was the last; what is pending, if it is under way; None if
             it is the next.
 
         Raises:
+            EpochConflict: if it is meant for another life of the session.
             PositionConflict: if it is none of them.
+            Unavailable: if somebody waits for the session to be at rest.
             SessionUnknown: if the session is being closed.
         """
         if self.closing:
             raise SessionUnknown(f"session {self.identity!r} is being closed")
+        self.check_epoch(epoch)
         upcoming = self.position
         if self.pending:
             newest = next(reversed(self.pending.values())).row
@@ -135,6 +156,8 @@ class Session:
             if pending is not None and pending.row.steps == steps:
                 return pending
         if position == upcoming:
+            if self.guests:
+                raise Unavailable(f"session {self.identity!r} is being exported, forked or reset; send the chunk again")
             return None
         last = self.last
         if last is not None and (last.position, last.steps) == (position, steps):
@@ -145,6 +168,18 @@ class Session:
             f"the session is at position {self.position}{accepted}",
             self.position,
         )
+
+    def check_epoch(self, epoch: int) -> None:
+        """Refuse what is meant for another life.
+
+        Raises:
+            EpochConflict: if ``epoch`` is neither 0 nor the session's.
+        """
+        if epoch not in (0, self.epoch):
+            raise EpochConflict(
+                f"epoch {epoch} of session {self.identity!r} is over: it was reset, or opened anew, since; "
+                f"now it is in epoch {self.epoch}, at position {self.position}"
+            )
 
     def begin(self, row: Row, waiter: Waiter) -> Pending:
         """Note a chunk as under way."""
@@ -261,7 +296,7 @@ class SessionTable:
         if session is None:
             gone = self._gone.get(key, SessionUnknown)
             raise gone(_WHY[gone].format(identity=identity[:_LONGEST_ID], timeout_s=self.idle_timeout_s))
-        if session.at_rest and self._clock() - session.used_at >= self.idle_timeout_s:
+        if session.at_rest and not session.closing and self._clock() - session.used_at >= self.idle_timeout_s:
             self._end(key, session, expired=True)
             return self.find(owner, identity)
         return session
@@ -276,7 +311,9 @@ class SessionTable:
         self._sessions.move_to_end((session.owner, session.identity))
 
     def end(self, session: Session) -> None:
-        """Take a session out. Nothing of it may be under way."""
+        """Take a session out, unless it is out already. Nothing of it may be under way."""
+        if self._sessions.get((session.owner, session.identity)) is not session:
+            return
         self._end((session.owner, session.identity), session, expired=False)
 
     def expire(self) -> int:

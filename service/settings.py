@@ -7,6 +7,7 @@ grpc or onnxruntime.
 from __future__ import annotations
 
 import argparse
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ Serve recurrent models over gRPC: whole batches, and streaming sessions that kee
 
 Each setting is a flag, an environment variable (CONVEYOR_ and the name in capitals, as CONVEYOR_MAX_SESSIONS) or a line
 in the --config file (max_sessions = 1000). A flag wins over the environment, that over the file, that over the default.
-SIGTERM drains: no new work, what was accepted is finished, then the server stops. A second signal stops it at once."""
+SIGTERM drains: no new work, what was accepted is finished, then the server stops. A second signal, half a second or
+more after the first, stops it at once."""
 
 
 class Settings(BaseModel):
@@ -69,7 +71,8 @@ class Settings(BaseModel):
     max_calls: Positive = 10_000
     """Most calls under way at once, health checks not counted; a stream is one call however long it lives."""
     max_stream_chunks: Positive = 4096
-    """Most chunks of one stream that are not answered yet; over it, the stream is not read until some are."""
+    """Most chunks of one stream that are not answered yet; over it, or with a message's worth of results unread, the
+    stream is not read until some are."""
     max_tick_rows: Positive = 512
     """Most chunks and batch rows in one run of a model."""
     max_tick_steps: Positive = 8192
@@ -78,7 +81,8 @@ class Settings(BaseModel):
     """What to do with NaN and infinity in inputs and states. Accepted, they may come out as finite numbers."""
 
     sessions_file: Path | None = None
-    """File in which open sessions outlive a restart: written after a drain, read and removed at start."""
+    """File in which open sessions outlive a restart: written after a drain, read and removed at start. Model versions
+    that they need are served beside the newest."""
     idle_timeout_s: Seconds = 600.0
     """Seconds without a chunk after which a session expires."""
     drain_timeout_s: Seconds = 25.0
@@ -119,6 +123,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     variables = {
         name: environ[_PREFIX + name.upper()] for name in Settings.model_fields if environ.get(_PREFIX + name.upper())
     }
+    for name in environ.keys() - {_PREFIX + name.upper() for name in Settings.model_fields}:
+        if name.startswith(_PREFIX):
+            print(f"{parser.prog}: warning: there is no setting {name}", file=sys.stderr)
     path = flags.get("config", variables.get("config"))
     in_file: dict[str, Any] = {}
     if path is not None:
@@ -136,7 +143,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         return Settings(**{**in_file, **variables, **flags})
     except ValidationError as error:
         lines = [
-            f"{origins.get(str(wrong['loc'][0]), wrong['loc'])}: {wrong['msg']}, got {wrong['input']!r}"
+            f"{origins[str(wrong['loc'][0])]}: "
+            + ("no such setting" if wrong["type"] == "extra_forbidden" else f"{wrong['msg']}, got {wrong['input']!r}")
             for wrong in error.errors()
         ]
         parser.error("\n  ".join(lines))

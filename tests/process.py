@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -69,6 +71,11 @@ class ServerProcess:
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(timeout_s)
 
+    def deafen(self) -> None:
+        """Close the other end of its log."""
+        assert self._process.stderr is not None
+        os.close(self._process.stderr.fileno())
+
     def kill(self) -> None:
         """End it with SIGKILL."""
         self._process.kill()
@@ -84,11 +91,12 @@ class ServerProcess:
 
     def _read(self) -> None:
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = {"event": "not json", "line": line}
-            self.events.append(event)
-            self._news.put(event)
+        with suppress(OSError):
+            for line in self._process.stderr:
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    event = {"event": "not json", "line": line}
+                self.events.append(event)
+                self._news.put(event)
         self._news.put(None)

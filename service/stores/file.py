@@ -35,6 +35,7 @@ class Saved:
         version: of the model.
         digest: of the model's file; states go on only in the model that made them.
         position: how many steps had been applied.
+        epoch: of the session.
         idle_s: seconds since it was last used.
         states: each without the batch axis.
         last: the newest reply.
@@ -46,6 +47,7 @@ class Saved:
     version: int
     digest: str
     position: int
+    epoch: int
     idle_s: float
     states: Sequence[Array]
     last: Reply | None
@@ -73,6 +75,7 @@ def save(path: Path, sessions: Iterable[Saved]) -> int:
                 "owner": session.owner.hex(),
                 "id": session.identity,
                 "position": session.position,
+                "epoch": session.epoch,
                 "idle_s": session.idle_s,
             }
             if session.last is not None:
@@ -140,6 +143,7 @@ def _group(number: int, group: dict[str, Any], archive: Any) -> Iterable[Saved]:
             version=group["version"],
             digest=group["digest"],
             position=entry["position"],
+            epoch=entry["epoch"],
             idle_s=entry["idle_s"],
             states=[state[row] for state in states],
             last=reply,

@@ -143,15 +143,10 @@ class Codec:
             steps: of the longest.
             states: whether the final states are to be sent too.
         """
-        sizes = [
-            (steps if spec.time_axis is not None else 1) * _bytes(spec.tail, spec.dtype)
-            for spec in self._manifest.outputs
-        ]
-        if states:
-            sizes += [_bytes(spec.tail, spec.dtype) for spec in self._manifest.states]
-        if rows * sum(sizes) > self.max_bytes:
+        size = rows * self._manifest.reply_bytes(steps, states)
+        if size > self.max_bytes:
             raise InvalidRequest(
-                f"the reply would hold {rows * sum(sizes)} bytes; this server sends up to {self.max_bytes}: "
+                f"the reply would hold {size} bytes; this server sends up to {self.max_bytes}: "
                 "send fewer rows, or fewer steps"
             )
 
@@ -206,10 +201,6 @@ class Codec:
             raise InvalidRequest(
                 f"there are {steps} steps; this server takes up to {self.max_steps} in one sequence or chunk"
             )
-
-
-def _bytes(tail: Sequence[int | None], dtype: str) -> int:
-    return math.prod(size or 1 for size in tail) * np.dtype(dtype).itemsize
 
 
 def _show(shape: Sequence[int]) -> str:

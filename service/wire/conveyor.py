@@ -143,7 +143,14 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
             await abort(context, error)
 
     async def _stream(self, requests: AsyncIterable[pb.StreamRequest], context: Context) -> None:
-        stream = Stream(self._operations, self.codec, owner(context), self._settings.max_stream_chunks, self._clock)
+        stream = Stream(
+            self._operations,
+            self.codec,
+            owner(context),
+            self._settings.max_stream_chunks,
+            self._settings.max_message_bytes,
+            self._clock,
+        )
         self._streams.add(stream)
         try:
             await stream.run(requests, context)
@@ -166,7 +173,7 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
     @_told
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         """Look at a session."""
-        session = self._operations.sessions.find(owner(context), request.session_id)
+        session = self._operations.find(owner(context), request.session_id)
         return pb.GetSessionResponse(session=self._session(session))
 
     @_told
@@ -180,7 +187,7 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
     async def ResetSession(self, request: pb.ResetSessionRequest, context: Context) -> pb.ResetSessionResponse:
         """Put a session back to position 0."""
         position = request.position if request.HasField("position") else None
-        session = await self._operations.reset(owner(context), request.session_id, position)
+        session = await self._operations.reset(owner(context), request.session_id, position, request.epoch)
         return pb.ResetSessionResponse(session=self._session(session))
 
     @_told
@@ -230,6 +237,7 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
             position=session.position,
             idle_timeout_s=self._settings.idle_timeout_s,
             idle_s=max(0.0, self._clock() - session.used_at),
+            epoch=session.epoch,
         )
 
     def _model(self, runner: Runner) -> pb.Model:
@@ -245,6 +253,7 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
             precision=manifest.precision,
             max_steps=self._settings.max_steps,
             max_batch=self._settings.max_batch,
+            max_message_bytes=self._settings.max_message_bytes,
         )
 
 

@@ -35,6 +35,7 @@ class Stream:
         codec: gives a model's reader.
         owner: digest of the caller's key.
         limit: most chunks taken in and not answered; over it the stream is not read.
+        limit_bytes: most bytes of results that wait to be written; over it the stream is not read either.
         clock: tells the time, in seconds.
     """
 
@@ -44,12 +45,15 @@ class Stream:
         codec: Callable[[Runner], Codec],
         owner: bytes,
         limit: int,
+        limit_bytes: int,
         clock: Callable[[], float],
     ) -> None:
         self._operations = operations
         self._codec = codec
         self._owner = owner
         self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._result_bytes = 0
         self._clock = clock
         self._waiting: set[_Waiting] = set()
         self._results: deque[pb.ChunkResult] = deque()
@@ -68,8 +72,11 @@ class Stream:
             await reader
         finally:
             reader.cancel()
-            for waiting in list(self._waiting):
+            for waiting in self._waiting:
                 waiting.abandon(self._operations)
+            # Nobody reads them any more: do not hold them until the collector comes by.
+            self._waiting.clear()
+            self._results.clear()
 
     def end(self) -> None:
         """Answer what was taken in, then end the call."""
@@ -79,7 +86,7 @@ class Stream:
     async def _read(self, requests: AsyncIterable[pb.StreamRequest]) -> None:
         async for request in requests:
             for chunk in request.chunks:
-                while len(self._waiting) + len(self._results) >= self._limit:
+                while len(self._waiting) + len(self._results) >= self._limit or self._result_bytes >= self._limit_bytes:
                     self._room.clear()
                     await self._room.wait()
                 self._accept(chunk)
@@ -93,6 +100,7 @@ class Stream:
                     result = self._results.popleft()
                     size += result.ByteSize()
                     response.results.append(result)
+                self._result_bytes -= size
                 self._room.set()
                 await context.write(response)
             elif not self._waiting and (reader.done() or self._ending):
@@ -103,7 +111,7 @@ class Stream:
 
     def _accept(self, chunk: pb.Chunk) -> None:
         try:
-            session = self._operations.sessions.find(self._owner, chunk.session_id)
+            session = self._operations.find(self._owner, chunk.session_id)
             runner = self._operations.runner(session)
             if chunk.position < 0 or chunk.timeout_us < 0:
                 raise InvalidRequest(
@@ -114,7 +122,9 @@ class Stream:
             waiting = _Waiting(self, session, runner, chunk.position)
             self._waiting.add(waiting)
             try:
-                waiting.pending = self._operations.step(session, runner, chunk.position, inputs, deadline, waiting)
+                waiting.pending = self._operations.step(
+                    session, runner, chunk.epoch, chunk.position, inputs, deadline, waiting
+                )
             except BaseException:
                 self._waiting.discard(waiting)
                 raise
@@ -128,6 +138,7 @@ class Stream:
 
     def _put(self, result: pb.ChunkResult) -> None:
         self._results.append(result)
+        self._result_bytes += result.ByteSize()
         self._wake.set()
 
 

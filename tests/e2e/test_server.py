@@ -27,9 +27,11 @@ def connect(server: ServerProcess) -> stubs.ConveyorServiceStub:
     return stubs.ConveyorServiceStub(channel)
 
 
-def step(stub: stubs.ConveyorServiceStub, *chunks: pb.Chunk) -> list[pb.ChunkResult]:
+def step(
+    stub: stubs.ConveyorServiceStub, *chunks: pb.Chunk, key: tuple[tuple[str, str], ...] = ()
+) -> list[pb.ChunkResult]:
     """Send chunks on a stream of their own."""
-    responses = stub.Stream(iter([pb.StreamRequest(chunks=chunks)]))
+    responses = stub.Stream(iter([pb.StreamRequest(chunks=chunks)]), metadata=key)
     return [result for response in responses for result in response.results]
 
 
@@ -70,50 +72,81 @@ def test_sigterm_drains(lstm_repository: Path) -> None:
         applied = [result for result in results if not result.HasField("error")]
         outputs = np.concatenate([array(result.outputs[0]) for result in applied])
         np.testing.assert_allclose(outputs, expected(x), rtol=0, atol=2e-6)
-        assert {result.error.reason for result in results[len(applied) :]} <= {"draining"}
+        assert {result.error.reason for result in results if result.HasField("error")} <= {"draining"}
 
 
-def test_sessions_outlive_a_restart(tmp_path: Path, lstm_repository: Path) -> None:
-    """In the next process a session goes on, its last chunk is answered as before, and a lost one says so."""
-    flags = ("--sessions-file", str(tmp_path / "sessions"))
+def test_sessions_outlive_a_restart(tmp_path: Path) -> None:
+    """They go on, also on an older version than the newest; a last chunk is answered as before; the lost say so."""
+    file = tmp_path / "sessions"
     repository = tmp_path / "models"
     write_lstm(repository, "lstm")
     write_lstm(repository, "gone")
-    with ServerProcess(repository, *flags) as server:
+    key = (("conveyor-key", "k"),)
+    with ServerProcess(repository, "--sessions-file", str(file)) as server:
         stub = connect(server)
         for name in ("lstm", "gone"):
-            stub.OpenSession(pb.OpenSessionRequest(model=name, session_id=name), metadata=(("conveyor-key", "k"),))
+            stub.OpenSession(pb.OpenSessionRequest(model=name, session_id=name), metadata=key)
         stub.OpenSession(pb.OpenSessionRequest(model="lstm", session_id="fresh"))
-        (before,) = [
-            result
-            for response in stub.Stream(
-                iter([pb.StreamRequest(chunks=[chunk("lstm", 0, x[:4])])]), metadata=(("conveyor-key", "k"),)
-            )
-            for result in response.results
-        ]
+        epoch = stub.GetSession(pb.GetSessionRequest(session_id="fresh")).session.epoch
+        (before,) = step(stub, chunk("lstm", 0, x[:4]), key=key)
         assert server.terminate() == 0
-    assert (tmp_path / "sessions").stat().st_mode & 0o777 == 0o600
-    for file in (repository / "gone").rglob("model.onnx"):
-        file.unlink()
-    with ServerProcess(repository, *flags) as server:
-        assert not (tmp_path / "sessions").exists()
+    assert file.stat().st_mode & 0o777 == 0o600
+    for model in (repository / "gone").rglob("model.onnx"):
+        model.unlink()
+    write_lstm(repository, "lstm", version=2, seed=2)
+    with ServerProcess(repository, "--sessions-file", str(file)) as server:
+        assert not file.exists()
+        assert file.with_name("sessions.not-restored").exists()
+        (said,) = [event for event in server.events if event["event"] == "sessions restored"]
+        assert (said["count"], said["lost"], said["models_missing"]) == (2, 1, ["gone 1"])
         stub = connect(server)
-        again, after = [
-            result
-            for response in stub.Stream(
-                iter([pb.StreamRequest(chunks=[chunk("lstm", 0, x[:4]), chunk("lstm", 4, x[4:])])]),
-                metadata=(("conveyor-key", "k"),),
-            )
-            for result in response.results
-        ]
+        again, after = step(stub, chunk("lstm", 0, x[:4]), chunk("lstm", 4, x[4:]), key=key)
         assert again == before
         np.testing.assert_allclose(array(after.outputs[0]), expected(x)[4:], rtol=0, atol=2e-6)
+        assert stub.GetSession(pb.GetSessionRequest(session_id="fresh")).session.epoch == epoch
         (fresh,) = step(stub, chunk("fresh", 0, x))
         np.testing.assert_allclose(array(fresh.outputs[0]), expected(x), rtol=0, atol=2e-6)
         with pytest.raises(grpc.RpcError) as lost:
-            stub.GetSession(pb.GetSessionRequest(session_id="gone"), metadata=(("conveyor-key", "k"),))
+            stub.GetSession(pb.GetSessionRequest(session_id="gone"), metadata=key)
         assert lost.value.code() is grpc.StatusCode.NOT_FOUND
         assert "lost" in (lost.value.details() or "")
+
+
+def test_of_too_many_sessions_those_used_last_go_on(tmp_path: Path, lstm_repository: Path) -> None:
+    """Where the next process holds fewer."""
+    flags = ("--sessions-file", str(tmp_path / "sessions"))
+    with ServerProcess(lstm_repository, *flags) as server:
+        stub = connect(server)
+        for name in "abcd":
+            stub.OpenSession(pb.OpenSessionRequest(model="lstm", session_id=name))
+        step(stub, chunk("a", 0, x))
+        server.terminate()
+    with ServerProcess(lstm_repository, *flags, "--max-sessions", "2") as server:
+        stub = connect(server)
+        for name in "da":
+            stub.GetSession(pb.GetSessionRequest(session_id=name))
+        with pytest.raises(grpc.RpcError, match="lost"):
+            stub.GetSession(pb.GetSessionRequest(session_id="c"))
+
+
+def test_a_sessions_file_that_is_none_is_kept(tmp_path: Path, lstm_repository: Path) -> None:
+    """What cannot be read is said and set aside, not overwritten; where nothing could be written the start fails."""
+    file = tmp_path / "notes.txt"
+    file.write_text("not sessions")
+    with ServerProcess(lstm_repository, "--sessions-file", str(file)) as server:
+        server.terminate()
+    assert (tmp_path / "notes.txt.not-restored").read_text() == "not sessions"
+    with pytest.raises(RuntimeError, match=r"status 1 before 'ready'.*sessions cannot be kept in .*nowhere/file"):
+        ServerProcess(lstm_repository, "--sessions-file", str(tmp_path / "nowhere/file"))
+
+
+def test_a_log_that_nobody_reads_does_not_stop_a_drain(tmp_path: Path, lstm_repository: Path) -> None:
+    """With standard error closed the server drains, keeps its sessions, and ends with status 0."""
+    with ServerProcess(lstm_repository, "--sessions-file", str(tmp_path / "sessions")) as server:
+        connect(server).OpenSession(pb.OpenSessionRequest(model="lstm"))
+        server.deafen()
+        assert server.terminate() == 0
+    assert (tmp_path / "sessions").exists()
 
 
 def test_a_port_that_is_taken_is_said(server_process: ServerProcess, lstm_repository: Path) -> None:

@@ -297,7 +297,7 @@ async def test_close_fork_and_export_wait_for_what_was_accepted(house: House) ->
     await house.caller.send(chunk(session, 2, x[2:3]))
     await house.gate.entered()
     close = asyncio.ensure_future(house.stub.CloseSession(pb.CloseSessionRequest(session_id=session)))
-    await until(lambda: house.server.operations.sessions.find(b"", session).closing)
+    await until(lambda: house.server.operations.sessions.find(b"", session).closing == 1)
     (refused,) = await house.caller.step(chunk(session, 3, x[3:4]))
     assert refused.error.reason == "session_unknown"
     house.gate.let(1)
@@ -311,9 +311,9 @@ async def test_a_close_that_is_cancelled_leaves_the_session_open(house: House) -
     await house.caller.send(chunk(session, 0, x[:1]))
     await house.gate.entered()
     close = house.stub.CloseSession(pb.CloseSessionRequest(session_id=session))
-    await until(lambda: house.server.operations.sessions.find(b"", session).closing)
+    await until(lambda: house.server.operations.sessions.find(b"", session).closing == 1)
     close.cancel()
-    await until(lambda: not house.server.operations.sessions.find(b"", session).closing)
+    await until(lambda: house.server.operations.sessions.find(b"", session).closing == 0)
     house.gate.let(2)
     await house.caller.result()
     (result,) = await house.caller.step(chunk(session, 1, x[1:2]))
@@ -390,3 +390,48 @@ async def test_of_one_tick_only_who_is_answered_moves(house: House) -> None:
         (result,) = await house.caller.step(chunk(session, position, x[2:5]))
         assert_close(array(result.outputs[0]), reference)
     assert house.gate.rows[:2] == [1, 2]
+
+
+async def test_who_closes_twice_waits_for_the_same_end(house: House) -> None:
+    """The second close is answered like the first; if the first gives up, the second still ends the session."""
+    for give_up in (False, True):
+        session = await house.caller.open()
+        await house.caller.send(chunk(session, 0, x[:2]))
+        await house.gate.entered()
+        request = pb.CloseSessionRequest(session_id=session)
+        first, second = house.stub.CloseSession(request), house.stub.CloseSession(request)
+        closing = house.server.operations.sessions.find(b"", session)
+        await until(lambda closing=closing: closing.closing == 2)  # type: ignore[misc]
+        if give_up:
+            first.cancel()
+            await until(lambda closing=closing: closing.closing == 1)  # type: ignore[misc]
+        house.gate.let(1)
+        assert (await second).position == 2
+        assert give_up or (await first).position == 2
+        await house.caller.result()
+        assert house.slots == 0
+
+
+async def test_who_waits_for_rest_is_not_overtaken_for_ever(house: House) -> None:
+    """Chunks that come while an export waits are told to come again, or a stream without pause would hold it up."""
+    session = await house.caller.open()
+    await house.caller.send(chunk(session, 0, x[:2]))
+    await house.gate.entered()
+    export = asyncio.ensure_future(house.stub.ExportSession(pb.ExportSessionRequest(session_id=session)))
+    await until(lambda: house.server.operations.sessions.find(b"", session).guests == 1)
+    (refused,) = await house.caller.step(chunk(session, 2, x[2:3]))
+    assert refused.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    house.gate.let(2)
+    assert (await export).state.position == 2
+    await house.caller.result()
+    (result,) = await house.caller.step(chunk(session, 2, x[2:3]))
+    assert not result.HasField("error")
+
+
+async def test_a_run_that_never_ends_does_not_hold_the_server(lstm_repository: Path) -> None:
+    """A server that is stopped while a model runs says that it could not end the run, and is stopped all the same."""
+    async with built(lstm_repository) as house:
+        session = await house.caller.open()
+        await house.caller.send(chunk(session, 0, x[:1]))
+        await house.gate.entered()
+        assert not await house.server.stop(0)

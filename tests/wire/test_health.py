@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -18,7 +19,8 @@ from service.server import Server
 from service.settings import Settings
 from tests.clock import Clock
 from tests.conftest import calling, running
-from tests.graphs import write_lstm
+from tests.graphs import INPUT, write_lstm
+from tests.wire.native import chunk, streaming
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -64,10 +66,10 @@ async def test_while_models_load(lstm_repository: Path, monkeypatch: pytest.Monk
     entered, go_on = asyncio.Event(), asyncio.Event()
     load = Repository.load
 
-    async def held(repository: Repository) -> None:
+    async def held(repository: Repository, needed: Container[tuple[str, int]]) -> None:
         entered.set()
         await go_on.wait()
-        await load(repository)
+        await load(repository, needed)
 
     monkeypatch.setattr(Repository, "load", held)
     server = Server(Settings(repository=lstm_repository, port=0), Clock())
@@ -81,9 +83,14 @@ async def test_while_models_load(lstm_repository: Path, monkeypatch: pytest.Monk
                 stub.GetModel(pb.GetModelRequest(model="lstm")),
                 stub.Infer(pb.InferRequest(model="lstm")),
                 stub.OpenSession(pb.OpenSessionRequest(model="lstm")),
+                stub.GetSession(pb.GetSessionRequest(session_id="one")),
+                stub.CloseSession(pb.CloseSessionRequest(session_id="one")),
             ):
                 assert await call.code() is grpc.StatusCode.UNAVAILABLE
-                assert "being loaded" in await call.details()
+                assert "being loaded" in await call.details() or "is starting" in await call.details()
+            async with streaming(stub) as caller:
+                (result,) = await caller.step(chunk("one", 0, np.ones((1, INPUT), np.float32)))
+                assert result.error.reason == "loading"
             go_on.set()
             await start
             assert await health.of("") == await health.of("lstm") == SERVING

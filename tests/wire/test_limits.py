@@ -274,8 +274,8 @@ async def test_replies_that_are_too_large(tmp_path: Path) -> None:
 
 
 async def test_kept_replies(lstm_repository: Path) -> None:
-    """The replies that sessions keep for a repetition are bounded together; closing a session makes room."""
-    async with built(lstm_repository, max_reply_bytes=2 * expected(x).astype(np.float32).nbytes - 1) as house:
+    """The replies that sessions keep are bounded together; smaller ones and closed sessions make room."""
+    async with built(lstm_repository, max_reply_bytes=2 * expected(x).astype(np.float32).nbytes) as house:
         first, second, third = [await house.caller.open() for _ in range(3)]
         for session in (first, second):
             (result,) = await house.caller.step(chunk(session, 0, x))
@@ -285,6 +285,8 @@ async def test_kept_replies(lstm_repository: Path) -> None:
         assert "the replies that sessions keep hold" in refused.error.message
         (again,) = await house.caller.step(chunk(first, 0, x))
         assert not again.HasField("error")
+        (shorter,) = await house.caller.step(chunk(first, len(x), x[:1]))
+        assert not shorter.HasField("error")
         await house.stub.CloseSession(pb.CloseSessionRequest(session_id=second))
         (result,) = await house.caller.step(chunk(third, 0, x))
         equal(array(result.outputs[0]), expected(x))

@@ -34,7 +34,10 @@ async def test_list_models(tmp_path: Path) -> None:
 
 async def test_get_model(lstm_repository: Path) -> None:
     """Everything that it takes to call it: names, dtypes, axes as on the wire, and the server's limits."""
-    async with running(lstm_repository, max_steps=77, max_batch=5) as server, calling(server) as stub:
+    async with (
+        running(lstm_repository, max_steps=77, max_batch=5, max_message_bytes=99_999) as server,
+        calling(server) as stub,
+    ):
         model = (await stub.GetModel(pb.GetModelRequest(model="lstm"))).model
     size = -1
     float32 = pb.DATA_TYPE_FLOAT32
@@ -58,6 +61,7 @@ async def test_get_model(lstm_repository: Path) -> None:
         precision="float32",
         max_steps=77,
         max_batch=5,
+        max_message_bytes=99_999,
     )
 
 

@@ -321,3 +321,29 @@ async def test_sessions_belong_to_their_key(lstm_repository: Path) -> None:
         await stub.OpenSession(pb.OpenSessionRequest(model="lstm", session_id="one"), metadata=yours)
         reply = await stub.GetSession(pb.GetSessionRequest(session_id="one"), metadata=mine)
         assert reply.session.position == 0
+
+
+async def test_a_copy_from_before_a_reset_is_refused(lstm_repository: Path) -> None:
+    """A chunk held up on its way is not taken for one of the session after the reset, though its position fits."""
+    x = np.ones((2, INPUT), np.float32)
+    async with running(lstm_repository) as server, calling(server) as stub, streaming(stub) as caller:
+        opened = (await stub.OpenSession(pb.OpenSessionRequest(model="lstm", session_id="one"))).session
+        first = chunk("one", 0, x)
+        first.epoch = opened.epoch
+        (result,) = await caller.step(first)
+        assert result.steps == 2
+        request = pb.ResetSessionRequest(session_id="one", epoch=opened.epoch)
+        reset = (await stub.ResetSession(request)).session
+        assert reset.position == 0
+        assert reset.epoch not in (0, opened.epoch)
+        (held_up,) = await caller.step(first)
+        assert (held_up.error.reason, held_up.error.code) == ("epoch_conflict", ABORTED)
+        with pytest.raises(grpc.aio.AioRpcError) as again:
+            await stub.ResetSession(request)
+        assert again.value.code() is grpc.StatusCode.ABORTED
+        second = chunk("one", 0, -x)
+        second.epoch = reset.epoch
+        (result,) = await caller.step(second)
+        np.testing.assert_allclose(array(result.outputs[0]), expected(-x), rtol=0, atol=BOUND)
+        forked = (await stub.ForkSession(pb.ForkSessionRequest(session_id="one"))).session
+        assert forked.epoch not in (0, reset.epoch)

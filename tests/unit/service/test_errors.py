@@ -20,6 +20,7 @@ EXPECTED = {
     "SessionLost": grpc.StatusCode.NOT_FOUND,
     "NotStreamable": grpc.StatusCode.FAILED_PRECONDITION,
     "PositionConflict": grpc.StatusCode.ABORTED,
+    "EpochConflict": grpc.StatusCode.ABORTED,
     "SessionExists": grpc.StatusCode.ALREADY_EXISTS,
     "Full": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "Late": grpc.StatusCode.DEADLINE_EXCEEDED,

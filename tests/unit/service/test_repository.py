@@ -34,7 +34,7 @@ async def loaded(folder: Path, **settings: Any) -> AsyncIterator[Repository]:
     try:
         yield repository
     finally:
-        await repository.stop()
+        await repository.stop(30)
 
 
 # --- what is found ---
@@ -114,9 +114,9 @@ async def test_a_model_that_loads_and_does_not_run_is_broken(tmp_path: Path, mon
 
     monkeypatch.setattr(Engine, "run", fail)
     write_lstm(tmp_path)
-    async with loaded(tmp_path) as repository:
-        assert repository.names() == []
-        assert repository.broken == {("lstm", 1): "the model does not run: no kernel"}
+    repository = Repository(Settings(repository=tmp_path, threads=1), Metrics(), Clock())
+    with pytest.raises(LoadError, match="can be served: lstm 1: the model does not run: no kernel"):
+        await repository.load()
 
 
 async def test_a_file_that_cannot_be_read_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,18 +124,24 @@ async def test_a_file_that_cannot_be_read_is_broken(tmp_path: Path, monkeypatch:
     write_lstm(tmp_path)
     (tmp_path / "other/1").mkdir(parents=True)
     gone = Found("other", 1, tmp_path / "other/1/model.onnx")
-    monkeypatch.setattr("service.repository.scan", lambda folder, latest: [gone, *scan(folder, latest)])
+    monkeypatch.setattr("service.repository.scan", lambda folder, latest, needed: [gone, *scan(folder, latest)])
     async with loaded(tmp_path) as repository:
         assert repository.names() == ["lstm"]
         assert repository.broken == {("other", 1): "cannot read model.onnx: No such file or directory"}
 
 
-async def test_an_empty_repository_is_served(tmp_path: Path) -> None:
-    """With no model, which it says."""
-    async with loaded(tmp_path) as repository:
-        assert repository.names() == []
-        with pytest.raises(ModelUnknown, match="there are: none"):
-            repository.find("lstm")
+async def test_an_empty_repository_is_not_served(tmp_path: Path) -> None:
+    """A server without a model would count as ready, and be sent calls; it says what it looked for instead."""
+    repository = Repository(Settings(repository=tmp_path), Metrics(), Clock())
+    with pytest.raises(LoadError, match=r"there is none; expected DIR/NAME/VERSION/model\.onnx"):
+        await repository.load()
+
+
+def test_older_versions_that_are_needed_are_found(tmp_path: Path) -> None:
+    """Beside the newest, where they are there."""
+    place(tmp_path, "a/1", "a/2", "a/3", "b/1")
+    found = scan(tmp_path, 1, {("a", 1), ("a", 9), ("c", 1)})
+    assert [(one.name, one.version) for one in found] == [("a", 3), ("a", 1), ("b", 1)]
 
 
 async def test_until_all_is_loaded_callers_are_told_so(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ async def bench() -> AsyncIterator[Bench]:
     bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=1000))
     bench.runner.start()
     yield bench
-    await bench.runner.stop()
+    await bench.runner.stop(30)
 
 
 def outputs(row: Row) -> list[float]:
@@ -287,7 +287,7 @@ async def test_stop_finishes_the_run_and_refuses_what_waits(bench: Bench) -> Non
     bench.runner.submit([running])
     assert await asyncio.to_thread(inside.wait, 30)
     bench.runner.submit([waiting])
-    stop = asyncio.create_task(bench.runner.stop())
+    stop = asyncio.create_task(bench.runner.stop(30))
     await bench.all_ended(1)
     assert isinstance(waiting.error, Draining)
     with pytest.raises(Draining):

@@ -51,7 +51,7 @@ class Table(SessionTable):
 
 def begin(session: Session, position: int, steps: int, listener: Listener | None = None) -> Row:
     """Take a chunk in, as it is done after the queue has it."""
-    assert session.match(position, steps) is None
+    assert session.match(0, position, steps) is None
     row = Row(session.track, position, steps, (), lambda row: None)
     session.begin(row, listener or Listener())
     return row
@@ -90,10 +90,10 @@ def test_the_last_chunk_sent_again_gets_its_reply() -> None:
     session = Table().open()
     for position in (0, 2):
         apply(session, begin(session, position, 2), outputs=f"y at {position}")
-    assert session.match(2, 2) == Reply(2, 2, ("y at 2",))
+    assert session.match(0, 2, 2) == Reply(2, 2, ("y at 2",))
     for position, steps in ((2, 1), (2, 3), (0, 2)):
         with pytest.raises(PositionConflict) as conflict:
-            session.match(position, steps)
+            session.match(0, position, steps)
         assert conflict.value.position == 4
         assert f"a chunk of {steps} steps at position {position}" in str(conflict.value)
         assert "the session is at position 4" in str(conflict.value)
@@ -104,7 +104,7 @@ def test_the_last_chunk_can_be_sent_again_while_the_next_is_under_way() -> None:
     session = Table().open()
     apply(session, begin(session, 0, 2))
     begin(session, 2, 2)
-    assert isinstance(session.match(0, 2), Reply)
+    assert isinstance(session.match(0, 0, 2), Reply)
 
 
 def test_a_chunk_under_way_sent_again_is_waited_for_by_both() -> None:
@@ -112,7 +112,7 @@ def test_a_chunk_under_way_sent_again_is_waited_for_by_both() -> None:
     session = Table().open()
     first, second = Listener(), Listener()
     row = begin(session, 0, 2, first)
-    pending = session.match(0, 2)
+    pending = session.match(0, 0, 2)
     assert isinstance(pending, Pending)
     pending.waiters.append(second)
     apply(session, row)
@@ -126,7 +126,7 @@ def test_a_chunk_out_of_place_is_told_where_the_session_is(position: int) -> Non
     apply(session, begin(session, 0, 2))
     begin(session, 2, 3)
     with pytest.raises(PositionConflict, match=r"at position 2, with chunks accepted up to 5") as conflict:
-        session.match(position, 1)
+        session.match(0, position, 1)
     assert conflict.value.position == 2
 
 
@@ -137,7 +137,7 @@ def test_a_chunk_that_was_refused_is_the_next_one_again() -> None:
     refuse(session, begin(session, 0, 2, listener))
     (heard,) = listener.heard
     assert isinstance(heard, Late)
-    assert session.match(0, 2) is None
+    assert session.match(0, 0, 2) is None
 
 
 def test_a_refused_chunk_does_not_cost_the_stored_reply() -> None:
@@ -145,8 +145,8 @@ def test_a_refused_chunk_does_not_cost_the_stored_reply() -> None:
     session = Table().open()
     apply(session, begin(session, 0, 2))
     refuse(session, begin(session, 2, 2))
-    assert isinstance(session.match(0, 2), Reply)
-    assert session.match(2, 2) is None
+    assert isinstance(session.match(0, 0, 2), Reply)
+    assert session.match(0, 2, 2) is None
 
 
 @pytest.mark.parametrize("applied", [True, False])
@@ -188,10 +188,10 @@ def test_a_session_that_is_being_closed_takes_nothing() -> None:
     """Not even a repetition."""
     session = Table().open()
     apply(session, begin(session, 0, 2))
-    session.closing = True
+    session.closing = 1
     for position in (0, 2):
         with pytest.raises(SessionUnknown, match="being closed"):
-            session.match(position, 2)
+            session.match(0, position, 2)
 
 
 async def test_idle_waits_for_everything_under_way() -> None:

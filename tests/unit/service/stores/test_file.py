@@ -20,12 +20,12 @@ def session(identity: str, model: str = "lstm", last: Reply | None = None, versi
     """A session with random states, one of them as wide as its model's name is long."""
     random = np.random.default_rng(len(identity))
     states: list[Array] = [random.standard_normal((2, len(model))).astype(np.float32), random.integers(0, 9, 3)]
-    return Saved(b"\x00\xff", identity, model, version, "abc", 7, 1.5, states, last)
+    return Saved(b"\x00\xff", identity, model, version, "abc", 7, 2**62 + 1, 1.5, states, last)
 
 
 def assert_same(one: Saved, other: Saved) -> None:
     """All fields are equal, arrays in dtype, shape and every bit."""
-    for field in ("owner", "identity", "model", "version", "digest", "position", "idle_s"):
+    for field in ("owner", "identity", "model", "version", "digest", "position", "epoch", "idle_s"):
         assert getattr(one, field) == getattr(other, field)
     assert (one.last is None) == (other.last is None)
     arrays, others = list(one.states), list(other.states)
