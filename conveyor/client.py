@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 import grpc
 
@@ -209,7 +209,7 @@ class Client:
         if self._forgotten.detach() is not None and self._background.alive:
             self._run(self._client.close())
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -193,3 +193,55 @@ async def test_a_server_restarted_under_its_clients(lstm_repository: Path, tmp_p
             else:
                 with pytest.raises(SessionLost, match="position 20"):
                     await waiting
+
+
+async def test_a_server_restarted_twice_under_many_clients(lstm_repository: Path, tmp_path: Path) -> None:
+    """With its sessions in a file, thirty streams and all calls beside them notice nothing: no error, the same bits."""
+    x = np.random.default_rng(4).standard_normal((30, 600, INPUT)).astype(np.float32)
+    flags = ["--sessions-file", str(tmp_path / "sessions")]
+    server = ServerProcess(lstm_repository, *flags)
+    target, ended = server.target, asyncio.Event()
+    sessions: list[AsyncSession] = []
+
+    async def stream(series: NDArray[np.float32]) -> NDArray[np.float32]:
+        async with AsyncClient(target) as client, client.session("lstm") as session:
+            sessions.append(session)
+            y = [await session.step(series[:1])]
+            while session.position < len(series):
+                y.append(await session.step(series[session.position :][: 1 + session.position % 3]))
+            return np.concatenate(y)
+
+    async def call(series: NDArray[np.float32]) -> int:
+        rounds = 0
+        async with AsyncClient(target) as client:
+            while not ended.is_set():
+                async with client.session("lstm") as session:
+                    y = await session.step(series[:9])
+                    async with await session.fork() as fork, client.import_session(await session.export()) as imported:
+                        await session.reset()
+                        again = await session.step(series[:9])
+                        batch = await client.infer("lstm", series[None, :9])
+                        for other in (again, batch[0]):
+                            np.testing.assert_array_equal(other, y)
+                        assert [each.position for each in (session, fork, imported)] == [9, 9, 9]
+                rounds += 1
+        return rounds
+
+    try:
+        async with AsyncClient(target) as client:
+            undisturbed = await client.infer("lstm", x)
+        async with asyncio.TaskGroup() as group:
+            streams = [group.create_task(stream(series)) for series in x]
+            callers = [group.create_task(call(series)) for series in x[:5]]
+            for begun in (50, 250):
+                while len(sessions) < len(x) or min(session.position for session in sessions) < begun:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+                assert await asyncio.to_thread(server.terminate) == 0
+                assert max(session.position for session in sessions) < x.shape[1]
+                server = await asyncio.to_thread(ServerProcess, lstm_repository, *flags, port=server.port)
+            for task, whole in zip(streams, undisturbed, strict=True):
+                np.testing.assert_array_equal(await task, whole)
+            ended.set()
+        assert min(task.result() for task in callers) > 0
+    finally:
+        server.kill()
