@@ -28,6 +28,7 @@ from service.repository import Repository
 from service.settings import Settings
 from service.stores.file import Saved, load, save
 from service.wire.conveyor import ConveyorServicer
+from service.wire.malformed import Reader
 
 log = structlog.get_logger()
 
@@ -65,6 +66,7 @@ class Server:
         self._servicer = ConveyorServicer(self.operations, settings, clock)
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
+            interceptors=[Reader(ConveyorServicer.NAME)],
             options=[
                 # Two servers on one port would share its calls, and sessions with them.
                 ("grpc.so_reuseport", 0),
@@ -88,9 +90,11 @@ class Server:
             LoadError: if the repository cannot be read.
             OSError: if the address or port cannot be had.
         """
-        name = self._servicer.register(self._grpc)
+        self._servicer.register(self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        reflection.enable_server_reflection(
+            (ConveyorServicer.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc
+        )
         host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         await self._health.set("", _NOT_SERVING)
         try:

@@ -23,6 +23,7 @@ from service.runner import Runner
 from service.sessions import Session
 from service.settings import Settings
 from service.wire.codec import DATA_TYPES, Array, Codec, encode
+from service.wire.malformed import Malformed
 from service.wire.status import abort
 from service.wire.streaming import Stream
 
@@ -43,6 +44,8 @@ def _told(
     @functools.wraps(method)
     async def call(self: ConveyorServicer, request: Request, context: Context) -> Response:
         try:
+            if isinstance(request, Malformed):
+                raise request.error
             with self.counted():
                 return await method(self, request, context)
         except Exception as error:
@@ -62,10 +65,11 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
         self._streams: set[Stream] = set()
         self._calls = 0
 
-    def register(self, server: grpc.aio.Server) -> str:
-        """Enter the calls into a server, and return the service's full name."""
+    NAME = str(pb.DESCRIPTOR.services_by_name["ConveyorService"].full_name)
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Enter the calls into a server."""
         stubs.add_ConveyorServiceServicer_to_server(self, server)
-        return str(pb.DESCRIPTOR.services_by_name["ConveyorService"].full_name)
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -134,7 +138,7 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
 
     # --- sessions ---
 
-    async def Stream(self, requests: AsyncIterable[pb.StreamRequest], context: Context) -> None:
+    async def Stream(self, requests: AsyncIterable[pb.StreamRequest | Malformed], context: Context) -> None:
         """Step any number of sessions."""
         try:
             with self.counted():
@@ -142,7 +146,7 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
         except Full as error:
             await abort(context, error)
 
-    async def _stream(self, requests: AsyncIterable[pb.StreamRequest], context: Context) -> None:
+    async def _stream(self, requests: AsyncIterable[pb.StreamRequest | Malformed], context: Context) -> None:
         stream = Stream(
             self._operations,
             self.codec,

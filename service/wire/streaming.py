@@ -21,6 +21,7 @@ from service.operations import Operations
 from service.runner import Runner
 from service.sessions import Pending, Reply, Session
 from service.wire.codec import Codec, encode
+from service.wire.malformed import Malformed
 from service.wire.status import abort, detail
 
 _RESPONSE_BYTES = 1 << 20
@@ -61,7 +62,9 @@ class Stream:
         self._room = asyncio.Event()
         self._ending = False
 
-    async def run(self, requests: AsyncIterable[pb.StreamRequest], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def run(
+        self, requests: AsyncIterable[pb.StreamRequest | Malformed], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
         """Serve the call until the client half-closes and all is answered, or it goes away, or ``end`` is called."""
         reader = asyncio.create_task(self._read(requests))
         reader.add_done_callback(lambda _: self._wake.set())
@@ -69,7 +72,10 @@ class Stream:
             await self._write(reader, context)
             if self._ending:
                 await abort(context, Draining("the server is about to stop; go on elsewhere, or later"))
-            await reader
+            try:
+                await reader
+            except Exception as error:
+                await abort(context, error)
         finally:
             reader.cancel()
             for waiting in self._waiting:
@@ -83,8 +89,10 @@ class Stream:
         self._ending = True
         self._wake.set()
 
-    async def _read(self, requests: AsyncIterable[pb.StreamRequest]) -> None:
+    async def _read(self, requests: AsyncIterable[pb.StreamRequest | Malformed]) -> None:
         async for request in requests:
+            if isinstance(request, Malformed):
+                raise request.error
             for chunk in request.chunks:
                 while len(self._waiting) + len(self._results) >= self._limit or self._result_bytes >= self._limit_bytes:
                     self._room.clear()

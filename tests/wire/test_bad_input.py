@@ -503,3 +503,23 @@ async def test_non_finite_numbers_are_taken_where_they_are_accepted(lstm_reposit
         state = pb.SessionState(model="lstm", version=1, position=4, states=infinite)
         imported = (await stub.ImportSession(pb.ImportSessionRequest(state=state))).session
         assert (await stub.ExportSession(pb.ExportSessionRequest(session_id=imported.session_id))).state == state
+
+
+async def test_bytes_that_are_no_message(lstm_repository: Path) -> None:
+    """Unary calls and streams say so, not a word of what reads them; what a stream took before is answered first."""
+    async with running(lstm_repository) as server, calling(server) as stub:
+        session = (await stub.OpenSession(pb.OpenSessionRequest(model="lstm"))).session.session_id
+        good = pb.StreamRequest(chunks=[chunk(session, 0, np.ones((1, INPUT), np.float32))]).SerializeToString()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as opened:
+            channel: Any = opened
+            service = "/conveyor.v1.ConveyorService"
+            with pytest.raises(grpc.aio.AioRpcError) as unary:
+                await channel.unary_unary(f"{service}/GetModel")(b"\xff\xff\xff")
+            stream = channel.stream_stream(f"{service}/Stream")(iter([good, b"\xff\xff\xff"]))
+            answer = pb.StreamResponse.FromString(await stream.read())
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await stream.read()
+        assert answer.results[0].steps == 1
+        for error in (unary.value, ended.value):
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.details() == "the 3 bytes that were sent are not the message that this call takes"
