@@ -12,6 +12,9 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from export.errors import ExportError
@@ -24,19 +27,37 @@ def choose_version(repository: Path, name: str, version: int | None, overwrite: 
     """The version to write: the one asked for, or the one after the last.
 
     Raises:
-        ExportError: the name or the version cannot be one, or the version is there and may not be overwritten.
+        ExportError: the name or the version cannot be one, the version is there and may not be overwritten, or its
+            place cannot be written to.
     """
     if not NAME.fullmatch(name):
         raise ExportError(f"model name {name!r}: expected letters, digits, '.', '_' and '-', a letter or digit first")
     if version is not None and version < 1:
         raise ExportError(f"version {version}: expected a positive integer")
     folder = repository / name
-    if version is None:
-        there = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
-        return max(there, default=0) + 1
-    if (folder / str(version)).exists() and not overwrite:
-        raise ExportError(f"{folder / str(version)} is there already: choose another version, or overwrite it")
+    with _told(folder):
+        if version is None:
+            there = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
+            version = max(there, default=0) + 1
+        target = folder / str(version)
+        if target.exists() and not overwrite:
+            raise ExportError(f"{target} is there already: choose another version, or overwrite it")
+        _check_writable(target)
     return version
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """See whether one file can be written.
+
+    Raises:
+        ExportError: it is there and may not be overwritten, or its place cannot be written to.
+    """
+    with _told(path):
+        if path.is_dir():
+            raise ExportError(f"{path} is a folder, expected a file")
+        if path.exists() and not overwrite:
+            raise ExportError(f"{path} is there already: choose another file, or --overwrite it")
+        _check_writable(path.parent)
 
 
 def write_version(repository: Path, name: str, version: int, content: bytes, overwrite: bool) -> Path:
@@ -46,39 +67,76 @@ def write_version(repository: Path, name: str, version: int, content: bytes, ove
         The file's path.
 
     Raises:
-        ExportError: the version is there and may not be overwritten.
+        ExportError: the version is there and may not be overwritten, or cannot be written; nothing is left of it.
     """
     choose_version(repository, name, version, overwrite)
     target = repository / name / str(version)
     if target.exists():
         return write_file(target / FILE, content)
-    target.parent.mkdir(parents=True, exist_ok=True)
     whole = target.with_name(f".{version}.{secrets.token_hex(4)}")
-    try:
-        whole.mkdir()
-        _write_durably(whole / FILE, content)
-        _flush_folder(whole)
+    with _told(target), _made(target.parent):
         try:
-            whole.rename(target)
-        except OSError as error:
-            raise ExportError(f"{target} has appeared meanwhile; nothing was written") from error
-        _flush_folder(target.parent)
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
+            whole.mkdir()
+            _write_durably(whole / FILE, content)
+            _flush_folder(whole)
+            try:
+                whole.rename(target)
+            except OSError as error:
+                if not target.exists():
+                    raise
+                raise ExportError(f"{target} has appeared meanwhile; nothing was written") from error
+            _flush_folder(target.parent)
+        finally:
+            shutil.rmtree(whole, ignore_errors=True)
     return target / FILE
 
 
 def write_file(path: Path, content: bytes) -> Path:
-    """Write or replace one file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        _write_durably(whole, content)
-        whole.replace(path)
-        _flush_folder(path.parent)
-    finally:
-        whole.unlink(missing_ok=True)
+    """Write or replace one file in one step.
+
+    Raises:
+        ExportError: it cannot be written; nothing is left of it.
+    """
+    whole = path.with_name(f".{secrets.token_hex(4)}.part")
+    with _told(path), _made(path.parent):
+        try:
+            _write_durably(whole, content)
+            whole.replace(path)
+            _flush_folder(path.parent)
+        finally:
+            whole.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say what the system refused, and where."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder to write into; if the writing fails, those that were made for it go again."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):  # somebody else has put something there, and it stays
+                each.rmdir()
+        raise
+
+
+def _check_writable(folder: Path) -> None:
+    """See whether a folder, or the nearest that is there above it, takes files: before anything is made."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise ExportError(f"{there} is a file, expected a folder")
+    tempfile.TemporaryFile(dir=there).close()
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from export.errors import ExportError
-from export.versions import choose_version, write_file, write_version
+from export.versions import check_file, choose_version, write_file, write_version
 
 
 def everything(folder: Path) -> list[str]:
@@ -48,15 +49,15 @@ def test_a_write_that_fails_leaves_nothing(overwrite: bool, tmp_path: Path, monk
     """A disk that fails before the bytes are safe leaves what was there, and no half of a file."""
     if overwrite:
         write_version(tmp_path, "digits", 1, b"old", overwrite=False)
-    before = everything(tmp_path / "digits")
+    before = everything(tmp_path)
 
     def full(descriptor: int) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ExportError, match=r"cannot be written: no space left"):
         write_version(tmp_path, "digits", 1, b"new", overwrite=overwrite)
-    assert everything(tmp_path / "digits") == before
+    assert everything(tmp_path) == before
     assert not overwrite or (tmp_path / "digits" / "1" / "model.onnx").read_bytes() == b"old"
 
 
@@ -87,6 +88,45 @@ def test_two_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_version(tmp_path, "digits", 1, b"second", overwrite=False)
     assert everything(tmp_path) == ["digits", "digits/1", "digits/1/model.onnx"]
     assert (tmp_path / "digits" / "1" / "model.onnx").read_bytes() == b"first"
+
+
+def test_a_rename_that_is_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system says is told as it is, and not as another writer's doing."""
+
+    def refused(path: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ExportError, match=r"digits/1 cannot be written: Permission denied"):
+        write_version(tmp_path, "digits", 1, b"new", overwrite=False)
+    assert everything(tmp_path) == []
+
+
+def test_places_that_cannot_be_written_to(tmp_path: Path) -> None:
+    """Files for folders, folders for files, names too long and what the system refuses are found beforehand."""
+    (tmp_path / "file").touch()
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "1").touch()
+    before = everything(tmp_path)
+    for repository, name, version, says in (
+        (tmp_path / "file", "digits", None, "file is a file, expected a folder"),
+        (tmp_path, "file", None, "file is a file, expected a folder"),
+        (tmp_path, "digits", 1, "digits/1 is a file, expected a folder"),
+        (tmp_path, "n" * 300, 1, "name too long"),
+        (Path("/proc/nowhere"), "digits", None, "cannot be written"),
+    ):
+        with pytest.raises(ExportError, match=f"(?i){says}"):
+            choose_version(repository, name, version, overwrite=True)
+    for path, says in (
+        (Path("."), "is a folder, expected a file"),
+        (tmp_path / "digits", "is a folder, expected a file"),
+        (tmp_path / "file" / "model.onnx", "file is a file, expected a folder"),
+        (tmp_path / f"{'n' * 300}.onnx", "name too long"),
+        (Path("/proc/nowhere/model.onnx"), "cannot be written"),
+    ):
+        with pytest.raises(ExportError, match=f"(?i){says}"):
+            check_file(path, overwrite=True)
+    assert everything(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "tab\t", "ümlaut"])
