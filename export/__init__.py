@@ -44,7 +44,8 @@ def export_model(
         lowering: the form of every recurrence; "auto" for the one that serves best on the CPU.
         precision: of the weights in the file.
         data: sequences to verify with beside the random ones: ``x[N, T, I]`` (or ids ``x[N, T]``) and ``lengths[N]``.
-        max_error: what the largest error must stay within; None for 2e-6, with float16 5e-3, with int8 5e-2.
+        max_error: what the graph's largest error must stay within, above 0 and up to 1; None for 2e-6, with float16
+            5e-3, with int8 5e-2.
         progress: told what is being done.
 
     Returns:
@@ -52,7 +53,8 @@ def export_model(
 
     Raises:
         ExportError: it cannot be exported so; nothing is written.
-        VerificationFailed: the graph is not within the bound of the reference; nothing is written.
+        VerificationFailed: the module is not within 2e-6 of the reference, or the graph not within its bound; nothing
+            is written.
     """
     # torch takes seconds to import, and this package's command line has things to say without it.
     from export.model_file import make_model_file

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,8 @@ or a torch.nn.LSTM, GRU or RNN; a module that exists already may be named as wel
 
 EXAMPLES = """\
 commands:
-  python -m export [to] MODEL ...
-      export, with the arguments above; the word "to" may be left out
+  python -m export MODEL ...
+      export, with the arguments above
   python -m export verify FILE [--data FILE.npz] [--max-error E]
       verify an exported file again, from the file alone
 
@@ -40,8 +40,9 @@ examples:
   python -m export verify models-dir/digits/1/model.onnx --data held-out.npz
 
 Verification is part of the export: the graph runs in onnxruntime on the CPU and is held against a NumPy reference in
-float64, with random data and with yours; whole against cut into chunks; alone against in a batch. Outputs and final
-states must agree within 2e-6 (relative, where the reference is greater than 1); where they do not, nothing is written.
+float64, with random data and with yours; whole against cut into chunks; alone against in a batch. So is the module
+itself, in torch. Outputs and final states must agree within 2e-6 (relative, where the reference is greater than 1);
+where they do not, nothing is written.
 
 exit codes: 0 done; 1 verification failed; 2 it could not be done as asked
 """
@@ -50,17 +51,18 @@ exit codes: 0 done; 1 verification failed; 2 it could not be done as asked
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    make_parser, command = COMMANDS[given.pop(0) if given and given[0] in COMMANDS else "to"]
-    parser = make_parser()
-    options = parser.parse_args(given)
+    verifying = given[:1] == ["verify"]
+    parser, command = (verify_parser(), verify) if verifying else (export_parser(), export)
+    options = parser.parse_args(given[1:] if verifying else given)
     console = Console()
     try:
         command(options, console)
     except VerificationFailed as failed:
-        from export.show import parity_table
+        if failed.parity is not None:
+            from export.show import parity_table
 
-        console.print(parity_table(failed.parity))
-        console.print(f"[bold red]{failed}[/]", highlight=False)
+            console.print(parity_table(failed.parity))
+        console.print(str(failed), style="bold red", highlight=False, markup=False)
         return 1
     except ExportError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -106,10 +108,11 @@ def verify_parser() -> argparse.ArgumentParser:
     """The arguments of a verification."""
     parser = argparse.ArgumentParser(
         prog="python -m export verify",
-        description="Verify an exported file again: its graph against the reference, with the weights that it holds.",
+        description="Verify an exported file again, by itself: its manifest against what it holds, its weights against "
+        "their sha256, its graph against the reference.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="an .onnx file that was exported here")
-    _add_verification(parser, "what the file was exported with")
+    _add_verification(parser, "its precision's, or what the file was exported with where that is tighter")
     return parser
 
 
@@ -129,12 +132,12 @@ def export(options: argparse.Namespace, console: Console) -> None:
     with console.status("importing") as status:
         from export.model_file import make_model_file
         from export.named import load_named, load_weights
-        from export.versions import choose_version, write_file, write_version
+        from export.versions import check_file, choose_version, write_file, write_version
 
         if options.output is None:
             version = choose_version(options.repository, options.name, options.version, options.overwrite)
-        elif options.output.exists() and not options.overwrite:
-            raise ExportError(f"{options.output} is there already: choose another file, or --overwrite it")
+        else:
+            check_file(options.output, options.overwrite)
         model = load_named(options.model)
         if options.weights is not None:
             model = load_weights(model, options.weights)
@@ -194,11 +197,6 @@ def _measures(content: bytes) -> dict[str, float]:
     speeds = {f"steps/s, {N} row{'s'[: N - 1]} a run": steps_per_s(content, N) for N in (1, 64)}
     return {"file, bytes": len(content), **speeds}
 
-
-COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace, Console], None]]] = {
-    "to": (export_parser, export),
-    "verify": (verify_parser, verify),
-}
 
 if __name__ == "__main__":
     sys.exit(main())

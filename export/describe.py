@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from export.errors import ExportError
+from export.errors import ExportError, VerificationFailed
 from export.signature import pack_states, state_tensors
 from export.stored import Lowering
 from models.reference import initial_states
 from models.spec import ModelSpec
-from models.weights import Array, Weights
+from models.weights import Array, Weights, digest
 from service.manifest import METADATA_KEY, DType, LayerSpec, Manifest, StateSpec, TensorSpec
 
 Precision = Literal["float32", "float16", "int8"]
@@ -97,6 +97,31 @@ def describe(spec: ModelSpec, weights: Weights, lowerings: Sequence[Lowering], p
             **{name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")},
         },
     )
+
+
+def check_manifest(manifest: Manifest, spec: ModelSpec, weights: Weights, precision: Precision) -> None:
+    """See whether a manifest is the one that describes what stands in its file.
+
+    Args:
+        manifest: what the file says of itself; how it was verified, and with what it was made, is not judged.
+        spec: what was found in the file, by ``export.restore``.
+        weights: the weights that were found with it.
+        precision: of the weights that were found.
+
+    Raises:
+        VerificationFailed: it says something else, or the weights are not those that it was written for.
+    """
+    found = describe(spec, weights, [layer.lowering for layer in manifest.layers], precision)
+    for name in Manifest.model_fields:
+        if name in ("parity", "made_with", "weights_digest"):
+            continue
+        if (said := getattr(manifest, name)) != (expected := getattr(found, name)):
+            raise VerificationFailed(f"the manifest does not fit the graph: {name} is {said!r}, expected {expected!r}")
+    if manifest.weights_digest != digest(weights):
+        raise VerificationFailed(
+            f"the weights are not those that the file was exported with: the sha256 of what it holds is "
+            f"{digest(weights)}, the manifest has {manifest.weights_digest}"
+        )
 
 
 def put_manifest(model: onnx.ModelProto, manifest: Manifest) -> None:

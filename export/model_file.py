@@ -1,34 +1,34 @@
 """A model made into a file, and a file held against what it was made from.
 
-Owns the order of the work: read the module, choose the lowerings, trace, quantise, describe, verify. What fails
-verification does not leave this module.
+Owns the order of the work: read the module and run it, choose the lowerings, trace, quantise, describe, verify. What
+fails verification does not leave here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx
-import torch
 from google.protobuf.message import DecodeError
 from torch import nn
 
 from export.data import check_sequences
-from export.describe import Precision, describe, put_manifest, read_manifest
-from export.errors import ExportError, VerificationFailed
+from export.describe import Precision, check_manifest, describe, put_manifest, read_manifest
+from export.errors import ExportError
 from export.graph import build_graph
+from export.module import read_module, verify_module
 from export.quantize import check_quantizable, quantize
-from export.restore import restore
-from export.stored import Lowering
-from export.verify import Graph, Verification, to_parity
-from models.fused import SequenceModel
+from export.restore import restore, stored_precision
+from export.runtime import Graph
+from export.stored import Lowering, stored_size
+from export.verify import Verification, check_bound, judge
 from models.spec import ModelSpec
-from models.weights import Array
-from service.manifest import Manifest, Parity
+from models.weights import Array, digest
+from service.manifest import Manifest, Parity, ParityRow
 
 MAX_ERROR: dict[Precision, float] = {"float32": 2e-6, "float16": 5e-3, "int8": 5e-2}
 """What the largest error must stay within, where the caller names no bound.
@@ -80,13 +80,22 @@ def make_model_file(
 
     Raises:
         ExportError: the model, the data or the precision cannot be exported so.
-        VerificationFailed: the graph is not within the bound of the reference.
+        VerificationFailed: the module or the graph is not within the bound of the reference.
     """
+    bound = MAX_ERROR[precision] if max_error is None else max_error
+    check_bound(bound)
     spec, weights = read_module(model)
     lowerings, notes = choose_lowerings(spec, lowering)
+    if (size := 4 * stored_size(spec, lowerings)) > MAX_BYTES:
+        raise ExportError(f"the weights take {size} bytes in float32, one .onnx file holds {MAX_BYTES}")
     if precision == "int8":
         check_quantizable(spec, lowerings)
     sequences = None if data is None else check_sequences(data, spec)
+
+    progress("running the module")
+    exact = {name: array.astype(np.float64) for name, array in weights.items()}
+    module = verify_module(model, spec, exact, min(bound, MAX_ERROR["float32"]))
+    judge([module])
 
     progress("tracing")
     graph = baseline = build_graph(spec, weights, lowerings)
@@ -97,10 +106,11 @@ def make_model_file(
         graph = quantize(graph)
 
     manifest = describe(spec, weights, lowerings, precision)
-    bound = MAX_ERROR[precision] if max_error is None else max_error
-    exact = {name: array.astype(np.float64) for name, array in weights.items()}
+    found, stored = restore(graph, manifest)
+    manifest = manifest.model_copy(update={"weights_digest": digest(stored)})
+    check_manifest(manifest, found, stored, stored_precision(graph))
     verification = Verification(Graph(graph.SerializeToString(), manifest, spec), spec, exact, bound)
-    parity = _run(verification, sequences, progress)
+    parity = judge([module, *_run(verification, sequences, progress)])
     manifest = manifest.model_copy(update={"parity": parity})
     put_manifest(graph, manifest)
     put_manifest(baseline, manifest)  # so that the files' sizes compare
@@ -115,18 +125,20 @@ def verify_file(
 ) -> Parity:
     """Repeat the verification of a file, from the file alone.
 
-    The reference gets the weights as the file holds them, found by their names; for float16 and int8 that leaves out
-    the loss of rounding them.
+    The reference gets the weights as the file holds them, found by their names, which are those of the export by their
+    digest; for float16 and int8 that leaves out the loss of rounding them.
 
     Args:
         path: the .onnx file.
         data: sequences to verify with beside the random ones.
-        max_error: what the largest error must stay within; None for the bound that the file was exported with.
+        max_error: what the largest error must stay within; None for ``MAX_ERROR``, or the bound that the file was
+            exported with where that is tighter.
         progress: told what is being done.
 
     Raises:
-        ExportError: the file is not one that was exported here, or holds another model than its manifest tells of.
-        VerificationFailed: the graph is not within the bound.
+        ExportError: the file is not one that was exported here, or what its manifest tells of is not in it.
+        VerificationFailed: the manifest does not fit the graph, the weights are others than those that were exported,
+            or the graph is not within the bound.
     """
     try:
         content = path.read_bytes()
@@ -136,33 +148,12 @@ def verify_file(
     except DecodeError as error:
         raise ExportError(f"{path} is not an ONNX file: {error}") from error
     manifest = read_manifest(model)
+    bound = _bound(manifest) if max_error is None else max_error
+    check_bound(bound)
     spec, weights = restore(model, manifest)
-    recorded = manifest.parity.rows[0].bound if manifest.parity else MAX_ERROR[manifest.precision]
-    bound = recorded if max_error is None else max_error
     sequences = None if data is None else check_sequences(data, spec)
-    return _run(Verification(Graph(content, manifest, spec), spec, weights, bound), sequences, progress)
-
-
-def read_module(model: nn.Module) -> tuple[ModelSpec, dict[str, Array]]:
-    """What a module is made of, and its canonical weights.
-
-    Raises:
-        ExportError: it is of another kind, dtype or size than can be exported.
-    """
-    if not isinstance(model, SequenceModel | nn.LSTM | nn.GRU | nn.RNN):
-        raise ExportError(f"got a {type(model).__name__}, expected a SequenceModel or a torch.nn.LSTM, GRU or RNN")
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype not in (torch.float16, torch.float32, torch.float64):
-            raise ExportError(f"weight {name} is {tensor.dtype}, expected float16, float32 or float64")
-    if not isinstance(model, SequenceModel):
-        try:
-            model = SequenceModel.from_torch(model)
-        except ValueError as error:
-            raise ExportError(str(error)) from error
-    weights = model.weights()
-    if (size := sum(4 * array.size for array in weights.values())) > MAX_BYTES:
-        raise ExportError(f"the weights take {size} bytes in float32, one .onnx file holds {MAX_BYTES}")
-    return model.spec, weights
+    check_manifest(manifest, spec, weights, stored_precision(model))
+    return judge([*_run(Verification(Graph(content, manifest, spec), spec, weights, bound), sequences, progress)])
 
 
 def choose_lowerings(
@@ -181,12 +172,19 @@ def choose_lowerings(
     return lowerings, tuple(notes)
 
 
-def _run(verification: Verification, sequences: tuple[Array, Array] | None, progress: Progress) -> Parity:
-    rows = []
+def _bound(manifest: Manifest) -> float:
+    """What a file is held to where the user names no bound: never more than its precision's own."""
+    usual = MAX_ERROR[manifest.precision]
+    if manifest.parity is None:
+        return usual
+    if not manifest.parity.rows:
+        raise ExportError("the file's manifest records a verification in which nothing was compared")
+    for row in manifest.parity.rows:
+        check_bound(row.bound)
+    return min(usual, max(row.bound for row in manifest.parity.rows))
+
+
+def _run(verification: Verification, sequences: tuple[Array, Array] | None, progress: Progress) -> Iterator[ParityRow]:
     for row in verification.rows(sequences):
         progress(f"verifying: {row.case}, batch {row.batch}, {row.steps} steps")
-        rows.append(row)
-    parity = to_parity(rows)
-    if not all(row.within for row in rows):
-        raise VerificationFailed(parity)
-    return parity
+        yield row

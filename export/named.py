@@ -14,7 +14,6 @@ from torch import nn
 
 from export.errors import ExportError
 from models.checkpoint import load_arrays
-from models.fused import SequenceModel
 
 
 def load_named(name: str) -> nn.Module:
@@ -53,18 +52,21 @@ def load_named(name: str) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Give a model the weights of a checkpoint: canonical names for a ``SequenceModel``, torch's own for its modules.
+    """Give a model the weights of a checkpoint, by the names of its own state dict, in its own dtype.
+
+    The model stays the one that was named, with whatever it is beside its weights.
 
     Raises:
-        ExportError: the file cannot be read, or holds other weights.
+        ExportError: the file cannot be read, or holds other weights or other numbers than floating point.
     """
     try:
         arrays = load_arrays(path)
-        if isinstance(model, SequenceModel):
-            return SequenceModel.from_weights(model.spec, arrays)
+        for name, array in arrays.items():
+            if array.dtype.kind != "f":
+                raise ValueError(f"{name} is {array.dtype}, expected floating point")
         model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(f"weights: {error}") from error
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ExportError(f"weights: {' '.join(str(error).split())}") from error
     return model
 
 

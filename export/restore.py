@@ -6,11 +6,14 @@ rounded to float16, or int8 times their scales.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from export.describe import initial_state
+from export.describe import Precision, initial_state
 from export.errors import ExportError
 from export.signature import state_tensors, unpack_states
 from export.stored import canonical_weights
@@ -32,20 +35,46 @@ def restore(model: onnx.ModelProto, manifest: Manifest) -> tuple[ModelSpec, dict
     Raises:
         ExportError: the file's initializers are not those that the manifest tells of, or stand in another file.
     """
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+    tensors = chain(_tensors(model.graph), *(_tensors_in(function.node) for function in model.functions))
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
         raise ExportError(
             "the file keeps weights in another file, and was not exported here: one file holds everything"
         )
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    arrays = {name: array.astype(np.float64) for name, array in _dequantized(arrays).items()}
     try:
+        arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        arrays = {name: array.astype(np.float64) for name, array in _dequantized(arrays).items()}
         spec = _spec(manifest, arrays)
         weights = canonical_weights(spec, arrays, [layer.lowering for layer in manifest.layers])
         weights |= _initial_states(spec, manifest)
         check_shapes(weights, spec.weight_shapes)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # whatever a library raises at bytes that it cannot make sense of
         raise ExportError(f"the file does not hold the model that its manifest tells of: {error}") from error
     return spec, weights
+
+
+def stored_precision(model: onnx.ModelProto) -> Precision:
+    """The precision of the weights, by what stands in the file."""
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    if onnx.TensorProto.INT8 in kinds:
+        return "int8"
+    return "float16" if onnx.TensorProto.FLOAT16 in kinds else "float32"
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All tensors that a graph holds, those of its nodes and of the graphs in them too."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _tensors_in(graph.node)
+
+
+def _tensors_in(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in chain.from_iterable(node.attribute for node in nodes):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _tensors(graph)
 
 
 def _spec(manifest: Manifest, arrays: Weights) -> ModelSpec:
@@ -84,7 +113,10 @@ def _dequantized(arrays: Weights) -> dict[str, Array]:
     result = dict(arrays)
     for name in [name for name in arrays if name.endswith("_quantized")]:
         kernel = name.removesuffix("_quantized")
-        quantized, scale, zero = (result.pop(f"{kernel}_{part}") for part in ("quantized", "scale", "zero_point"))
+        parts = [f"{kernel}_{part}" for part in ("quantized", "scale", "zero_point")]
+        if missing := [part for part in parts if part not in arrays]:
+            raise ValueError(f"{name} has no {missing[0]}")
+        quantized, scale, zero = (result.pop(part) for part in parts)
         scale, zero = np.expand_dims(scale.astype(np.float64), 1), np.expand_dims(zero, 1)  # one for each gate row
         result[kernel] = ((quantized - zero) * scale).swapaxes(1, 2)
     return result

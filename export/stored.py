@@ -14,13 +14,14 @@ lowering      arrays of a layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from models.layouts import convert
+from models.layouts import LayoutName, array_shapes, convert
 from models.spec import Layer, ModelSpec
 from models.weights import Array, Weights, select
 
@@ -67,6 +68,16 @@ def stored_weights(spec: ModelSpec, weights: Weights, lowerings: Sequence[Loweri
         here = f"layers.{index}."
         arrays |= {here + name: array for name, array in to_stored(layer, select(weights, here), lowering).items()}
     return arrays
+
+
+def stored_size(spec: ModelSpec, lowerings: Sequence[Lowering]) -> int:
+    """How many numbers all arrays of the file hold together."""
+    shapes = [shape for name, shape in spec.weight_shapes.items() if name in OUTSIDE]
+    for layer, lowering in zip(spec.layers, lowerings, strict=True):
+        # Transposed or not, the canonical arrays are of one size.
+        layout: LayoutName = "onnx" if lowering == "operator" else "fused"
+        shapes += array_shapes(stored_layer(layer, lowering), layout).values()
+    return sum(map(math.prod, shapes))
 
 
 def canonical_weights(spec: ModelSpec, arrays: Weights, lowerings: Sequence[Lowering]) -> dict[str, Array]:

@@ -1,6 +1,7 @@
 """Hold a graph against the reference, and against itself cut and batched otherwise.
 
-Owns what is compared, with which data, and how an error is measured. Must not know torch or how a graph is made.
+Owns what is compared, with which data, and how an error is measured and judged. Must not know torch or how a graph is
+made.
 
 The graph runs in onnxruntime on the CPU, the reference in NumPy in float64 with the weights it is given. An error is
 the absolute difference where the reference lies within [-1, 1], and the difference relative to the reference where it
@@ -9,76 +10,27 @@ is greater. Outputs of a head are sums that cancel, so theirs is relative to the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnxruntime
 
-from export.describe import initial_state
-from export.errors import ExportError
-from export.signature import pack_states, state_tensors, unpack_states
+from export.errors import ExportError, VerificationFailed
+from export.runtime import Graph, Result
 from models.reference import State, run_model
 from models.spec import ModelSpec
 from models.weights import Array, Weights
-from service.manifest import Manifest, Parity, ParityRow
+from service.manifest import Parity, ParityRow
 
 BATCHES = (1, 2, 7)
 STEPS = (1, 2, 33)
 CUTS = (1, 2, 3, 12)
 """Where sequences are cut into chunks: chunks of 1, 1, 1, 9 and 21 steps of 33."""
 
-
-@dataclass(frozen=True)
-class Result:
-    """What came out of one run: ``y[N, T, O]`` with zeros past a row's length, or ``y[N, O]``; and the final states."""
-
-    y: Array
-    states: list[State]
-
-
-class Graph:
-    """A graph in onnxruntime, spoken to as the reference is: batch first, states as the model's list.
-
-    Args:
-        model: the file's bytes.
-        manifest: what it says of itself.
-        spec: what the model is made of.
-
-    Raises:
-        ExportError: onnxruntime cannot load the graph.
-    """
-
-    def __init__(self, model: bytes, manifest: Manifest, spec: ModelSpec) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own kinds have no common base
-            raise ExportError(f"onnxruntime refuses the graph: {error}") from error
-        self.manifest = manifest
-        self.tensors = state_tensors(spec)
-
-    def run(self, x: Array, lengths: Array, states: Sequence[State] | None) -> Result:
-        """Run over ``x[N, T, ...]``; states None for the manifest's own."""
-        N, T = x.shape[:2]
-        packed = (
-            [initial_state(state, N) for state in self.manifest.states]
-            if states is None
-            else pack_states(self.tensors, states)
-        )
-        feed = {"x": x.swapaxes(0, 1), "lengths": lengths.astype(np.int32)}
-        for state, array in zip(self.manifest.states, packed, strict=True):
-            feed[state.input] = array.astype(state.dtype)
-        names = [*(output.name for output in self.manifest.outputs), *(state.output for state in self.manifest.states)]
-        try:
-            y, *final = self.session.run(names, feed)
-        except Exception as error:
-            raise ExportError(f"onnxruntime cannot run the graph: {error}") from error
-        if self.manifest.head_on == "every":
-            y = y.swapaxes(0, 1)
-            y = np.where((np.arange(T) < lengths[:, None])[:, :, None], y, 0)
-        return Result(y, unpack_states(self.tensors, final))
+Piece = tuple[Array, int, int]
+"""Some rows of a batch, and the steps that are run of them: from one, up to another."""
 
 
 @dataclass(frozen=True)
@@ -107,26 +59,35 @@ class Verification:
             for T in STEPS:
                 yield from self._random(N, T, np.random.default_rng([N, T]))
         if data is not None:
-            x, lengths = data
-            x = x.astype(self.graph.manifest.inputs[0].dtype)
-            yield self._row("given data", x, self.graph.run(x, lengths, None), self._reference(x, lengths, None))
+            yield from self._given(*data)
 
     def _random(self, N: int, T: int, random: np.random.Generator) -> Iterator[ParityRow]:
-        x, full = self._inputs(N, T, random), np.full(N, T)
-        yield self._row("random", x, self.graph.run(x, full, None), self._reference(x, full, None))
-        states = self._states(N, random)
+        x, full, states = self._inputs(N, T, random), np.full(N, T), self._states(N, random)
+        start = self.graph.run(x, full, self.graph.initial_states(N))
+        yield self._row("random", x, start, self._reference(x, full, None))
         whole = self.graph.run(x, full, states)
         yield self._row("random, from a state", x, whole, self._reference(x, full, states))
         if T == 1:
             return
         if self.spec.streamable:
-            yield self._row("whole against chunked", x, self._chunked(x, states), whole)
+            yield self._row("whole against chunked", x, self._in_pieces(x, full, states, chunks(full)), whole)
         ragged = random.integers(1, T + 1, N)
         ragged[0] = T - 1  # so that one row at least is shorter than the batch
         batched = self.graph.run(x, ragged, states)
         yield self._row("random, ragged", x, batched, self._reference(x, ragged, states))
         if N > 1:
-            yield self._row("alone against batched", x, self._alone(x, ragged, states), batched)
+            yield self._row("alone against batched", x, self._in_pieces(x, ragged, states, rows(ragged)), batched)
+
+    def _given(self, x: Array, lengths: Array) -> Iterator[ParityRow]:
+        x, states = x.astype(self.graph.manifest.inputs[0].dtype), self.graph.initial_states(len(x))
+        whole = self.graph.run(x, lengths, states)
+        yield self._row("given data", x, whole, self._reference(x, lengths, None))
+        if self.spec.streamable and lengths.max() > 1:
+            chunked = self._in_pieces(x, lengths, states, chunks(lengths))
+            yield self._row("given data, whole against chunked", x, chunked, whole)
+        if len(x) > 1:
+            alone = self._in_pieces(x, lengths, states, rows(lengths))
+            yield self._row("given data, alone against batched", x, alone, whole)
 
     def _inputs(self, N: int, T: int, random: np.random.Generator) -> Array:
         if self.spec.vocabulary_size is not None:
@@ -147,42 +108,60 @@ class Verification:
         x = x if self.spec.vocabulary_size is not None else x.astype(np.float64)
         return Result(*run_model(self.spec, self.weights, x, lengths, exact))
 
-    def _chunked(self, x: Array, states: Sequence[State]) -> Result:
-        outputs = []
-        for chunk in np.split(x, [cut for cut in CUTS if cut < x.shape[1]], axis=1):
-            result = self.graph.run(chunk, np.full(len(chunk), chunk.shape[1]), states)
-            outputs.append(result.y)
-            states = result.states
-        return Result(np.concatenate(outputs, axis=1) if self.spec.head_on == "every" else outputs[-1], list(states))
-
-    def _alone(self, x: Array, lengths: Array, states: Sequence[State]) -> Result:
+    def _in_pieces(self, x: Array, lengths: Array, states: Sequence[State], pieces: Iterable[Piece]) -> Result:
+        """Run one piece after the other, each from the states that its rows have by then."""
         every = self.spec.head_on == "every"
         y = np.zeros((*(x.shape[:2] if every else x.shape[:1]), self.spec.output_size))
-        final = [tuple(np.zeros(part.shape) for part in state) for state in states]
-        for row, length in enumerate(lengths):
-            own = [tuple(part[row : row + 1] for part in state) for state in states]
-            result = self.graph.run(x[row : row + 1, :length], lengths[row : row + 1], own)
-            y[(row, slice(length)) if every else row] = result.y[0]
+        final = [tuple(part.astype(np.float64) for part in state) for state in states]
+        for here, start, stop in pieces:
+            left = np.minimum(lengths[here], stop) - start
+            result = self.graph.run(x[here, start:stop], left, [tuple(part[here] for part in state) for state in final])
+            y[(here, slice(start, stop)) if every else here] = result.y
             for state, after in zip(final, result.states, strict=True):
                 for part, value in zip(state, after, strict=True):
-                    part[row] = value[0]
+                    part[here] = value
         return Result(y, final)
 
     def _row(self, case: str, x: Array, got: Result, expected: Result) -> ParityRow:
-        scale = np.abs(expected.y).max(-1, keepdims=True) if self.spec.head_size is not None else np.abs(expected.y)
-        states = [
-            largest_error(after, exact, np.abs(exact))
-            for pair in zip(got.states, expected.states, strict=True)
-            for after, exact in zip(*pair, strict=True)
-        ]
-        return ParityRow(
-            case=case,
-            batch=x.shape[0],
-            steps=x.shape[1],
-            outputs=largest_error(got.y, expected.y, scale),
-            states=max(states),
-            bound=self.bound,
-        )
+        return compare(case, self.spec, x, got, expected, self.bound)
+
+
+def chunks(lengths: Array) -> Iterator[Piece]:
+    """All rows cut at ``CUTS``; a row that has ended by then is in no further piece."""
+    T = int(lengths.max())
+    for start, stop in pairwise([0, *(cut for cut in CUTS if cut < T), T]):
+        yield np.flatnonzero(lengths > start), start, stop
+
+
+def rows(lengths: Array) -> Iterator[Piece]:
+    """Each row by itself."""
+    for row, length in enumerate(lengths):
+        yield np.array([row]), 0, int(length)
+
+
+def compare(case: str, spec: ModelSpec, x: Array, got: Result, expected: Result, bound: float) -> ParityRow:
+    """The largest errors between two results.
+
+    Args:
+        case: what is compared.
+        spec: what the model is made of.
+        x: what it was run over, ``[N, T, ...]``.
+        got: what is judged.
+        expected: what it is held against.
+        bound: what both errors must stay under.
+
+    Raises:
+        ExportError: the shapes differ.
+    """
+    scale = np.abs(expected.y).max(-1, keepdims=True) if spec.head_size is not None else np.abs(expected.y)
+    states = [
+        largest_error(after, exact, np.abs(exact))
+        for pair in zip(got.states, expected.states, strict=True)
+        for after, exact in zip(*pair, strict=True)
+    ]
+    outputs = largest_error(got.y, expected.y, scale)
+    N, T = x.shape[:2]
+    return ParityRow(case=case, batch=N, steps=T, outputs=outputs, states=max(states), bound=bound)
 
 
 def largest_error(got: Array, expected: Array, scale: Array) -> float:
@@ -192,14 +171,37 @@ def largest_error(got: Array, expected: Array, scale: Array) -> float:
         ExportError: the shapes differ.
     """
     if got.shape != expected.shape:
-        raise ExportError(f"the graph gave shape {got.shape}, expected {expected.shape}")
+        raise ExportError(f"got shape {got.shape}, expected {expected.shape}")
     if not got.size:
         return 0.0
     errors = np.abs(got.astype(np.float64) - expected) / np.maximum(1, scale)
     return float(np.where(np.isfinite(errors), errors, np.inf).max())
 
 
-def to_parity(rows: Sequence[ParityRow]) -> Parity:
-    """The rows as the manifest records them."""
+def check_bound(bound: float) -> None:
+    """See whether a bound bounds anything: an error of 1 is as large as the largest state there is.
+
+    Raises:
+        ExportError: it does not.
+    """
+    if not 0 < bound <= 1:
+        raise ExportError(f"a largest error of {bound} was allowed, expected a number above 0 and up to 1")
+
+
+def judge(compared: Sequence[ParityRow]) -> Parity:
+    """The rows as the manifest records them.
+
+    Raises:
+        VerificationFailed: an error is over its bound, or no number.
+    """
     provider = f"CPUExecutionProvider, onnxruntime {onnxruntime.__version__}"
-    return Parity(reference="NumPy float64", provider=provider, rows=tuple(rows))
+    parity = Parity(reference="NumPy float64", provider=provider, rows=tuple(compared))
+    if failed := [row for row in compared if not row.within]:
+        worst = max(failed, key=lambda row: max(row.outputs, row.states))
+        raise VerificationFailed(
+            f"verification failed in {len(failed)} of {len(compared)} rows; at worst, in {worst.case!r} with batch "
+            f"{worst.batch} and {worst.steps} steps, the error is {max(worst.outputs, worst.states):.1e} and the "
+            f"bound {worst.bound:.1e}",
+            parity,
+        )
+    return parity

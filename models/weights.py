@@ -1,7 +1,8 @@
-"""A dict of NumPy arrays under dotted names: take a part of it, check it. Knows neither cells nor layouts."""
+"""A dict of NumPy arrays under dotted names: take a part of it, check it, tell it. Knows neither cells nor layouts."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,3 +29,13 @@ def check_shapes(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> N
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise ValueError(f"weight {name!r} has shape {weights[name].shape}, expected {shape}")
+
+
+def digest(weights: Weights) -> str:
+    """The sha256, in hexadecimal, of the weights in the order of their names: names, dtypes, shapes and every bit."""
+    sha = hashlib.sha256()
+    for name, array in sorted(weights.items()):
+        little_endian = array.astype(array.dtype.newbyteorder("<"), order="C")
+        sha.update(f"{name} {little_endian.dtype.str} {array.shape}\n".encode())
+        sha.update(little_endian.tobytes())
+    return sha.hexdigest()

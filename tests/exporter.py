@@ -1,4 +1,7 @@
-"""A faster exporter for tests that export many models."""
+"""A faster exporter for tests that export many models.
+
+Users run the exporter as it is. So do the tests of the README's example and of the demo, in processes of their own.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,9 @@ def test_parity(layer: Layer, sizes: tuple[int, ...], bidirectional: bool, lower
     made = make_model_file(SequenceModel.from_weights(spec, weights), lowering)
 
     assert made.manifest.parity is not None
-    rows = made.manifest.parity.rows
+    module, *rows = made.manifest.parity.rows
+    assert module.case == "the module itself"
+    assert max(module.outputs, module.states) < 1e-12
     assert {row.bound for row in rows} == {2e-6}
     assert all(row.outputs <= 2e-6 and row.states <= 2e-6 for row in rows)
     whole = {(row.batch, row.steps) for row in rows if row.case == "random"}

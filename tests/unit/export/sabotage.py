@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from export.describe import put_manifest, read_manifest
 from models.weights import Array
+from service.manifest import Manifest
 
 Sabotage = Callable[[onnx.ModelProto], None]
 
@@ -95,6 +100,47 @@ def scan_past_lengths(model: onnx.ModelProto) -> None:
             step.op_type = "Identity"
             del step.input[2], step.input[0]
 
+
+def with_manifest(**changes: Any) -> Sabotage:
+    """The manifest says something else."""
+
+    def sabotage(model: onnx.ModelProto) -> None:
+        said = json.loads(read_manifest(model).model_dump_json())
+        put_manifest(model, Manifest.model_validate({**said, **changes}))
+
+    return sabotage
+
+
+def with_tensor(field: str, **changes: Any) -> Sabotage:
+    """The manifest says something else of the first input, output or state."""
+
+    def sabotage(model: onnx.ModelProto) -> None:
+        first, *others = json.loads(read_manifest(model).model_dump_json())[field]
+        with_manifest(**{field: [{**first, **changes}, *others]})(model)
+
+    return sabotage
+
+
+MANIFEST_SABOTAGE: dict[str, tuple[Sabotage, str]] = {
+    "streamable flipped": (with_manifest(streamable=False), "streamable is False, expected True"),
+    "lengths null": (with_manifest(lengths=None), "lengths is None, expected 'lengths'"),
+    "lengths renamed": (with_manifest(lengths="sizes"), "lengths is 'sizes', expected 'lengths'"),
+    "input renamed": (with_tensor("inputs", name="z"), "inputs is .*name='z'"),
+    "input's axes swapped": (with_tensor("inputs", batch_axis=0, time_axis=1), "inputs is .*batch_axis=0, time_axis=1"),
+    "input's width wrong": (with_tensor("inputs", shape=[None, None, 5]), r"inputs is .*shape=\(None, None, 5\)"),
+    "input's dtype wrong": (with_tensor("inputs", dtype="float64"), "inputs is .*dtype='float64'"),
+    "output's axes swapped": (with_tensor("outputs", batch_axis=0, time_axis=1), "outputs is .*batch_axis=0"),
+    "output's width wrong": (with_tensor("outputs", shape=[None, None, 4]), r"outputs is .*shape=\(None, None, 4\)"),
+    "state's output renamed": (with_tensor("states", output="h"), "states is .*output='h'"),
+    "state's width wrong": (with_tensor("states", shape=[2, None, 5]), r"states is .*shape=\(2, None, 5\)"),
+    "state begins elsewhere": (
+        with_tensor("states", initial=base64.b64encode(np.ones((2, 4), np.float32).tobytes()).decode()),
+        "manifest does not fit the graph: states|weights are not those",
+    ),
+    "precision that allows more": (with_manifest(precision="int8"), "precision is 'int8', expected 'float32'"),
+    "no digest": (with_manifest(weights_digest=None), "weights are not those .* the manifest has None"),
+}
+"""The manifest alone is changed, and what verification says to that."""
 
 LSTM_SABOTAGE: list[Sabotage] = [
     swap_h_and_c_in,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import save_file
 
+import export.speed
 from export.__main__ import main
 from export.describe import read_manifest
 from export.restore import restore
+from models.spec import Layer, ModelSpec
 from tests.unit.models.drawn import draw_weights
 
 MODULE = """
@@ -27,6 +30,19 @@ def gru():
 
 def number():
     return 3
+
+def strange():
+    model = gru()
+    torch.nn.init.constant_(model.head.b, float("nan"))
+    return model
+
+class Doubled(SequenceModel):
+    def forward(self, *inputs):
+        y, states = super().forward(*inputs)
+        return 2 * y, states
+
+def doubled():
+    return Doubled(ModelSpec((Layer("gru", 3, 4),)))
 
 def broken():
     raise RuntimeError("no data today")
@@ -65,17 +81,33 @@ def test_export_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "verified" in capsys.readouterr().out
 
 
-def test_one_file_and_the_gain_of_a_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A single file is written; another precision's loss is printed beside its gain; a second time it is refused."""
-    arguments = ["to", "user_models:ready", "--output", "out.onnx", "--precision", "float16"]
+def test_one_file_and_the_gain_of_a_precision(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single file is written; int8's measured loss stands beside its size and speed; a second time it is refused."""
+    monkeypatch.setattr(export.speed, "MEASURED_S", 0.01)
+    arguments = ["user_models:lstm", "--output", "out.onnx", "--precision", "int8"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "float32 against float16" in printed
-    assert "Largest error: " in printed
-    before = Path("out.onnx").read_bytes()
+    file = onnx.load("out.onnx")
+    parity = read_manifest(file).parity
+    assert parity is not None
+    loss = max(max(row.outputs, row.states) for row in parity.rows)
+    assert loss > 2e-6
+    assert "float32 against int8" in printed
+    assert f"Largest error: {loss:.1e}." in printed
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
+    table = {first: [float(cell.replace(",", "")) for cell in rest] for first, *rest in cells if len(rest) == 3}
+    assert table.keys() == {"file, bytes", "steps/s, 1 row a run", "steps/s, 64 rows a run"}
+    assert table["file, bytes"][1] == Path("out.onnx").stat().st_size
+    for before, after, ratio in table.values():
+        assert before > 0
+        assert ratio == pytest.approx(after / before, abs=0.006, rel=0.01)
+
+    content = Path("out.onnx").read_bytes()
     assert main(arguments) == 2
     assert "out.onnx is there already" in capsys.readouterr().err
-    assert Path("out.onnx").read_bytes() == before
+    assert Path("out.onnx").read_bytes() == content
     assert main([*arguments, "--overwrite"]) == 0
 
 
@@ -86,6 +118,51 @@ def test_a_failed_verification(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "Largest errors" in printed
     assert "verification failed" in printed
     assert not Path("out.onnx").exists()
+
+
+@pytest.mark.parametrize("model", ["strange", "doubled"])
+def test_a_model_that_is_not_its_weights(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers that are none, and outputs that the weights do not give, fail whatever error is allowed."""
+    for more in ([], ["--max-error", "1"]):
+        assert main([f"user_models:{model}", "--output", "out.onnx", *more]) == 1
+        assert "the module itself" in capsys.readouterr().out
+    assert not Path("out.onnx").exists()
+
+
+def test_weights_do_not_make_another_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """A subclass stays what it is when it is given weights."""
+    save_file(draw_weights(ModelSpec((Layer("gru", 3, 4),)).weight_shapes, dtype=np.float32), "gru.safetensors")
+    assert main(["user_models:doubled", "--output", "out.onnx", "--weights", "gru.safetensors"]) == 1
+    assert "the module itself" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_error", ["inf", "nan", "0", "-1", "1e9"])
+def test_errors_that_cannot_be_allowed(max_error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bound that bounds nothing is refused, by export and by verify."""
+    assert main(["user_models:gru", "--output", "out.onnx"]) == 0
+    for arguments in (["user_models:gru", "--output", "again.onnx"], ["verify", "out.onnx"]):
+        assert main([*arguments, f"--max-error={max_error}"]) == 2
+        assert "expected a number above 0 and up to 1" in capsys.readouterr().err
+    assert not Path("again.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (["--output", "."], "is a folder, expected a file"),
+        (["--output", "/proc/nowhere/out.onnx"], "cannot be written"),
+        (["--output", f"{'n' * 300}.onnx"], "name too long"),
+        (["--repository", "user_models.py", "--name", "gru"], "user_models.py is a file, expected a folder"),
+        (["--repository", ".", "--name", "n" * 300], "name too long"),
+    ],
+)
+def test_places_that_cannot_be_written_to(
+    place: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are told of before the model is even imported, in one line."""
+    assert main(["no_such:model", *place, "--overwrite"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line.lower()
 
 
 @pytest.mark.parametrize(
@@ -120,11 +197,18 @@ def test_a_module_that_imports_what_is_not_there(tmp_path: Path, capsys: pytest.
 
 
 def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights of another model are refused by name."""
+    """Weights of another model, and integers, are refused by name, in one line."""
     np.savez("other.npz", weight=np.zeros(3, np.float32))
-    for name, says in (("gru", "unknown ['weight']"), ("lstm", "weight_ih_l0")):
-        assert main([f"user_models:{name}", "--output", "out.onnx", "--weights", "other.npz"]) == 2
-        assert says in capsys.readouterr().err
+    integers: dict[str, Any] = {"layers.0.W_x": np.zeros((12, 3), np.int64)}
+    np.savez("integers.npz", **integers)
+    for name, weights, says in (
+        ("gru", "other.npz", 'Unexpected key(s) in state_dict: "weight"'),
+        ("lstm", "other.npz", 'Missing key(s) in state_dict: "weight_ih_l0"'),
+        ("gru", "integers.npz", "layers.0.W_x is int64, expected floating point"),
+    ):
+        assert main([f"user_models:{name}", "--output", "out.onnx", "--weights", weights]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
 
 
 def test_help_tells_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,18 @@ from export.model_file import make_model_file, verify_file
 from models.fused import SequenceModel
 from models.spec import Layer, ModelSpec
 from service.manifest import METADATA_KEY
-from tests.unit.export.sabotage import LSTM_SABOTAGE, SCAN_SABOTAGE, Sabotage, drop_linear_before_reset
+from tests.unit.export.sabotage import (
+    LSTM_SABOTAGE,
+    MANIFEST_SABOTAGE,
+    SCAN_SABOTAGE,
+    Sabotage,
+    break_gate_order,
+    drop_lengths,
+    drop_linear_before_reset,
+    nudge_a_weight,
+    with_manifest,
+    with_tensor,
+)
 from tests.unit.models.drawn import draw_weights
 
 LSTM = ModelSpec((Layer("lstm", 4, 4), Layer("lstm", 4, 4)), head_size=3)
@@ -66,6 +78,7 @@ def test_a_wrong_graph_is_not_written(
     monkeypatch.setattr(export.model_file, "build_graph", wrong)
     with pytest.raises(VerificationFailed, match=r"verification failed in .* rows") as failed:
         export_model(model(spec), tmp_path / "models", "wrong", lowering=lowering)
+    assert failed.value.parity is not None
     assert any(not row.within for row in failed.value.parity.rows)
     assert list(tmp_path.iterdir()) == []
 
@@ -74,17 +87,64 @@ def test_a_wrong_graph_is_not_written(
 def test_a_tampered_file_is_found_out(
     spec: ModelSpec, lowering: Any, sabotage: Sabotage, good_file: Callable[[ModelSpec, str], Path], tmp_path: Path
 ) -> None:
-    """A file whose graph was changed fails; one whose weights alone were changed is another model, and may pass."""
+    """A file whose graph was changed fails by its errors; one whose weights were changed by their digest."""
     path = good_file(spec, lowering)
-    assert verify_file(path) == read_manifest(onnx.load(path)).parity
+    assert_verifies_as_recorded(path)
     tampered = onnx.load(path)
     sabotage(tampered)
     (tmp_path / "tampered.onnx").write_bytes(tampered.SerializeToString())
-    if sabotage.__name__ in ("nudge_a_weight", "break_gate_order"):
-        assert verify_file(tmp_path / "tampered.onnx").rows
-        return
-    with pytest.raises(VerificationFailed):
+    weights_changed = sabotage in (nudge_a_weight, break_gate_order)
+    says = "weights are not those that the file was exported with" if weights_changed else "verification failed in"
+    with pytest.raises(VerificationFailed, match=says):
         verify_file(tmp_path / "tampered.onnx")
+
+
+@pytest.mark.parametrize(("sabotage", "says"), MANIFEST_SABOTAGE.values(), ids=MANIFEST_SABOTAGE.keys())
+def test_a_manifest_that_does_not_fit_is_found_out(
+    sabotage: Sabotage, says: str, good_file: Callable[[ModelSpec, str], Path], tmp_path: Path
+) -> None:
+    """What the server goes by is held against the graph: names, axes, sizes, dtypes, what can be streamed."""
+    tampered = onnx.load(good_file(LSTM, "operator"))
+    sabotage(tampered)
+    (tmp_path / "tampered.onnx").write_bytes(tampered.SerializeToString())
+    with pytest.raises(VerificationFailed, match=says):
+        verify_file(tmp_path / "tampered.onnx")
+
+
+@pytest.mark.parametrize("recorded", [1e9, 1.0], ids=["a bound of anything", "a bound of 1"])
+def test_a_recorded_bound_hides_nothing(
+    recorded: float, good_file: Callable[[ModelSpec, str], Path], tmp_path: Path
+) -> None:
+    """A wrong graph whose manifest records a loose bound fails as any other: the file does not set its own bound."""
+    tampered = onnx.load(good_file(LSTM, "operator"))
+    drop_lengths(tampered)
+    parity = read_manifest(tampered).parity
+    assert parity is not None
+    rows = [{**row.model_dump(), "bound": recorded} for row in parity.rows]
+    with_manifest(parity={**parity.model_dump(), "rows": rows})(tampered)
+    (tmp_path / "tampered.onnx").write_bytes(tampered.SerializeToString())
+    says = r"largest error of 1000000000.0 was allowed" if recorded > 1 else r"the bound 2.0e-06"
+    with pytest.raises(ExportError, match=says):
+        verify_file(tmp_path / "tampered.onnx")
+
+
+def test_a_state_that_begins_elsewhere_is_found_out(tmp_path: Path) -> None:
+    """Learned initial states stand in the manifest, and belong to the weights that the digest is of."""
+    spec = ModelSpec((Layer("lstm", 4, 4, learned_initial_state=True),))
+    file = onnx.load(export_model(model(spec), tmp_path, "learned"))
+    ones = base64.b64encode(np.ones((1, 4), np.float32).tobytes()).decode()
+    with_tensor("states", initial=ones)(file)
+    (tmp_path / "tampered.onnx").write_bytes(file.SerializeToString())
+    with pytest.raises(VerificationFailed, match="weights are not those that the file was exported with"):
+        verify_file(tmp_path / "tampered.onnx")
+
+
+def assert_verifies_as_recorded(path: Path) -> None:
+    """Verified again, the file gives what its manifest records, but for the module, which is not in it."""
+    recorded = read_manifest(onnx.load(path)).parity
+    assert recorded is not None
+    assert recorded.rows[0].case == "the module itself"
+    assert verify_file(path).rows == recorded.rows[1:]
 
 
 def without_manifest(file: onnx.ModelProto) -> None:
@@ -110,6 +170,43 @@ def with_external_data(file: onnx.ModelProto) -> None:
     tensor.external_data.add(key="location", value="elsewhere")
 
 
+def with_external_data_in_a_node(file: onnx.ModelProto) -> None:
+    """The same, in a constant inside of a loop."""
+    tensor = onnx.TensorProto(name="inner", data_type=onnx.TensorProto.FLOAT, dims=[1])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="elsewhere")
+    body = onnx.helper.make_graph([onnx.helper.make_node("Constant", [], ["c"], value=tensor)], "body", [], [])
+    file.graph.node.append(onnx.helper.make_node("Loop", ["", "", "x"], ["z"], body=body))
+
+
+def with_half_a_weight(file: onnx.ModelProto) -> None:
+    """A weight with fewer bytes than its shape says."""
+    tensor = next(tensor for tensor in file.graph.initializer if tensor.name == "layers.0.R")
+    tensor.raw_data = tensor.raw_data[: len(tensor.raw_data) // 2]
+
+
+def with_words(file: onnx.ModelProto) -> None:
+    """An initializer that holds no numbers."""
+    file.graph.initializer.append(
+        onnx.TensorProto(name="words", data_type=onnx.TensorProto.STRING, dims=[1], string_data=[b"word"])
+    )
+
+
+def with_half_a_kernel(file: onnx.ModelProto) -> None:
+    """A name as int8 kernels have it, without a scale."""
+    file.graph.initializer.append(onnx.helper.make_tensor("foo_quantized", onnx.TensorProto.INT8, [1], [1]))
+
+
+def with_an_unknown_dtype(file: onnx.ModelProto) -> None:
+    """A weight of a kind that there is not."""
+    next(tensor for tensor in file.graph.initializer if tensor.name == "layers.0.R").data_type = 99
+
+
+def without_rows(file: onnx.ModelProto) -> None:
+    """A record of a verification in which nothing was compared."""
+    with_manifest(parity={"reference": "NumPy float64", "provider": "none", "rows": []})(file)
+
+
 def with_an_unknown_operator(file: onnx.ModelProto) -> None:
     """A graph that nothing can run."""
     next(node for node in file.graph.node if node.op_type == "LSTM").op_type = "LTSM"
@@ -122,6 +219,12 @@ def with_an_unknown_operator(file: onnx.ModelProto) -> None:
         (with_another_format, "manifest does not hold to the format"),
         (without_a_weight, "does not hold the model that its manifest tells of.*R"),
         (with_external_data, "one file holds everything"),
+        (with_external_data_in_a_node, "one file holds everything"),
+        (with_half_a_weight, "does not hold the model that its manifest tells of"),
+        (with_words, "does not hold the model that its manifest tells of"),
+        (with_half_a_kernel, "does not hold the model .* foo_quantized has no foo_scale"),
+        (with_an_unknown_dtype, "does not hold the model that its manifest tells of"),
+        (without_rows, "records a verification in which nothing was compared"),
         (with_an_unknown_operator, "onnxruntime refuses the graph"),
     ],
 )
@@ -132,8 +235,9 @@ def test_a_damaged_file_is_refused(
     damaged = onnx.load(good_file(LSTM, "operator"))
     damage(damaged)
     (tmp_path / "damaged.onnx").write_bytes(damaged.SerializeToString())
-    with pytest.raises(ExportError, match=says):
+    with pytest.raises(ExportError, match=says) as refused:
         verify_file(tmp_path / "damaged.onnx")
+    assert not isinstance(refused.value, VerificationFailed)
 
 
 @pytest.mark.parametrize(("content", "says"), [(b"\xff\xff", "is not an ONNX file"), (None, "No such file")])
@@ -147,11 +251,12 @@ def test_no_onnx_file(content: bytes | None, says: str, tmp_path: Path) -> None:
 
 
 def test_given_data_is_verified_too(good_file: Callable[[ModelSpec, str], Path]) -> None:
-    """Given sequences get a row of their own, and are held to the same bound."""
+    """Given sequences get rows of their own, whole, cut and alone, and are held to the same bound."""
     x = np.random.default_rng(0).standard_normal((3, 5, 4))
     data = {"x": x, "lengths": np.array([5, 1, 3])}
-    row = verify_file(good_file(LSTM, "operator"), data).rows[-1]
-    assert (row.case, row.batch, row.steps, row.within) == ("given data", 3, 5, True)
+    rows = verify_file(good_file(LSTM, "operator"), data).rows[-3:]
+    cases = ["given data", "given data, whole against chunked", "given data, alone against batched"]
+    assert [(row.case, row.batch, row.steps, row.within) for row in rows] == [(case, 3, 5, True) for case in cases]
     with pytest.raises(VerificationFailed):
         verify_file(good_file(LSTM, "operator"), data, max_error=1e-12)
 
@@ -172,8 +277,7 @@ def test_given_data_is_verified_too(good_file: Callable[[ModelSpec, str], Path])
 )
 def test_models_of_many_parts(spec: ModelSpec, tmp_path: Path) -> None:
     """Embedding, mixed cells, learned initial states and a head on the last step verify, from the file too."""
-    path = export_model(model(spec), tmp_path, "many")
-    assert verify_file(path) == read_manifest(onnx.load(path)).parity
+    assert_verifies_as_recorded(export_model(model(spec), tmp_path, "many"))
 
 
 def test_the_file_says_nothing_of_where_it_was_made(good_file: Callable[[ModelSpec, str], Path]) -> None:
@@ -197,7 +301,7 @@ def test_float16() -> None:
     assert {tensor.dtype for tensor in (*manifest.inputs, *manifest.outputs)} == {"float16"}
     assert {state.dtype for state in manifest.states} == {"float16"}
     assert made.manifest.parity is not None
-    errors = [max(row.outputs, row.states) for row in made.manifest.parity.rows]
+    errors = [max(row.outputs, row.states) for row in made.manifest.parity.rows[1:]]
     assert 2e-6 < max(errors) <= 5e-3
     assert len(made.content) < len(made.baseline)
 
@@ -215,8 +319,21 @@ def test_int8(bidirectional: bool, tmp_path: Path) -> None:
     assert parity is not None
     shared = [row for row in parity.rows if row.case == "alone against batched"]
     assert max(row.states for row in shared) > 2e-6
-    assert {row.bound for row in parity.rows} == {5e-2}
+    assert [row.bound for row in parity.rows] == [2e-6] + [5e-2] * (len(parity.rows) - 1)
     assert verify_file(path).rows
+
+
+def test_the_limit_counts_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coupled cell's three gates become an LSTM's four with two biases: that is what has to fit into the file."""
+    spec = ModelSpec((Layer("lstm_coupled", 3, 4),), head_size=2)
+    stored = 4 * (16 * 3 + 16 * 4 + 32 + 2 * 4 + 2)
+    assert make_model_file(model(spec)).manifest.layers[0].lowering == "operator"
+    monkeypatch.setattr(export.model_file, "MAX_BYTES", stored - 1)
+    with pytest.raises(ExportError, match=f"the weights take {stored} bytes in float32, one .onnx file holds"):
+        make_model_file(model(spec))
+    made = make_model_file(model(spec), "scan")
+    kept = onnx.load_from_string(made.content).graph.initializer
+    assert sum(len(tensor.raw_data) for tensor in kept) == 4 * (12 * 3 + 12 * 4 + 12 + 2 * 4 + 2)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +344,7 @@ def test_int8(bidirectional: bool, tmp_path: Path) -> None:
         (nn.LSTM(3, 4).bfloat16(), {}, "is torch.bfloat16, expected float16, float32 or float64"),
         (nn.GRU(3, 4), {"precision": "int8"}, "layer 1 is a gru: onnxruntime has an int8 form of LSTM"),
         (nn.LSTM(3, 4), {"precision": "int8", "lowering": "scan"}, "int8 needs the LSTM operator"),
+        (nn.LSTM(3, 4), {"max_error": float("inf")}, "a largest error of inf was allowed"),
         (nn.LSTM(3, 4), {"data": {"y": np.zeros(1)}}, r"got \['y'\], expected an array 'x'"),
         (nn.LSTM(3, 4), {"data": {"x": np.zeros((2, 5, 2))}}, r"shape \(2, 5, 2\), expected numbers \[N, T, 3\]"),
         (nn.LSTM(3, 4), {"data": {"x": np.zeros((2, 5, 3)), "lengths": np.array([0, 6])}}, "each from 1 to T = 5"),
