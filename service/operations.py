@@ -7,20 +7,19 @@ Arrays come in decoded and checked against the model's manifest. Must not know g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.batch import Batch
 from service.errors import (
-    ConveyorError,
     Draining,
     Full,
     Loading,
     NotStreamable,
     PositionConflict,
-    SessionLost,
     SessionUnknown,
 )
 from service.metrics import Metrics
@@ -28,7 +27,6 @@ from service.repository import Repository
 from service.runner import Runner
 from service.scheduler import Row, Track
 from service.sessions import Pending, Reply, Session, SessionTable, Waiter, new_epoch
-from service.stores.file import Saved
 
 Array = NDArray[np.generic]
 
@@ -104,6 +102,27 @@ class Operations:
         identity = self.sessions.check_new(owner, identity)
         track = Track(runner.pool.allocate(states), position)
         return self.sessions.add(owner, identity, runner.name, runner.version, track)
+
+    def resume(
+        self,
+        owner: bytes,
+        identity: str,
+        runner: Runner,
+        states: Sequence[Array],
+        position: int,
+        epoch: int,
+        idle_s: float,
+        last: Reply | None,
+    ) -> None:
+        """Go on with a session of an earlier process, before this one is ready.
+
+        Raises:
+            NotStreamable, SessionExists, Full: as their names say.
+        """
+        session = self._open(owner, identity, runner, states, position)
+        session.epoch = epoch
+        session.used_at -= idle_s
+        self._keep(session, last)
 
     def find(self, owner: bytes, identity: str) -> Session:
         """Look a session up.
@@ -295,7 +314,7 @@ class Operations:
             Draining, Full, Late, EngineFailed: as their names say.
         """
         self._take_new_work()
-        batch = _Batch(runner)
+        batch = Batch(runner)
         try:
             for n, length in enumerate(lengths):
                 given = None if states is None else [state[n] for state in states]
@@ -310,54 +329,6 @@ class Operations:
         finally:
             self._end(1)
         return [list(row.outputs or ()) for row in batch.rows], [batch.states[row.track] for row in batch.rows]
-
-    # --- across a restart ---
-
-    def save(self) -> Iterator[Saved]:
-        """Copy every session that is at rest out, least recently used first."""
-        now = self._clock()
-        for session in self.sessions:
-            if session.at_rest:
-                runner = self.runner(session)
-                yield Saved(
-                    owner=session.owner,
-                    identity=session.identity,
-                    model=session.model,
-                    version=session.version,
-                    digest=runner.digest,
-                    position=session.position,
-                    epoch=session.epoch,
-                    idle_s=now - session.used_at,
-                    states=runner.pool.read(session.track.slot),
-                    last=session.last,
-                )
-
-    def restore(self, saved: Iterable[Saved]) -> tuple[int, int]:
-        """Go on with sessions of an earlier process; note those as lost whose model is not served any more.
-
-        Returns:
-            How many go on, and how many are lost.
-        """
-        # In the order of their use, as the table has them; where there is room for some only, for those used last.
-        oldest_first = sorted(saved, key=lambda one: one.idle_s, reverse=True)
-        excess = max(0, len(oldest_first) - self.sessions.limit)
-        lost = 0
-        for index, one in enumerate(oldest_first):
-            try:
-                if index < excess:
-                    raise SessionLost("there are more sessions than this server holds")
-                runner = self.repository.find(one.model, one.version)
-                if runner.digest != one.digest:
-                    raise SessionLost("the model's file has changed")
-                session = self._open(one.owner, one.identity, runner, one.states, one.position)
-            except ConveyorError:
-                self.sessions.lose(one.owner, one.identity)
-                lost += 1
-                continue
-            session.epoch = one.epoch
-            session.used_at -= one.idle_s
-            self._keep(session, one.last)
-        return len(oldest_first) - lost, lost
 
     # --- drain ---
 
@@ -386,49 +357,3 @@ class Operations:
 
 def _size(reply: Reply | None) -> int:
     return 0 if reply is None else reply.size
-
-
-class _Batch:
-    """The rows of one batch on their way. Each holds a slot from when it is added until it ends."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.rows: list[Row] = []
-        self.states: dict[Track, list[Array]] = {}
-        self._runner = runner
-        self._ended = 0
-        self._failed: ConveyorError | None = None
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def add(self, states: Sequence[Array] | None, steps: int, inputs: Sequence[Array], deadline: float | None) -> None:
-        track = Track(self._runner.pool.allocate(states))
-        self.rows.append(Row(track, 0, steps, inputs, self._on_end, deadline))
-
-    def free(self) -> None:
-        for row in self.rows:
-            self._runner.pool.free(row.track.slot)
-
-    async def end(self) -> None:
-        try:
-            await self._done
-        except asyncio.CancelledError:
-            self._give_up()
-            raise
-        if self._failed is not None:
-            raise self._failed
-
-    def _on_end(self, row: Row) -> None:
-        if row.error is None:
-            self.states[row.track] = self._runner.pool.read(row.track.slot)
-        self._runner.pool.free(row.track.slot)
-        self._ended += 1
-        if row.error is not None and self._failed is None:
-            # The batch has failed as a whole: the rest of it would be computed for nobody.
-            self._failed = row.error
-            self._give_up()
-        if self._ended == len(self.rows) and not self._done.done():
-            self._done.set_result(None)
-
-    def _give_up(self) -> None:
-        for row in self.rows:
-            if self._runner.cancel(row):
-                self._on_end(row)

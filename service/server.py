@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TextIO, cast
 
 import grpc
 import prometheus_client
@@ -25,8 +21,8 @@ from service.engine import LoadError
 from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
+from service.restart import Restart
 from service.settings import Settings
-from service.stores.file import Saved, load, save
 from service.wire.conveyor import ConveyorServicer
 from service.wire.malformed import Reader
 
@@ -61,6 +57,7 @@ class Server:
             self.metrics,
             clock,
         )
+        self._restart = Restart(settings.sessions_file, self.operations, clock)
         self.port = 0
         self.metrics_port: int | None = None
         self._servicer = ConveyorServicer(self.operations, settings, clock)
@@ -113,9 +110,9 @@ class Server:
                 raise OSError(f"cannot serve metrics on {host}:{self.settings.metrics_port}: {error}") from error
             self._exporter = http, thread
             self.metrics_port = http.server_port
-        saved = await self._read_sessions()
+        saved = await self._restart.read()
         await self.repository.load(needed={(one.model, one.version) for one in saved})
-        self._restore(saved)
+        self._restart.restore(saved)
         self.operations.ready = True
         for name, _ in self.repository.broken:
             await self._health.set(name, _NOT_SERVING)
@@ -152,65 +149,13 @@ class Server:
         whole = await self.repository.stop(grace_s)
         if self.operations.draining:
             # The last thing of all: nothing can move a session any more.
-            await self._save()
+            await self._restart.save()
         if self._exporter is not None:
             http, _ = self._exporter
             http.shutdown()  # type: ignore[attr-defined]
             http.server_close()  # type: ignore[attr-defined]
         log.info("stopped") if whole else log.error("stopped while a model was running")
         return whole
-
-    async def _read_sessions(self) -> list[Saved]:
-        """Read the sessions of the last drain, if there are any.
-
-        Raises:
-            OSError: if none could be written at the end; better now than then.
-        """
-        path = self.settings.sessions_file
-        if path is None:
-            return []
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-            raise OSError(f"sessions cannot be kept in {path}: expected a file in a folder that can be written to")
-        if not path.exists():
-            return []
-        try:
-            return await asyncio.to_thread(load, path)
-        except (OSError, ValueError) as error:
-            log.error("sessions not restored", reason=str(error), kept_as=str(_set_aside(path)))
-            return []
-
-    def _restore(self, saved: list[Saved]) -> None:
-        """Go on with sessions. Their file is used up: its states are the past from then on."""
-        if not saved:
-            return
-        path = self.settings.sessions_file
-        assert path is not None
-        restored, lost = self.operations.restore(saved)
-        if lost:
-            # Whoever started the server with the wrong models still has the states.
-            gone = sorted({f"{one.model} {one.version}" for one in saved} - self._served())
-            kept = str(_set_aside(path))
-            log.warning("sessions restored", count=restored, lost=lost, models_missing=gone, kept_as=kept)
-        else:
-            path.unlink()
-            log.info("sessions restored", count=restored)
-
-    def _served(self) -> set[str]:
-        return {f"{runner.name} {runner.version}" for runner in self.repository}
-
-    async def _save(self) -> None:
-        path = self.settings.sessions_file
-        if path is None:
-            if count := len(self.operations.sessions):
-                log.warning("sessions end with the server", count=count, kept_with="--sessions-file")
-            return
-        sessions = list(self.operations.save())
-        try:
-            count = await asyncio.to_thread(save, path, sessions)
-        except OSError as error:
-            log.error("sessions not saved", count=len(sessions), reason=str(error))
-            return
-        log.info("sessions saved", count=count)
 
     async def _sweep(self) -> None:
         """Expire sessions also while nobody calls."""
@@ -219,13 +164,6 @@ class Server:
             await asyncio.sleep(pause_s)
             if count := self.operations.sessions.expire():
                 log.info("sessions expired", count=count, open=len(self.operations.sessions))
-
-
-def _set_aside(path: Path) -> Path:
-    """Move a file out of the way of the next one, and return where it is."""
-    aside = path.with_name(path.name + ".not-restored")
-    os.replace(path, aside)
-    return aside
 
 
 async def serve(settings: Settings) -> int:
@@ -276,46 +214,3 @@ async def _second(signals: asyncio.Queue[signal.Signals]) -> None:
     while not signals.empty():
         signals.get_nowait()
     await signals.get()
-
-
-def _in_reading_order(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Put what a reader looks for first in front."""
-    return {name: event.pop(name) for name in ("timestamp", "level", "event")} | dict(event)
-
-
-class _Forgiving:
-    """Standard error, whose other end may be gone: a line that cannot be written must not stop a drain."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            return self._file.write(text)
-        return 0
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._file.flush()
-
-
-def configure_logs(level: str, form: str) -> None:
-    """Send structured logs to standard error: one JSON object a line, or columns for people."""
-    console = form == "console" or (form == "auto" and sys.stderr.isatty())
-    # No local variables in tracebacks: they hold what clients sent.
-    renderers: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
-        if console
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    )
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            _in_reading_order,
-            *renderers,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Forgiving(sys.stderr))),
-        cache_logger_on_first_use=True,
-    )
