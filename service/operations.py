@@ -26,7 +26,8 @@ from service.metrics import Metrics
 from service.repository import Repository
 from service.runner import Runner
 from service.scheduler import Row, Track
-from service.sessions import Pending, Reply, Session, SessionTable, Waiter, new_epoch
+from service.session import Pending, Reply, Session, Waiter, new_epoch
+from service.sessions import SessionTable
 
 Array = NDArray[np.generic]
 

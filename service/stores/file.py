@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.sessions import Reply
+from service.session import Reply
 
 Array = NDArray[np.generic]
 _FORMAT = 1

@@ -20,7 +20,7 @@ from service.errors import Full, InvalidRequest
 from service.manifest import StateSpec, TensorSpec
 from service.operations import Operations
 from service.runner import Runner
-from service.sessions import Session
+from service.session import Session
 from service.settings import Settings
 from service.wire.codec import DATA_TYPES, Array, Codec, encode
 from service.wire.malformed import Malformed

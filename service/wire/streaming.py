@@ -19,7 +19,7 @@ from service.errors import ConveyorError, Draining, InvalidRequest
 from service.manifest import TensorSpec
 from service.operations import Operations
 from service.runner import Runner
-from service.sessions import Pending, Reply, Session
+from service.session import Pending, Reply, Session
 from service.wire.codec import Codec, encode
 from service.wire.malformed import Malformed
 from service.wire.status import abort, detail

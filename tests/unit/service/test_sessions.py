@@ -19,7 +19,8 @@ from service.errors import (
     SessionUnknown,
 )
 from service.scheduler import Phase, Row, Track
-from service.sessions import Pending, Reply, Session, SessionTable
+from service.session import Pending, Reply, Session
+from service.sessions import SessionTable
 from tests.clock import Clock
 
 ME, YOU = b"me", b"you"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from service.sessions import Reply
+from service.session import Reply
 from service.stores.file import Saved, load, save
 
 Array = NDArray[Any]
