@@ -71,9 +71,11 @@ class TimeMajorModel(nn.Module):
             after.append(final)
         if self.spec.head_on == "last":
             last = (lengths.long() - 1).clamp(min=0)
-            y = y.gather(0, last[None, :, None].expand(1, -1, y.shape[2])).squeeze(0)
+            y = y.gather(0, last[None, :, None].expand(1, -1, y.shape[2]))
         if self.spec.head_size is not None:
             y = nn.functional.linear(y, self.get_buffer("head.W"), self.get_buffer("head.b"))
+        if self.spec.head_on == "last":
+            y = y.squeeze(0)  # after the head: of a matrix it would be a Gemm, whose weights quantising transposes
         return y, *self._by_tensor(after)
 
     def _by_layer(self, states: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -15,6 +15,7 @@ from export.__main__ import main
 from export.describe import read_manifest
 from export.restore import restore
 from models.spec import Layer, ModelSpec
+from tests.unit.export.sabotage import nudge_a_weight
 from tests.unit.models.drawn import draw_weights
 
 MODULE = """
@@ -127,6 +128,24 @@ def test_a_model_that_is_not_its_weights(model: str, capsys: pytest.CaptureFixtu
         assert main([f"user_models:{model}", "--output", "out.onnx", *more]) == 1
         assert "the module itself" in capsys.readouterr().out
     assert not Path("out.onnx").exists()
+
+
+def test_files_that_are_not_as_they_were_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file with other weights fails verification, one that makes no sense cannot be verified; both in one line."""
+    assert main(["user_models:lstm", "--output", "out.onnx"]) == 0
+    file = onnx.load("out.onnx")
+    nudge_a_weight(file)
+    onnx.save(file, "nudged.onnx")
+    capsys.readouterr()
+    assert main(["verify", "nudged.onnx"]) == 1
+    assert "weights are not those that the file was exported with" in " ".join(capsys.readouterr().out.split())
+
+    tensor = next(tensor for tensor in file.graph.initializer if tensor.name == "layers.0.R")
+    tensor.raw_data = tensor.raw_data[:-1]
+    onnx.save(file, "half.onnx")
+    assert main(["verify", "half.onnx"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not hold the model that its manifest tells of" in line
 
 
 def test_weights_do_not_make_another_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -306,11 +306,13 @@ def test_float16() -> None:
     assert len(made.content) < len(made.baseline)
 
 
+@pytest.mark.parametrize("head_on", ["every", "last"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
-def test_int8(bidirectional: bool, tmp_path: Path) -> None:
+def test_int8(bidirectional: bool, head_on: Any, tmp_path: Path) -> None:
     """LSTMs become DynamicQuantizeLSTM; what one row's company costs it is measured and recorded, not hidden."""
     first = Layer("lstm_peephole", 4, 32, bidirectional=bidirectional)
-    spec = ModelSpec((first, Layer("lstm_coupled", first.output_size, 32, bidirectional=bidirectional)), head_size=3)
+    second = Layer("lstm_coupled", first.output_size, 32, bidirectional=bidirectional)
+    spec = ModelSpec((first, second), head_size=3, head_on=head_on)
     torch.manual_seed(0)
     path = export_model(SequenceModel(spec), tmp_path, "small", precision="int8")
     file = onnx.load(path)
