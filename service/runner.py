@@ -10,6 +10,7 @@ those that were applied. Whatever fails before the seal leaves every state as it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -167,7 +168,9 @@ class Runner:
 
     def _work(self) -> None:
         self._run_ticks()
-        self._loop.call_soon_threadsafe(self._ended.set)
+        # A run that outlasted the wait in stop may outlast the loop too.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._ended.set)
 
     def _run_ticks(self) -> None:
         while True:

@@ -146,7 +146,8 @@ class Server:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
         await self._grpc.stop(grace_s)
-        whole = await self.repository.stop(grace_s)
+        # Even at once, a thread that has nothing to do is given the moment that it takes to end.
+        whole = await self.repository.stop(max(grace_s, 0.5))
         if self.operations.draining:
             # The last thing of all: nothing can move a session any more.
             await self._restart.save()
