@@ -11,10 +11,10 @@ help:  ## this list
 venv:
 	@sh scripts/venv.sh
 
-demo: venv  ## train, export, serve and stream, on handwritten digits: about a minute
+demo: venv  ## train, export, serve and stream, on handwritten digits: about 15 seconds on two cores
 	$(RUN) -m demo
 
-test: venv  ## the tests that need no GPU
+test: venv  ## the tests that need no GPU: about 4 minutes on two cores
 	$(RUN) -m pytest
 
 lint: venv  ## style, types, the order of imports, stale stubs
@@ -27,14 +27,14 @@ lint: venv  ## style, types, the order of imports, stale stubs
 proto: venv  ## the stubs in conveyor/v1, from proto/
 	$(RUN) proto/generate.py
 
-bench: venv  ## throughput and latency
+bench: venv  ## throughput and latency (not in this version yet)
 	@test -f bench/__main__.py || { echo "There are no benchmarks in this version." >&2; exit 2; }
 	$(RUN) -m bench
 
-test-gpu: venv  ## the tests that need one; see CONTRIBUTING.md
+test-gpu: venv  ## the tests that need one; see CONTRIBUTING.md (not in this version yet)
 	@test -d tests/gpu || { echo "There are no GPU tests in this version." >&2; exit 2; }
 	$(RUN) -m pytest -m gpu tests/gpu
 
-bench-gpu: venv  ## the benchmarks on CUDA
+bench-gpu: venv  ## the benchmarks on CUDA (not in this version yet)
 	@test -f bench/__main__.py || { echo "There are no benchmarks in this version." >&2; exit 2; }
 	$(RUN) -m bench --device cuda

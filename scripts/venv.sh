@@ -8,6 +8,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 stamp=.venv/made-for
+log=.venv/pip.log
 
 wanted() {
     echo "folder $(pwd -P)"
@@ -21,7 +22,12 @@ fits() {
 
 find_python() {
     too_old="" no_venv=""
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if [ -n "${PYTHON:-}" ]; then
+        set -- "$PYTHON"
+    else
+        set -- python3 python3.13 python3.12 python3.11
+    fi
+    for candidate; do
         version=$("$candidate" -c 'import sys; print(sys.version.split()[0])' 2>/dev/null) || continue
         if ! fits "$candidate"; then
             too_old="$too_old $candidate ($version)"
@@ -34,9 +40,19 @@ find_python() {
     echo "Conveyor needs Python 3.11 or later with the modules venv and ensurepip." >&2
     [ -z "$no_venv" ] || echo "Without venv or ensurepip:$no_venv. On Debian and Ubuntu: apt-get install python3-venv" >&2
     [ -z "$too_old" ] || echo "Too old:$too_old." >&2
-    [ -n "$no_venv$too_old" ] || echo "No Python was found under: ${PYTHON:-python3, python3.13, python3.12, python3.11}." >&2
+    [ -n "$no_venv$too_old" ] || echo "No Python was found under: $*." >&2
     echo "Name another one with: make PYTHON=/path/to/python3 ..." >&2
     return 1
+}
+
+# One line that tells what pip is at, on a terminal, for as long as this script runs.
+show_progress() {
+    began=$(date +%s)
+    while kill -0 $$ 2>/dev/null; do
+        doing=$(grep -E '^ *(Collecting|Downloading|Building|Installing) ' "$log" | tail -n 1 | tr -s ' ' | cut -c 1-60)
+        printf '\r  %4d s  %-62s' "$(($(date +%s) - began))" "$doing"
+        sleep 1
+    done
 }
 
 have=$(cat "$stamp" 2>/dev/null || true)
@@ -52,9 +68,23 @@ else
     "$candidate" -m venv --clear .venv
 fi
 rm -f "$stamp"
-.venv/bin/python -m pip install --disable-pip-version-check --editable '.[dev]' || {
-    echo "Setting up .venv failed; pip says why above. Run the same command again to go on." >&2
+: >"$log"
+progress=""
+if [ -t 1 ]; then
+    show_progress &
+    progress=$!
+fi
+status=0
+.venv/bin/python -m pip install --disable-pip-version-check --editable '.[dev]' >"$log" 2>&1 || status=$?
+if [ -n "$progress" ]; then
+    kill "$progress" 2>/dev/null || true
+    printf '\r%72s\r' ''
+fi
+if [ "$status" -ne 0 ]; then
+    echo "Setting up .venv failed. The last that pip said, of $log:" >&2
+    tail -n 20 "$log" | sed 's/^/  /' >&2
+    echo "Run the same command again to go on." >&2
     exit 1
-}
+fi
 wanted >"$stamp"
 echo "The environment in .venv is ready."

@@ -20,7 +20,9 @@ case "$*" in
     *"sys.version_info < (3, 11)"*) exit {too_old} ;;
     *"import ensurepip, venv"*) exit {no_venv} ;;
     "-m venv --clear .venv") echo venv >> "{notes}"; rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
-    "-m pip install"*) echo pip >> "{notes}"; [ ! -e "{notes}.offline" ] ;;
+    "-m pip install"*)
+        echo pip >> "{notes}"
+        if [ -e "{notes}.offline" ]; then echo "ERROR: no route to the index" >&2; exit 1; fi ;;
     *) echo "unexpected: $*" >> "{notes}"; exit 99 ;;
 esac
 """
@@ -82,14 +84,23 @@ def test_follows_pyproject(checkout: Checkout) -> None:
 
 
 def test_starts_over_after_a_failed_install(checkout: Checkout) -> None:
-    """An installation that broke off fails with a word on what to do, and leaves nothing that passes for complete."""
+    """An installation that broke off fails with pip's reason and what to do; nothing passes for complete."""
     offline = checkout.notes.with_name("notes.offline")
     offline.touch()
     failed = checkout.set_up()
     assert failed.returncode == 1
+    assert "ERROR: no route to the index" in failed.stderr
     assert "Run the same command again" in failed.stderr
     offline.unlink()
     assert (checkout.set_up().returncode, checkout.done) == (0, ["venv", "pip"])
+
+
+def test_a_python_with_a_space_in_its_path(checkout: Checkout) -> None:
+    """The Python that was asked for is one path, whatever is in it."""
+    folder = checkout.python.parent / "a folder"
+    folder.mkdir()
+    python = checkout.python.rename(folder / "python")
+    assert (checkout.set_up(str(python)).returncode, checkout.done) == (0, ["venv", "pip"])
 
 
 @pytest.mark.parametrize("damage", ["moved", "no Python in it", "another Python in it"])
