@@ -42,7 +42,10 @@ def read_module(model: nn.Module) -> tuple[ModelSpec, dict[str, Array]]:
         ExportError: it is of another kind or dtype than can be exported, or its weights are not those of such a model.
     """
     if not isinstance(model, SequenceModel | nn.LSTM | nn.GRU | nn.RNN):
-        raise ExportError(f"got a {type(model).__name__}, expected a SequenceModel or a torch.nn.LSTM, GRU or RNN")
+        raise ExportError(
+            f"got a {type(model).__name__}, expected a SequenceModel or a torch.nn.LSTM, GRU or RNN; "
+            "a recurrent module with a linear head is SequenceModel.from_torch(recurrent, head)"
+        )
     try:
         if not isinstance(model, SequenceModel):
             _check_dtypes({name: t for name, t in model.state_dict().items() if name.startswith(("weight_", "bias_"))})

@@ -27,6 +27,8 @@ def load_named(name: str) -> nn.Module:
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise ExportError(f"model {name!r}: expected package.module:callable")
+    if module_name.endswith(".py"):
+        raise ExportError(f"model {name!r}: a module is named as it is imported: {module_name[:-3]}:{attribute}")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)
     try:

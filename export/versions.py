@@ -41,7 +41,7 @@ def choose_version(repository: Path, name: str, version: int | None, overwrite: 
             version = max(there, default=0) + 1
         target = folder / str(version)
         if target.exists() and not overwrite:
-            raise ExportError(f"{target} is there already: choose another version, or overwrite it")
+            raise ExportError(f"{target} is there already: choose another version, or --overwrite it")
         _check_writable(target)
     return version
 

@@ -189,6 +189,7 @@ def test_places_that_cannot_be_written_to(
     [
         (["no_such:model"], "no module named 'no_such'"),
         (["user_models"], "expected package.module:callable"),
+        (["user_models.py:gru"], "named as it is imported: user_models:gru"),
         (["user_models:nothing"], "user_models has no 'nothing'"),
         (["user_models:number"], "returned a int, expected a torch module"),
         (["user_models:constant"], "is a int, expected a callable"),
