@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from conveyor import ConveyorError
 from demo.digits import Digits, load
 from demo.picture import draw
 from demo.results import Results, rows_by_tick
-from demo.server import running
+from demo.server import ServerFailed, running
 from demo.streaming import SESSIONS, Streamed, stream
 from demo.training import EPOCHS, train
-from export import export_model
+from export import ExportError, export_model
 from export.model_file import verify_file
 from export.show import parity_table
 from export.verify import largest_error
@@ -37,20 +38,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where everything is written [.demo]")
     folder: Path = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     # The model is small: a second thread would wait longer than it works.
     torch.set_num_threads(1)
     began = time.perf_counter()
+    picture = folder / "demo.png"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         results = _run(folder)
+        draw(results, picture)
+        (folder / "results.json").write_text(results.to_json())
     except KeyboardInterrupt:
         console.print("\nInterrupted. Nothing is left running.")
         return 130
-    picture = folder / "demo.png"
-    draw(results, picture)
-    (folder / "results.json").write_text(results.to_json())
+    except (ExportError, ServerFailed, ConveyorError, OSError) as error:
+        Console(stderr=True, highlight=False, markup=False).print(f"The demo failed: {error}")
+        return 1
     console.print(_summary(results))
     console.print(f"The server is stopped and its ports are free. {time.perf_counter() - began:.0f} s in all.")
     console.print(f"The picture of it: [bold]{picture}[/]")
@@ -139,10 +143,9 @@ def _summary(results: Results) -> Table:
             f"accuracy after row {row}" if row == 1 else f"               row {row}", f"{accuracy:6.1%} {bar}"
         )
     table.add_section()
-    table.add_row(
-        "largest difference from NumPy", f"{results.largest_difference:.1e}, over all outputs and final states"
-    )
-    table.add_row("  by export's measure", f"{results.largest_error:.1e}: values beyond 1 count relatively")
+    table.add_row("largest error against NumPy", f"{results.largest_error:.1e}, over all outputs and final states")
+    table.add_row("", "by export's measure: relative beyond 1")
+    table.add_row("  as a plain difference", f"{results.largest_difference:.1e}, of outputs up to {results.reach:.0f}")
     table.add_row("steps applied", f"{results.steps:,}, for {results.outputs[..., 0].size:,} rows sent")
     table.add_row("steps a second", f"{results.steps_per_second:,.0f}, while {results.sessions} sessions stream")
     table.add_row(

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from demo.digits import CLASSES, ROWS, VALUES
 from demo.results import Results
 
-INK, PALE, FAINT, PAPER = "#22223b", "#8d8a94", "#e9e4da", "#fbf9f4"
+INK, PALE, FAINT, PAPER = "#22223b", "#5d5a69", "#e0dace", "#fbf9f4"
 RIGHT, WRONG = "#0f8b8d", "#e76f51"
 PIXELS = LinearSegmentedColormap.from_list("ink on paper", ["#f4f0e7", "#9a93b0", INK])
 
@@ -51,17 +51,17 @@ def draw(results: Results, path: Path) -> None:
 
 def _film(axes: Axes, results: Results) -> None:
     """Some images, as much of them as had arrived, and beneath each state the probability of every digit."""
-    axes.set(xlim=(-4, ROWS * _PITCH_X - 2), ylim=(_SHOWN * _PITCH_Y + 1.2, -3), aspect="equal")
+    axes.set(xlim=(-4, ROWS * _PITCH_X - 2), ylim=(_SHOWN * _PITCH_Y + 2.6, -3), aspect="equal")
     axes.axis("off")
-    axes.text(
-        0,
-        _SHOWN * _PITCH_Y + 0.8,
-        "Of five digits, the image whose answer changed most often. The tallest bar, of 0 to 9, is the answer.",
-        fontsize=9,
-        color=PALE,
+    caption = (
+        f"{_SHOWN} of the {len(results.digits.labels)} images: those whose answer changed most often and ended right, "
+        "no two of one digit.\n"
+        "The bars say how likely the server holds each digit, 0 to 9, to be; the tallest is its answer:"
     )
+    axes.text(0, _SHOWN * _PITCH_Y, caption, va="top", linespacing=1.5, fontsize=9, color=PALE)
     for x, word, colour in ((80.0, "right", RIGHT), (85.7, "wrong", WRONG)):
-        axes.text(x, _SHOWN * _PITCH_Y + 0.8, word, ha="right", fontsize=9, weight="bold", color=colour)
+        place = (x, _SHOWN * _PITCH_Y + 2.45)
+        axes.text(*place, word, va="top", ha="right", fontsize=9, weight="bold", color=colour)
     probabilities = results.probabilities
     for row in range(ROWS):
         text = "1 row" if row == 0 else f"{row + 1} rows"
@@ -188,7 +188,7 @@ def _figures(figure: Figure, results: Results) -> None:
     """The numbers that matter, large, along the lower edge."""
     figures = (
         (f"{results.accuracy[-1]:.1%}", "named rightly after the last row"),
-        (_power_of_ten(results.largest_difference), "largest difference from the NumPy reference"),
+        (_power_of_ten(results.largest_error), "largest error against NumPy, relative beyond 1"),
         (f"{results.steps_per_second:,.0f}", f"steps per second, {results.sessions} sessions at a time"),
         (f"{results.latency_ms(50):.1f} / {results.latency_ms(99):.1f} ms", "from a row to its answer, p50 / p99"),
         (f"{results.rows_per_tick:.1f}", "rows per tick, on average"),

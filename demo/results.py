@@ -39,8 +39,9 @@ class Results:
         tick_rows: how many ticks had up to so many rows, by that upper bound; as the server counted them.
         rows_per_tick: the mean; as the server counted it.
         steps: how many the server applied; as the server counted them.
-        largest_difference: from the reference, over all outputs and final states.
-        largest_error: the same by the measure of the export, in which values beyond 1 count relatively.
+        largest_error: against the reference, over all outputs and final states, by the measure of the export, in which
+            values beyond 1 count relatively.
+        largest_difference: the same, absolutely.
     """
 
     digits: Digits
@@ -66,6 +67,11 @@ class Results:
         """Share of the images that are named rightly after each row, ``[8]``."""
         shares: NDArray[np.float64] = np.mean(self.outputs.argmax(axis=2) == self.digits.labels[:, None], axis=0)
         return shares
+
+    @property
+    def reach(self) -> float:
+        """The largest output, whatever its sign."""
+        return float(np.abs(self.outputs).max())
 
     @property
     def steps_per_second(self) -> float:

@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 _START_S, _DRAIN_S, _POLL_S = 30.0, 40.0, 0.05
 
 
+class ServerFailed(RuntimeError):
+    """The server did not become ready, or did not end as it should; the text names its log."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that is ready.
@@ -66,7 +70,7 @@ def running(repository: Path, log: Path) -> Iterator[Server]:
         log: a file for the server's log.
 
     Raises:
-        RuntimeError: the server did not become ready, or did not end as it should; the text names the log.
+        ServerFailed: the server did not become ready, or did not end as it should; the text names the log.
     """
     command = [sys.executable, "-m", "service", "--repository", str(repository.resolve())]
     command += ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--device", "cpu", "--log-format", "json"]
@@ -79,11 +83,11 @@ def running(repository: Path, log: Path) -> Iterator[Server]:
     finally:
         status = _stop(process)
     if status != 0:
-        raise RuntimeError(f"the server ended with status {status}; its log is {log}")
+        raise ServerFailed(f"the server ended with status {status}; its log is {log}")
     for port in (server.port, server.metrics_port):
         with socket.socket() as attempt:
             if attempt.connect_ex(("127.0.0.1", port)) == 0:
-                raise RuntimeError(f"port {port} is still open after the server has ended")
+                raise ServerFailed(f"port {port} is still open after the server has ended")
 
 
 def _ready(process: subprocess.Popen[bytes], log: Path) -> Server:
@@ -94,9 +98,9 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> Server:
             if event.get("event") == "ready":
                 return Server(process.pid, event["port"], event["metrics_port"], time.monotonic() - began)
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode} before it was ready: see {log}")
+            raise ServerFailed(f"the server ended with status {process.returncode} before it was ready: see {log}")
         time.sleep(_POLL_S)
-    raise RuntimeError(f"the server was not ready within {_START_S:.0f} s: see {log}")
+    raise ServerFailed(f"the server was not ready within {_START_S:.0f} s: see {log}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.server import running
+from demo.server import ServerFailed, running
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.e2e
@@ -57,11 +57,11 @@ def test_no_server_is_left_behind(lstm_repository: Path, tmp_path: Path) -> None
 def test_a_server_that_dies_is_told_of(lstm_repository: Path, tmp_path: Path) -> None:
     """A server that was killed meanwhile does not pass for one that ended well."""
     log = tmp_path / "log"
-    with pytest.raises(RuntimeError, match="ended with status -9"), running(lstm_repository, log) as server:
+    with pytest.raises(ServerFailed, match="ended with status -9"), running(lstm_repository, log) as server:
         os.kill(server.pid, signal.SIGKILL)
 
 
 def test_a_server_that_cannot_start_is_told_of(tmp_path: Path) -> None:
     """Without a repository the server ends at once, and so does the wait for it."""
-    with pytest.raises(RuntimeError, match="before it was ready"), running(tmp_path / "nowhere", tmp_path / "log"):
+    with pytest.raises(ServerFailed, match="before it was ready"), running(tmp_path / "nowhere", tmp_path / "log"):
         pass

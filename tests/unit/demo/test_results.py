@@ -22,6 +22,7 @@ def test_figures_by_hand() -> None:
     results = Results(digits, outputs, latencies_s, 4.0, 2, {1: 16}, 1.0, 16, 1e-6, 1e-7)
     assert results.accuracy.tolist() == [0.5] * 6 + [1.0] * 2
     assert results.steps_per_second == 4.0
+    assert results.reach == pytest.approx(np.log(11))
     assert results.latency_ms(50) == pytest.approx(8.5)
     assert results.probabilities[0, 0, 3] == pytest.approx(0.55)
     assert results.probabilities.sum(axis=2) == pytest.approx(np.ones((2, 8)))
