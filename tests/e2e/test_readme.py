@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README and docs/models.md show works as it stands there."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ REPOSITORY = Path(".demo/repository")
 pytestmark = pytest.mark.e2e
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks in that language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+def blocks(language: str, document: str = "README.md") -> list[str]:
+    """A document's code blocks in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
 
 
 def run(arguments: list[str], folder: Path) -> str:
@@ -36,7 +36,7 @@ def run(arguments: list[str], folder: Path) -> str:
 
 def test_the_examples_as_pasted(tmp_path: Path) -> None:
     """The model is exported by the command beside it, the server takes the flags shown, the client's example runs."""
-    serve, export, _ = blocks("sh")
+    serve, call, export, _ = blocks("sh")
     client, my_model = blocks("python")
     (tmp_path / "my_model.py").write_text(my_model)
     python, *arguments = shlex.split(export)
@@ -51,5 +51,25 @@ def test_the_examples_as_pasted(tmp_path: Path) -> None:
     assert settings.repository == REPOSITORY
     with ServerProcess(tmp_path / settings.repository) as server:
         assert f'Client("127.0.0.1:{settings.port}")' in client
-        printed = run(["-c", client.replace(f"127.0.0.1:{settings.port}", server.target)], tmp_path)
+        (tmp_path / "client.py").write_text(client.replace(f"127.0.0.1:{settings.port}", server.target))
+        assert call.splitlines()[-1] == "python client.py"
+        printed = run(["client.py"], tmp_path)
     assert printed.startswith("8 {")
+
+
+def test_models_of_your_own(tmp_path: Path) -> None:
+    """Each file of docs/models.md does what the commands under it say, and the server loads what they export."""
+    text = (ROOT / "docs/models.md").read_text()
+    files = re.findall(r"`(\w+\.py)`:\n\n```python\n", text)
+    codes, commands = blocks("python", "docs/models.md"), blocks("sh", "docs/models.md")
+    assert len(files) == len(codes) == len(commands) == 3
+    for file, code in zip(files, codes, strict=True):
+        (tmp_path / file).write_text(code)
+    printed = []
+    for command in "".join(commands).splitlines():
+        python, *arguments = shlex.split(command)
+        assert python == "python"
+        printed.append(run(arguments, tmp_path))
+    assert "(3, 10, 32) (3, 32) (3, 32)\n" in printed
+    with ServerProcess(tmp_path / REPOSITORY) as server:
+        assert server.ready["models"] == ["from_keras", "matrices", "tagger"]
