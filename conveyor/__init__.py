@@ -13,6 +13,8 @@
 ``AsyncClient`` is the same for asyncio.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from conveyor.async_client import AsyncClient, InferResult
 from conveyor.async_session import AsyncSession
 from conveyor.client import Client
@@ -75,4 +77,10 @@ __all__ = [
     "TensorSpec",
     "TimedOut",
     "Unavailable",
+    "__version__",
 ]
+
+try:
+    __version__ = version("conveyor")
+except PackageNotFoundError:  # Run from a checkout where it is not installed, as in the server's image.
+    __version__ = "unknown"

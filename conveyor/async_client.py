@@ -22,6 +22,7 @@ from conveyor.payload import (
     decode_named,
     decode_outputs,
     encode_inputs,
+    encode_lengths,
     encode_states,
     pad,
     unpad,
@@ -51,7 +52,7 @@ class InferResult:
 
 
 class Opening:
-    """A session about to be opened: await it, or enter it with ``async with`` to have it closed at the end."""
+    """A session about to be had: await it, or enter it with ``async with``, which closes what it opened at the end."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, AsyncSession]) -> None:
         self._coroutine = coroutine
@@ -77,7 +78,7 @@ class AsyncClient:
     client leaves its sessions on the server, where ``attach`` finds them until they expire.
 
     Args:
-        target: address of the server, "host:port".
+        target: address of the server, "host:port"; or a name in one of gRPC's own forms, such as "unix:/path".
         key: a secret of the caller's choosing; sessions opened with it exist only for calls that carry it. Without TLS
             anyone on the way can read it.
         timeout_s: for each call that does not say its own.
@@ -117,8 +118,11 @@ class AsyncClient:
         Raises:
             ModelUnknown: there is none.
         """
+        return await self._model(name, version, self._connection.deadline())
+
+    async def _model(self, name: str, version: int, deadline: float) -> Model:
         request = pb.GetModelRequest(model=name, version=version)
-        response: pb.GetModelResponse = await self._connection.call("GetModel", request)
+        response: pb.GetModelResponse = await self._connection.call("GetModel", request, deadline=deadline)
         model = decode_model(response.model)
         self._models[name, version] = self._models[name, model.version] = model
         connection = self._connection
@@ -177,33 +181,36 @@ class AsyncClient:
         Returns:
             [N, T, O] with zeros after a row's length, or [N, O] for an output that holds the last valid step's value; a
             list of rows [T_i, O] where x was a list; a dict by name for several outputs. With ``return_states`` an
-            InferResult.
+            InferResult. The arrays are read-only.
 
         Raises:
+            InvalidRequest: what was given does not fit the model, or not into a message; or the server says so.
             ConveyorError: as the server says.
         """
-        signature = self._models.get((model, version)) or await self.model(model, version)
+        deadline = self._connection.deadline(timeout_s)
+        signature = self._models.get((model, version)) or await self._model(model, version, deadline)
         ragged = isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(row, np.ndarray) for row in x)
         if ragged and lengths is not None:
             raise InvalidRequest("a list of sequences has lengths of its own; expected lengths=None")
         try:
             if ragged:
                 x, lengths = pad(signature, cast("list[Array]", x))
+            inputs = encode_inputs(signature, cast("Inputs", x))
             request = pb.InferRequest(
                 model=model,
                 version=version,
-                inputs=encode_inputs(signature, cast("Inputs", x)),
-                lengths=() if lengths is None else lengths,
-                initial_states=() if states is None else encode_states(signature, states),
+                inputs=inputs,
+                lengths=() if lengths is None else encode_lengths(lengths, rows=inputs[0].shape[0]),
+                initial_states=() if states is None else encode_states(signature, states, batch=True),
                 return_states=return_states,
             )
-            response: pb.InferResponse = await self._connection.call("Infer", request, timeout_s=timeout_s)
+            response: pb.InferResponse = await self._connection.call("Infer", request, deadline=deadline)
         except InvalidRequest:
             # It may be another model by now, with another signature.
             self._models.pop((model, version), None)
             raise
         if response.version != signature.version:
-            signature = await self.model(model, response.version)
+            signature = await self._model(model, response.version, deadline)
             self._models.pop((model, 0), None)
         outputs = decode_outputs(signature, response.outputs)
         if ragged:
@@ -232,11 +239,14 @@ class AsyncClient:
     def attach(self, session_id: str, position: int | None = None) -> Opening:
         """Goes on with a session that is open on the server, of this client or another one.
 
+        Leaving ``async with client.attach(...)`` leaves the session open, for whoever opened it; ``close`` ends it.
+
         Args:
             session_id: of the session.
             position: where to go on; where the server is if None. Whoever was cut off between a chunk and its reply
                 gives the position of that chunk and sends it again: the server then repeats the reply if it had applied
-                the chunk.
+                the chunk. It knows a chunk by its position and length, not by its data: of two handles that send
+                different data for the same steps, the second gets the outputs of the first one's.
 
         Raises:
             NotFound: there is no such session: unknown, expired or lost, as the type says.
@@ -268,13 +278,15 @@ class AsyncClient:
             By session, in the order of ``chunks``, what ``step`` gives.
 
         Raises:
-            StepsFailed: some chunks failed. It holds the outputs of those that did not, and the error of each that did.
-            InvalidRequest: an input does not fit its model, or a session is not this client's; nothing was sent.
+            InvalidRequest: the names, dtypes or shapes of some inputs do not fit their model, a session is not this
+                client's, or the timeout makes no sense; nothing was sent.
+            StepsFailed: some chunks failed, say because an input holds NaN. It holds the outputs of those that did not,
+                and the error of each that did.
         """
         _, stream = self._opened()
         if any(session._stream is not stream for session in chunks):
             raise InvalidRequest("step_many takes sessions of its own client only")
-        outcomes = await step_sessions(chunks.items(), self._settings.timeout_s if timeout_s is None else timeout_s)
+        outcomes = await step_sessions(chunks.items(), self._settings.timeout(timeout_s))
         errors = {session: error for session, error in outcomes.items() if isinstance(error, ConveyorError)}
         if errors:
             raise StepsFailed({session: y for session, y in outcomes.items() if session not in errors}, errors)
@@ -300,27 +312,36 @@ class AsyncClient:
     async def _session(
         self, model: str, version: int, initial_states: States | None, session_id: str | None
     ) -> AsyncSession:
+        deadline = self._connection.deadline()
         new_id = session_id or new_session_id()
         states: Sequence[pb.Tensor] = ()
         if initial_states is not None:
-            states = encode_states(await self.model(model, version), initial_states)
+            states = encode_states(await self._model(model, version, deadline), initial_states, batch=False)
         request = pb.OpenSessionRequest(model=model, version=version, session_id=new_id, initial_states=states)
-        opened = await open_session(self._connection, "OpenSession", request, new_id, chosen=bool(session_id))
-        return await self._made(opened)
+        return await self._new_session("OpenSession", request, new_id, bool(session_id), deadline)
 
     async def _import(self, state: SessionState, session_id: str | None) -> AsyncSession:
         new_id = session_id or new_session_id()
         request = pb.ImportSessionRequest(state=encode_state(state), session_id=new_id)
-        opened = await open_session(self._connection, "ImportSession", request, new_id, chosen=bool(session_id))
-        return await self._made(opened)
+        return await self._new_session("ImportSession", request, new_id, bool(session_id), self._connection.deadline())
 
     async def _attach(self, session_id: str, position: int | None) -> AsyncSession:
-        return await self._made(await find_session(self._connection, session_id), position)
-
-    async def _made(self, session: pb.Session, position: int | None = None) -> AsyncSession:
         connection, stream = self._opened()
-        model = self._models.get((session.model, session.version)) or await self.model(session.model, session.version)
-        return AsyncSession(connection, stream, model, session, position)
+        deadline = connection.deadline()
+        session = await find_session(connection, session_id, deadline)
+        model = await self._model_of(session, deadline)
+        return AsyncSession(connection, stream, model, session, position, attached=True)
+
+    async def _new_session(
+        self, method: str, request: Any, session_id: str, chosen: bool, deadline: float
+    ) -> AsyncSession:
+        connection, stream = self._opened()
+        session = await open_session(connection, method, request, session_id, chosen=chosen, deadline=deadline)
+        return AsyncSession(connection, stream, await self._model_of(session, deadline), session)
+
+    async def _model_of(self, session: pb.Session, deadline: float) -> Model:
+        known = self._models.get((session.model, session.version))
+        return known or await self._model(session.model, session.version, deadline)
 
     @property
     def _connection(self) -> Connection:

@@ -71,6 +71,14 @@ class AsyncSession:
     Attributes:
         session_id: with which ``attach`` finds the session again; whoever knows it, and the client's key, can use it.
         model: that runs it.
+
+    Args:
+        connection: to the server.
+        stream: that carries its chunks.
+        model: that runs it.
+        session: as the server described it.
+        position: where to go on; where the server is if None.
+        attached: whether somebody else opened it, so that the end of a ``with`` block is not its end.
     """
 
     def __init__(
@@ -80,6 +88,8 @@ class AsyncSession:
         model: Model,
         session: pb.Session,
         position: int | None = None,
+        *,
+        attached: bool = False,
     ) -> None:
         self.session_id = session.session_id
         self.model = model
@@ -87,6 +97,7 @@ class AsyncSession:
         self._stream = stream
         self._epoch = session.epoch
         self._position = session.position if position is None else position
+        self._attached = attached
         self._pending: _Step | None = None
         self._resetting = False
         self._closed = False
@@ -115,14 +126,15 @@ class AsyncSession:
 
         Returns:
             [T, O], or [O] for one step or an output that holds the last step's value; a dict by name for several
-            outputs.
+            outputs. The arrays are read-only.
 
         Raises:
+            InvalidRequest: x does not fit the model, or the timeout makes no sense; nothing was sent.
             ConveyorError: nothing was applied, unless the session is ``in_doubt`` after it, as after TimedOut and
                 ConnectionLost. After a ProtocolError, ``position`` says what was.
             EpochConflict: somebody else has reset the session; ``attach`` goes on with it.
         """
-        (outcome,) = (await step_sessions([(self, x)], self._timeout_s(timeout_s))).values()
+        (outcome,) = (await step_sessions([(self, x)], self._connection.settings.timeout(timeout_s))).values()
         if isinstance(outcome, ConveyorError):
             raise outcome
         return outcome
@@ -136,6 +148,7 @@ class AsyncSession:
         Raises:
             ConveyorError: if that could not be found out; the session stays in doubt.
         """
+        timeout_s = self._connection.settings.timeout(timeout_s)
         async with self._lock:
             return await self._settle(timeout_s)
 
@@ -152,8 +165,11 @@ class AsyncSession:
         async with self._lock:
             await self._ready()
             request = pb.ForkSessionRequest(session_id=self.session_id, new_session_id=new_id, position=self._position)
+            deadline = self._connection.deadline()
             with self._explained():
-                fork = await open_session(self._connection, "ForkSession", request, new_id, chosen=bool(session_id))
+                fork = await open_session(
+                    self._connection, "ForkSession", request, new_id, chosen=bool(session_id), deadline=deadline
+                )
             return AsyncSession(self._connection, self._stream, self.model, fork)
 
     async def reset(self) -> None:
@@ -177,7 +193,7 @@ class AsyncSession:
                 self._resetting = isinstance(error, Unavailable | TimedOut)
                 raise
             if response is None:
-                await self._settle_reset(None)
+                await self._settle_reset(self._connection.settings.timeout_s)
             else:
                 self._begin_anew(response.session)
 
@@ -207,7 +223,7 @@ class AsyncSession:
             request = pb.CloseSessionRequest(session_id=self.session_id)
             # Gone is what was asked for, whether by an attempt whose reply was lost or otherwise.
             with suppress(NotFound):
-                await self._connection.call("CloseSession", request, timeout_s=timeout_s)
+                await self._connection.call("CloseSession", request, deadline=self._connection.deadline(timeout_s))
             self._closed = True
 
     async def __aenter__(self) -> AsyncSession:
@@ -216,6 +232,8 @@ class AsyncSession:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._attached:
+            return
         if error is None:
             await self.close()
         else:
@@ -227,15 +245,14 @@ class AsyncSession:
         """Makes sure that the session is open and where it stands; to be called under the lock."""
         if self._closed:
             raise InvalidRequest(f"session {self.session_id!r} has been closed")
-        await self._settle(None)
+        await self._settle(self._connection.settings.timeout_s)
 
-    async def _settle(self, timeout_s: float | None) -> Outputs | None:
+    async def _settle(self, timeout_s: float) -> Outputs | None:
         if self._resetting:
             await self._settle_reset(timeout_s)
         step = self._pending
         if step is None:
             return None
-        timeout_s = self._timeout_s(timeout_s)
         if step.flight.answer.done() and step.flight.answer.exception() is not None:
             flight = self._stream.submit(step.flight.chunk, timeout_s, abandoned=True)
             step = self._pending = _Step(flight, step.steps, step.single_step)
@@ -247,9 +264,9 @@ class AsyncSession:
                 raise
             return None
 
-    async def _settle_reset(self, timeout_s: float | None) -> None:
+    async def _settle_reset(self, timeout_s: float) -> None:
         with self._explained():
-            session = await find_session(self._connection, self.session_id, timeout_s)
+            session = await find_session(self._connection, self.session_id, self._connection.deadline(timeout_s))
         if session.epoch == self._epoch:
             self._resetting = False
         else:
@@ -298,14 +315,11 @@ class AsyncSession:
         stood = f"session {self.session_id!r} stood at position {self._position}, and "
         if isinstance(error, SessionUnknown):
             return SessionLost(
-                stood + "the server no longer knows it: it restarted, or someone else closed the session"
+                stood + "the server no longer knows it: it restarted, or another handle closed the session"
             )
         if isinstance(error, EpochConflict):
             return EpochConflict(stood + f"someone else has reset it or opened it anew; attach() goes on: {error}")
         return error
-
-    def _timeout_s(self, timeout_s: float | None) -> float:
-        return self._connection.settings.timeout_s if timeout_s is None else timeout_s
 
 
 async def step_sessions(

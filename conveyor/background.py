@@ -63,6 +63,8 @@ class Background:
     def _stop(self) -> None:
         if self.alive:
             self._stopped = True
+            # What is still under way ends with the process, and asyncio need not complain of that.
+            self._loop.set_exception_handler(lambda loop, context: None)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_WAIT_S)
 

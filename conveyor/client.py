@@ -30,7 +30,7 @@ class Client:
     a client of its own on either side, made after the fork.
 
     Args:
-        target: address of the server, "host:port".
+        target: address of the server, "host:port"; or a name in one of gRPC's own forms, such as "unix:/path".
         key: a secret of the caller's choosing; sessions opened with it exist only for calls that carry it. Without TLS
             anyone on the way can read it.
         timeout_s: for each call that does not say its own.
@@ -128,9 +128,10 @@ class Client:
         Returns:
             [N, T, O] with zeros after a row's length, or [N, O] for an output that holds the last valid step's value; a
             list of rows [T_i, O] where x was a list; a dict by name for several outputs. With ``return_states`` an
-            InferResult.
+            InferResult. The arrays are read-only.
 
         Raises:
+            InvalidRequest: what was given does not fit the model, or not into a message; or the server says so.
             ConveyorError: as the server says.
         """
         call: Any = self._client.infer
@@ -156,11 +157,14 @@ class Client:
     def attach(self, session_id: str, position: int | None = None) -> Session:
         """Goes on with a session that is open on the server, of this client or another one.
 
+        Leaving ``with client.attach(...)`` leaves the session open, for whoever opened it; ``close`` ends it.
+
         Args:
             session_id: of the session.
             position: where to go on; where the server is if None. Whoever was cut off between a chunk and its reply
                 gives the position of that chunk and sends it again: the server then repeats the reply if it had applied
-                the chunk.
+                the chunk. It knows a chunk by its position and length, not by its data: of two handles that send
+                different data for the same steps, the second gets the outputs of the first one's.
 
         Raises:
             NotFound: there is no such session: unknown, expired or lost, as the type says.
@@ -190,8 +194,10 @@ class Client:
             By session, in the order of ``chunks``, what ``step`` gives.
 
         Raises:
-            StepsFailed: some chunks failed. It holds the outputs of those that did not, and the error of each that did.
-            InvalidRequest: an input does not fit its model, or a session is not this client's; nothing was sent.
+            InvalidRequest: the names, dtypes or shapes of some inputs do not fit their model, a session is not this
+                client's, or the timeout makes no sense; nothing was sent.
+            StepsFailed: some chunks failed, say because an input holds NaN. It holds the outputs of those that did not,
+                and the error of each that did.
         """
         sessions = {session._session: session for session in chunks}
         inner = {session._session: x for session, x in chunks.items()}

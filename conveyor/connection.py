@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from conveyor.errors import ConnectionLost, ConveyorError, InvalidRequest, Unava
 from conveyor.v1 import conveyor_pb2_grpc as pb_grpc
 
 _KEY = "conveyor-key"
+
+_TARGET = re.compile(r"(\[[^\[\]/]+\]|[^\[\]:/\s]+):[0-9]+|(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):.+")
+"""host:port, or a name in one of gRPC's own forms. Without a port gRPC would try 443, and say nothing of it."""
+
+_LONGEST_S = 1e9
+"""No timeout is longer; the wire counts them in microseconds."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Settings:
     """What a client was told about its connection.
 
     Attributes:
-        target: address of the server, "host:port" or any name that gRPC resolves.
+        target: address of the server, "host:port", or a name in one of gRPC's own forms, such as "unix:/path".
         key: secret of the caller's choosing; sessions opened with it exist only for calls that carry it.
         timeout_s: for each call that does not say its own.
         reconnect_timeout_s: how long a server that cannot be reached, drains or loads is tried again.
@@ -71,8 +78,25 @@ class Settings:
     def __post_init__(self) -> None:
         if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key):
             raise InvalidRequest("a key must be printable ASCII and not empty")
-        if not (self.timeout_s > 0 and self.reconnect_timeout_s >= 0 and self.max_message_bytes > 0):
-            raise InvalidRequest("timeout_s and max_message_bytes must be positive, reconnect_timeout_s not negative")
+        if not _TARGET.fullmatch(self.target):
+            raise InvalidRequest(
+                f"target is {self.target!r}; expected 'host:port', or a name in one of gRPC's own forms, such as "
+                "'unix:/path' or 'dns:///host:port'"
+            )
+        self.timeout(self.timeout_s)
+        if not (self.reconnect_timeout_s >= 0 and self.max_message_bytes > 0):
+            raise InvalidRequest("max_message_bytes must be positive, and reconnect_timeout_s not negative")
+
+    def timeout(self, timeout_s: float | None) -> float:
+        """The timeout of a call in seconds: the one given for it, or the client's own.
+
+        Raises:
+            InvalidRequest: it is not positive, or endless.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        if not 0 < timeout_s <= _LONGEST_S:
+            raise InvalidRequest(f"timeout_s is {timeout_s}; expected more than 0 and up to {_LONGEST_S:g} seconds")
+        return timeout_s
 
 
 class Connection:
@@ -116,7 +140,7 @@ class Connection:
         method: str,
         request: Any,
         *,
-        timeout_s: float | None = None,
+        deadline: float | None = None,
         after_loss: Callable[[ConveyorError], ConveyorError | None] = lambda error: error,
     ) -> Any:
         """Makes a unary call that may be sent twice without harm.
@@ -124,7 +148,7 @@ class Connection:
         Args:
             method: name of the call.
             request: its message.
-            timeout_s: for all attempts together; the client's own if None.
+            deadline: for all attempts together, as ``deadline`` gives it; the client's own timeout from now if None.
             after_loss: what the error of an attempt means once the reply to an earlier one was lost: the error to
                 raise, or None if it shows that the earlier one succeeded.
 
@@ -133,15 +157,21 @@ class Connection:
 
         Raises:
             ConveyorError: as the server says, or ConnectionLost or TimedOut where it says nothing.
+            InvalidRequest: the request is larger than a message may be; nothing was sent.
         """
         settings = self.settings
-        timeout_s = settings.timeout_s if timeout_s is None else timeout_s
+        self.check_open()
+        if (size_bytes := request.ByteSize()) > self.max_message_bytes:
+            raise InvalidRequest(
+                f"a request of {size_bytes} bytes does not fit into a message of {self.max_message_bytes}"
+            )
         started = settings.clock()
+        deadline = self.deadline() if deadline is None else deadline
         attempt = 0
         lost = False
         while True:
             self.check_open()
-            left_s = started + timeout_s - settings.clock()
+            left_s = deadline - settings.clock()
             try:
                 return await getattr(self._stub, method)(request, timeout=left_s, metadata=self._metadata)
             except grpc.aio.AioRpcError as rpc_error:
@@ -159,11 +189,29 @@ class Connection:
                 error = told
             lost |= isinstance(error, ConnectionLost)
             delay_s = settings.backoff.delay_s(attempt)
-            waited_s = settings.clock() - started + delay_s
-            if not isinstance(error, Unavailable) or waited_s >= min(timeout_s, settings.reconnect_timeout_s):
-                raise error
+            again = settings.clock() + delay_s
+            if not isinstance(error, Unavailable) or again >= min(deadline, started + settings.reconnect_timeout_s):
+                raise self.given_up(error, started)
             await settings.sleep(delay_s)
             attempt += 1
+
+    def deadline(self, timeout_s: float | None = None) -> float:
+        """When a call that begins now has to be over, on the client's clock.
+
+        Args:
+            timeout_s: of the call; the client's own if None.
+
+        Raises:
+            InvalidRequest: it is not positive, or endless.
+        """
+        return self.settings.clock() + self.settings.timeout(timeout_s)
+
+    def given_up(self, error: ConveyorError, since: float) -> ConveyorError:
+        """The error of a last attempt, which says of a connection to where it was tried and since when."""
+        if not isinstance(error, ConnectionLost):
+            return error
+        tried_s = self.settings.clock() - since
+        return ConnectionLost(f"{self.settings.target} could not be reached for {tried_s:.1f} s: {error}")
 
     def check_open(self) -> None:
         """Raises InvalidRequest once the connection has been closed."""

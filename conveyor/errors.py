@@ -8,7 +8,7 @@
     │   ├── ModelUnknown
     │   ├── SessionUnknown        no session has had this id there, or it was closed
     │   ├── SessionExpired        it was idle for too long
-    │   └── SessionLost           its state is gone, through no doing of this client
+    │   └── SessionLost           its state is gone, and not through this handle of it
     ├── NotStreamable             the model cannot run step by step
     ├── PositionConflict          the chunk does not begin where the session is
     ├── EpochConflict             the session was reset, or opened anew, by somebody else
@@ -87,7 +87,7 @@ class SessionExpired(NotFound):
 
 
 class SessionLost(NotFound):
-    """The session's state is gone, through no doing of this client."""
+    """The session's state is gone: the server lost it, or another handle of the session closed it."""
 
     reason = "session_lost"
 

@@ -64,7 +64,7 @@ def decode_model(message: pb.Model) -> Model:
     """Reads a model's description.
 
     Raises:
-        ProtocolError: it names an element type that does not exist.
+        ProtocolError: it names an element type that does not exist, or not every axis.
     """
     return Model(
         name=message.name,
@@ -85,5 +85,7 @@ def _decode_spec(message: pb.TensorSpec) -> TensorSpec:
     dtype = DTYPES.get(message.data_type)
     if dtype is None:
         raise ProtocolError(f"tensor {message.name!r} has element type {message.data_type}, which does not exist")
+    if len(message.shape) != len(message.axes):
+        raise ProtocolError(f"tensor {message.name!r} has {len(message.shape)} sizes for {len(message.axes)} axes")
     shape = tuple(None if size < 0 else size for size in message.shape)
     return TensorSpec(message.name, dtype, shape, tuple(message.axes))

@@ -16,7 +16,7 @@ def new_session_id() -> str:
 
 
 async def open_session(
-    connection: Connection, method: str, request: Any, session_id: str, *, chosen: bool
+    connection: Connection, method: str, request: Any, session_id: str, *, chosen: bool, deadline: float
 ) -> pb.Session:
     """Opens a session, once, however often the connection is lost meanwhile.
 
@@ -27,6 +27,7 @@ async def open_session(
         session_id: of the new session, as it stands in the request.
         chosen: whether the id is the user's. It may then be somebody else's too, while an id that the client made can
             only have been taken by an earlier attempt of the same call.
+        deadline: for all of it, on the client's clock.
 
     Raises:
         ConveyorError: as the server says.
@@ -42,16 +43,16 @@ async def open_session(
             "if nobody else uses the id, attach() goes on with it"
         )
 
-    response = await connection.call(method, request, after_loss=taken)
-    return await find_session(connection, session_id) if response is None else response.session
+    response = await connection.call(method, request, deadline=deadline, after_loss=taken)
+    return await find_session(connection, session_id, deadline) if response is None else response.session
 
 
-async def find_session(connection: Connection, session_id: str, timeout_s: float | None = None) -> pb.Session:
-    """Looks at a session.
+async def find_session(connection: Connection, session_id: str, deadline: float) -> pb.Session:
+    """Looks at a session, until a deadline on the client's clock.
 
     Raises:
         NotFound: there is none: unknown, expired or lost, as the type says.
     """
     request = pb.GetSessionRequest(session_id=session_id)
-    response: pb.GetSessionResponse = await connection.call("GetSession", request, timeout_s=timeout_s)
+    response: pb.GetSessionResponse = await connection.call("GetSession", request, deadline=deadline)
     return response.session

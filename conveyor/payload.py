@@ -27,9 +27,25 @@ def encode_inputs(model: Model, x: Inputs) -> list[pb.Tensor]:
     """Writes a batch's inputs, each [N, T, ...], in the model's dtypes.
 
     Raises:
-        InvalidRequest: an input is missing or unknown, or its values do not go into the model's dtype.
+        InvalidRequest: an input is missing or unknown, has another shape, or does not go into the model's dtype.
     """
-    return [encode_tensor(spec.name, array) for spec, array in _arrays(model, x)]
+    arrays = _arrays(model, x)
+    for spec, array in arrays:
+        _check_shape(f"input {spec.name!r}", array, _sizes(spec))
+    return [encode_tensor(spec.name, array) for spec, array in arrays]
+
+
+def encode_lengths(lengths: ArrayLike, rows: int) -> list[int]:
+    """Writes how many steps of each of a batch's rows are valid.
+
+    Raises:
+        InvalidRequest: they are not whole numbers, one for each row.
+    """
+    array = _array("'lengths'", lengths)
+    if array.shape != (rows,):
+        raise InvalidRequest(f"'lengths' has shape {list(array.shape)}; expected [{rows}], one for each row")
+    whole: list[int] = _cast("'lengths'", array, np.dtype(np.int64)).tolist()
+    return whole
 
 
 def encode_chunk(model: Model, x: Inputs) -> tuple[list[pb.Tensor], bool]:
@@ -39,33 +55,38 @@ def encode_chunk(model: Model, x: Inputs) -> tuple[list[pb.Tensor], bool]:
         The tensors, each [T, ...], and whether x was a single step without a time axis.
 
     Raises:
-        InvalidRequest: an input is missing or unknown, has the wrong number of axes, or does not go into the
-            model's dtype.
+        InvalidRequest: an input is missing or unknown, has another shape, or does not go into the model's dtype.
     """
     tensors = []
     single_step = set()
     for spec, array in _arrays(model, x):
-        axes = len(spec.shape) - 1
-        if array.ndim not in (axes - 1, axes):
+        chunk = _sizes(spec)[1:]
+        single = array.ndim == len(chunk) - 1
+        if not _fits(array, chunk[1:] if single else chunk):
             raise InvalidRequest(
-                f"input {spec.name!r} has shape {array.shape}; expected [{', '.join(spec.axes[1:])}], "
-                f"or [{', '.join(spec.axes[2:])}] for a single step"
+                f"input {spec.name!r} has shape {list(array.shape)}; "
+                f"expected {_show(chunk)}, or {_show(chunk[1:])} for a single step"
             )
-        single_step.add(array.ndim == axes - 1)
-        tensors.append(encode_tensor(spec.name, array if array.ndim == axes else array[np.newaxis]))
+        single_step.add(single)
+        tensors.append(encode_tensor(spec.name, array[np.newaxis] if single else array))
     if len(single_step) != 1:
         raise InvalidRequest("some inputs have a time axis and some have not")
     return tensors, single_step.pop()
 
 
-def encode_states(model: Model, states: States) -> list[pb.Tensor]:
-    """Writes states in the model's dtypes.
+def encode_states(model: Model, states: States, *, batch: bool) -> list[pb.Tensor]:
+    """Writes states in the model's dtypes, each [N, ...] where ``batch``, without the batch axis otherwise.
 
     Raises:
-        InvalidRequest: a state is missing or unknown, or its values do not go into the model's dtype.
+        InvalidRequest: a state is missing or unknown, has another shape, or does not go into the model's dtype.
     """
     _check_names("states", model.states, states)
-    return [encode_tensor(spec.name, _cast(states[spec.name], spec)) for spec in model.states]
+    tensors = []
+    for spec in model.states:
+        array = _cast(repr(spec.name), states[spec.name], spec.dtype)
+        _check_shape(f"state {spec.name!r}", array, _sizes(spec)[0 if batch else 1 :])
+        tensors.append(encode_tensor(spec.name, array))
+    return tensors
 
 
 def decode_outputs(model: Model, tensors: Iterable[pb.Tensor], *, single_step: bool = False) -> Outputs:
@@ -109,7 +130,8 @@ def pad(model: Model, sequences: list[Array]) -> tuple[Array, list[int]]:
     """
     if len(model.inputs) != 1:
         raise InvalidRequest(f"model {model.name!r} has several inputs; a list of sequences needs a model with one")
-    arrays = [_cast(sequence, model.inputs[0]) for sequence in sequences]
+    spec = model.inputs[0]
+    arrays = [_cast(repr(spec.name), sequence, spec.dtype) for sequence in sequences]
     features = {array.shape[1:] for array in arrays}
     if len(features) != 1 or any(array.ndim == 0 for array in arrays):
         raise InvalidRequest(f"sequences must agree in all axes but the first; got {[array.shape for array in arrays]}")
@@ -140,7 +162,7 @@ def _arrays(model: Model, x: Inputs) -> list[tuple[TensorSpec, Array]]:
             raise InvalidRequest(f"model {model.name!r} has the inputs {names}; expected a dict of arrays by name")
         x = {model.inputs[0].name: x}
     _check_names("inputs", model.inputs, x)
-    return [(spec, _cast(x[spec.name], spec)) for spec in model.inputs]
+    return [(spec, _cast(repr(spec.name), x[spec.name], spec.dtype)) for spec in model.inputs]
 
 
 def _check_names(kind: str, specs: tuple[TensorSpec, ...], given: Mapping[str, ArrayLike]) -> None:
@@ -149,17 +171,47 @@ def _check_names(kind: str, specs: tuple[TensorSpec, ...], given: Mapping[str, A
         raise InvalidRequest(f"got the {kind} {sorted(given)}; expected {sorted(expected)}")
 
 
-def _cast(values: ArrayLike, spec: TensorSpec) -> Array:
-    """The values in the model's dtype; refuses what would lose more than precision."""
+def _sizes(spec: TensorSpec) -> list[int | str]:
+    """The size of each axis; a letter where any size goes, as the wire contract has it."""
+    letters = {"batch": "N", "time": "T"}
+    return [letters.get(axis, axis) if size is None else size for axis, size in zip(spec.axes, spec.shape, strict=True)]
+
+
+def _fits(array: Array, sizes: list[int | str]) -> bool:
+    return array.ndim == len(sizes) and all(
+        isinstance(expected, str) or size == expected for size, expected in zip(array.shape, sizes, strict=True)
+    )
+
+
+def _check_shape(what: str, array: Array, sizes: list[int | str]) -> None:
+    if not _fits(array, sizes):
+        raise InvalidRequest(f"{what} has shape {list(array.shape)}; expected {_show(sizes)}")
+
+
+def _show(sizes: list[int | str]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def _array(what: str, values: ArrayLike) -> Array:
     try:
-        array = np.asarray(values)
+        return np.asarray(values)
     except ValueError as error:
-        raise InvalidRequest(f"{spec.name!r} is not an array: {error}") from error
-    if array.dtype == spec.dtype:
+        raise InvalidRequest(f"{what} is not an array: {error}") from error
+
+
+def _cast(what: str, values: ArrayLike, dtype: np.dtype[Any]) -> Array:
+    """The values in another dtype; refuses what would lose more than precision."""
+    array = _array(what, values)
+    if array.dtype == dtype:
         return array
-    if not np.can_cast(array.dtype, spec.dtype, "same_kind"):
-        raise InvalidRequest(f"{spec.name!r} has dtype {array.dtype}; expected {spec.dtype.name}")
-    result = array.astype(spec.dtype)
-    if result.dtype.kind == "i" and not np.array_equal(result, array):
-        raise InvalidRequest(f"{spec.name!r} holds values that do not fit into {spec.dtype.name}")
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise InvalidRequest(f"{what} has dtype {array.dtype}; expected {dtype.name}")
+    try:
+        with np.errstate(all="ignore", over="raise"):
+            result = array.astype(dtype)
+        fits = result.dtype.kind != "i" or np.array_equal(result, array)
+    except FloatingPointError:
+        fits = False
+    if not fits:
+        raise InvalidRequest(f"{what} holds values that do not fit into {dtype.name}")
     return result

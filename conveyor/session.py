@@ -79,9 +79,10 @@ class Session:
 
         Returns:
             [T, O], or [O] for one step or an output that holds the last step's value; a dict by name for several
-            outputs.
+            outputs. The arrays are read-only.
 
         Raises:
+            InvalidRequest: x does not fit the model, or the timeout makes no sense; nothing was sent.
             ConveyorError: nothing was applied, unless the session is ``in_doubt`` after it, as after TimedOut and
                 ConnectionLost. After a ProtocolError, ``position`` says what was.
             EpochConflict: somebody else has reset the session; ``attach`` goes on with it.

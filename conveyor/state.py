@@ -45,16 +45,18 @@ class SessionState:
         Raises:
             ValueError: the file is not such a state.
         """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(
-                    model=str(arrays["model"]),
-                    version=int(arrays["version"]),
-                    position=int(arrays["position"]),
-                    states={name.removeprefix(_PREFIX): arrays[name] for name in arrays if name.startswith(_PREFIX)},
-                )
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{os.fspath(path)!r} is not the state of a session: {error}") from error
+        refusal = f"{os.fspath(path)!r} is not the state of a session"
+        with open(path, "rb") as file:
+            # NumPy would take anything else for a pickle, and tell how to load it unsafely.
+            if not zipfile.is_zipfile(file):
+                raise ValueError(f"{refusal}: expected a file that SessionState.save wrote")
+            file.seek(0)
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    states = {name.removeprefix(_PREFIX): arrays[name] for name in arrays if name.startswith(_PREFIX)}
+                    return cls(str(arrays["model"]), int(arrays["version"]), int(arrays["position"]), states)
+            except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{refusal}: {error}") from error
 
 
 def encode_state(state: SessionState) -> pb.SessionState:

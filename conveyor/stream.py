@@ -122,7 +122,7 @@ class ChunkStream:
             gives_up = settings.clock() + delay_s - lost_at > settings.reconnect_timeout_s
             # A server that drains ends its streams; another one, or the same one restarted, may take the sessions on.
             if gives_up or not isinstance(error, Unavailable):
-                self._fail_all(error)
+                self._fail_all(self._connection.given_up(error, lost_at))
             if self._flights:
                 await settings.sleep(delay_s)
                 attempt += 1

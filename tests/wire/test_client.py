@@ -163,6 +163,32 @@ async def test_errors_are_the_servers(client: AsyncClient) -> None:
     assert conflict.value.position == 12
 
 
+async def test_a_second_writer_gets_the_first_ones_outputs(client: AsyncClient) -> None:
+    """As ``attach`` says: the server knows a chunk by its position and length, not by its data."""
+    async with client.session("lstm") as session, client.attach(session.session_id) as other:
+        y = await session.step(x[:3])
+        np.testing.assert_array_equal(await other.step(x[3:6]), y)
+        assert (session.position, other.position) == (3, 3)
+
+
+async def test_a_shape_is_refused_in_the_servers_words(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is noticed here or there."""
+    async with client.session("lstm") as session:
+
+        async def said() -> list[str]:
+            errors = []
+            for call in (client.infer("lstm", np.zeros((2, 5, INPUT + 1))), session.step(np.zeros((5, INPUT + 1)))):
+                with pytest.raises(InvalidRequest) as refused:
+                    await call
+                errors.append(str(refused.value))
+            return errors
+
+        here = await said()
+        monkeypatch.setattr("conveyor.payload._fits", lambda array, sizes: array.ndim == len(sizes))
+        there = await said()
+        assert here == [there[0], f"{there[1]}, or [{INPUT}] for a single step"]
+
+
 async def test_a_session_closed_by_someone_else_is_lost(client: AsyncClient) -> None:
     """For its holder; and a message that others share is not disturbed."""
     session, other = await client.session("lstm"), await client.session("lstm")

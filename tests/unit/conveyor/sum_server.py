@@ -78,6 +78,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         chunks: every chunk as it arrived.
         streams: how many streams were opened.
         metadata: of the last call.
+        calls: names of the unary calls that arrived.
         chunk_faults: for the chunks to come, in order of arrival; None for no fault.
         call_faults: likewise for each unary call, by name.
         refusals: errors for the chunks to come, in-band; None for none.
@@ -100,6 +101,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         self.chunks: list[pb.Chunk] = []
         self.streams = 0
         self.metadata: dict[str, str | bytes] = {}
+        self.calls: list[str] = []
         self.chunk_faults: deque[Fault | None] = deque()
         self.call_faults: dict[str, deque[Fault | None]] = defaultdict(deque)
         self.refusals: deque[pb.ErrorDetail | None] = deque()
@@ -272,6 +274,7 @@ class SumServer(stubs.ConveyorServiceServicer):
 
     async def _call(self, name: str, context: Any, work: Callable[[], Response]) -> Response:
         self.metadata = dict(context.invocation_metadata())
+        self.calls.append(name)
         faults = self.call_faults[name]
         fault = faults.popleft() if faults else None
         if fault and fault.when == "before":

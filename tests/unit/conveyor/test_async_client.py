@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from conveyor import (
     Draining,
     EngineFailed,
     InvalidRequest,
+    Loading,
     ModelUnknown,
     PositionConflict,
     ProtocolError,
@@ -126,6 +128,16 @@ async def test_step_many_keeps_what_succeeded() -> None:
         np.testing.assert_array_equal(failed.value.outputs[good], rows(1))
         assert isinstance(failed.value.errors[bad], SessionLost)
         assert (good.position, bad.position) == (1, 0)
+
+
+async def test_step_many_refuses_a_chunk_that_does_not_fit_its_model() -> None:
+    """Before anything is sent, so that the other sessions have not moved."""
+    async with sum_server() as server, AsyncClient(server.target) as client:
+        good, bad = await client.session("sum"), await client.session("sum")
+        with pytest.raises(InvalidRequest, match=r"has shape \[1, 3\]; expected \[T, 2\]"):
+            await client.step_many({good: rows(1), bad: rows(1, width=3)})
+        assert not server.chunks
+        assert (good.position, good.in_doubt) == (0, False)
 
 
 async def test_step_many_refuses_sessions_of_another_client() -> None:
@@ -521,11 +533,29 @@ async def test_attach_at_a_position_gets_the_lost_reply_again() -> None:
         assert server.applied[first.session_id, 0] == 1
 
 
+async def test_leaving_an_attached_session_does_not_close_it() -> None:
+    """It is whoever opened it who decides when it ends; ``close`` ends it all the same."""
+    async with sum_server() as server, AsyncClient(server.target) as client:
+        session = await client.session("sum")
+        async with client.attach(session.session_id) as attached:
+            await attached.step(rows(1))
+        with pytest.raises(ZeroDivisionError):
+            async with client.attach(session.session_id):
+                raise ZeroDivisionError
+        assert (await client.attach(session.session_id)).position == 1
+        await (await client.attach(session.session_id)).close()
+        assert not server.sessions
+        with pytest.raises(SessionLost, match="it restarted, or another handle closed the session"):
+            await session.step(rows(1))
+
+
 async def test_initial_states_are_sent() -> None:
-    """In the model's dtype."""
+    """In the model's dtype; of another shape they are refused here."""
     async with sum_server() as server, AsyncClient(server.target) as client:
         session = await client.session("sum", initial_states={"s": [100, 200]})
         np.testing.assert_array_equal(await session.step([1, 2]), [101, 202])
+        with pytest.raises(InvalidRequest, match=r"state 's' has shape \[1, 2\]; expected \[2\]"):
+            await client.session("sum", initial_states={"s": [[100, 200]]})
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -657,6 +687,75 @@ async def test_a_batch_has_its_deadline() -> None:
             await client.infer("sum", rows(1)[None], timeout_s=0.05)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("GetModel", "Infer"), ("OpenSession", "GetModel"), ("GetSession", "GetModel")]
+)
+async def test_a_timeout_is_for_all_that_a_call_does(first: str, second: str) -> None:
+    """What the first request takes of it, the second does not get."""
+    clock = Clock()
+    async with sum_server() as server, impatient(server, clock) as client:
+        client._settings = replace(client._settings, timeout_s=60 if second == "Infer" else 5)
+        server.sessions["s"] = Held()
+        # Eight pauses take between 2.2 and 4.6 s.
+        server.call_faults[first].extend([Fault("before", detail=Loading("not now"))] * 8)
+        server.call_faults[second].extend([Fault("before", detail=Loading("not now"))] * 1000)
+        began = clock.now
+        with pytest.raises(Loading):
+            if second == "Infer":
+                await client.infer("sum", rows(1)[None], timeout_s=5)
+            elif first == "OpenSession":
+                await client.session("sum")
+            else:
+                await client.attach("s")
+        assert not server.call_faults[first]
+        assert 5 - PAUSE_S <= clock.now - began <= 5
+
+
+@pytest.mark.parametrize("timeout_s", [-1, 0, float("nan"), float("inf"), 1e10])
+async def test_a_timeout_that_makes_no_sense_is_refused(timeout_s: float) -> None:
+    """Before anything is sent, so that no session comes to be in doubt."""
+    async with sum_server() as server, AsyncClient(server.target) as client, client.session("sum") as session:
+        for call in (
+            session.step(rows(1), timeout_s=timeout_s),
+            client.step_many({session: rows(1)}, timeout_s=timeout_s),
+            client.infer("sum", rows(1)[None], timeout_s=timeout_s),
+            session.settle(timeout_s=timeout_s),
+            session.close(timeout_s=timeout_s),
+        ):
+            with pytest.raises(
+                InvalidRequest, match=f"timeout_s is {timeout_s}; expected more than 0 and up to 1e\\+09"
+            ):
+                await call
+        assert not server.chunks
+        assert (session.in_doubt, session.position) == (False, 0)
+
+
+async def test_the_longest_timeout_works() -> None:
+    """On the stream and off it."""
+    async with sum_server() as server, AsyncClient(server.target, timeout_s=1e9) as client:
+        session = await client.session("sum")
+        np.testing.assert_array_equal(await session.step(rows(1)), rows(1))
+        await session.close(timeout_s=1e9)
+
+
+@pytest.mark.parametrize(("ours", "servers", "limit"), [(1000, 0, 1000), (2000, 1000, 1000), (1000, 2000, 1000)])
+async def test_a_request_larger_than_a_message_is_refused_here(ours: int, servers: int, limit: int) -> None:
+    """By whichever limit is smaller, before it is sent; and not as if the server were full."""
+    async with sum_server(servers) as server, AsyncClient(server.target, max_message_bytes=ours) as client:
+        with pytest.raises(InvalidRequest, match=rf"a request of 8\d\d\d bytes does not fit into a message of {limit}"):
+            await client.infer("sum", rows(1000)[None])
+        assert "Infer" not in server.calls
+
+
+async def test_what_comes_back_cannot_be_written() -> None:
+    """Outputs and states look at the message's bytes, as the docstrings say."""
+    async with sum_server() as server, AsyncClient(server.target) as client, client.session("sum") as session:
+        result = await client.infer("sum", rows(1)[None], return_states=True)
+        (ragged,) = await client.infer("sum", [rows(1)])
+        for array in (result.outputs, result.states["s"], ragged, await session.step(rows(1))):
+            assert not array.flags.writeable
+
+
 async def test_the_key_travels_with_every_call() -> None:
     """Unary calls and the stream."""
     async with sum_server() as server, AsyncClient(server.target, key="a secret") as client:
@@ -675,10 +774,22 @@ async def test_a_key_that_cannot_travel_is_refused(key: str) -> None:
 
 
 async def test_nobody_there_is_told_after_the_reconnect_timeout() -> None:
-    """With the status that gRPC gave."""
+    """With where it was tried, for how long, and the status that gRPC gave."""
     async with AsyncClient("127.0.0.1:1", reconnect_timeout_s=0.1) as client:
-        with pytest.raises(ConnectionLost, match="UNAVAILABLE"):
+        with pytest.raises(
+            ConnectionLost, match=r"127\.0\.0\.1:1 could not be reached for 0\.[01] s: UNAVAILABLE: .*refused"
+        ):
             await client.models()
+
+
+async def test_a_step_says_for_how_long_the_server_was_tried() -> None:
+    """Where it stands, where the server was looked for, for how many seconds, and why in vain."""
+    async with sum_server() as server, impatient(server, reconnect_timeout_s=20) as client:
+        session = await client.session("sum")
+        server.chunk_faults.extend([Fault("before", text="Socket closed")] * 100)
+        told = rf"not known: {server.target} could not be reached for 1[89]\.\d s: UNAVAILABLE: Socket closed"
+        with pytest.raises(ConnectionLost, match=told):
+            await session.step(rows(1))
 
 
 async def test_closing_the_client_ends_what_waits() -> None:

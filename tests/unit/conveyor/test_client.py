@@ -23,6 +23,14 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
+def interruptible() -> Iterator[None]:
+    """An interrupt arrives as KeyboardInterrupt here, also where whoever started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def server() -> Iterator[SumServer]:
     """A server beside the clients, in the thread that runs them."""
 
@@ -97,6 +105,7 @@ def test_step_many_takes_and_gives_blocking_sessions(server: SumServer) -> None:
         assert isinstance(failed.value.errors[sessions[1]], SessionLost)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_step_is_in_doubt_until_settled(server: SumServer) -> None:
     """Ctrl-C while a step waits: it returns at once, and whether the step counted is found out later."""
     server.chunk_faults.append(Fault("held"))
@@ -113,7 +122,7 @@ def test_an_interrupted_step_is_in_doubt_until_settled(server: SumServer) -> Non
         with ThreadPoolExecutor(1) as pool:
             pool.submit(shared().run, interrupt())
             with pytest.raises(KeyboardInterrupt):
-                session.step(rows(1))
+                session.step(rows(1), timeout_s=10)
         assert session.in_doubt
         shared().run(release())
         np.testing.assert_array_equal(session.settle(), rows(1))
@@ -177,6 +186,50 @@ def test_a_program_that_forgets_to_close_ends_quietly(server: SumServer, end: st
         check=False,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "[1. 2.]\n", "")
+
+
+GONE = """
+import sys, threading
+from conveyor import Client, ConnectionLost
+client = Client(sys.argv[1], reconnect_timeout_s={patience_s})
+session = client.session("sum")
+print(session.step([1.0, 2.0]), flush=True)
+sys.stdin.readline()
+{end}
+"""
+
+IDLE = """
+try:
+    client.models()
+except ConnectionLost:
+    pass
+"""
+
+WAITING = """
+threading.Thread(target=session.step, args=[[1.0, 2.0]], daemon=True).start()
+while not session.in_doubt:
+    pass
+"""
+
+
+@pytest.mark.parametrize(("patience_s", "end"), [(0, IDLE), (30, WAITING)], ids=["idle", "waiting"])
+def test_a_program_whose_server_is_gone_ends_quietly(server: SumServer, patience_s: int, end: str) -> None:
+    """Also without a close, asyncio has nothing to complain of."""
+    with subprocess.Popen(
+        [sys.executable, "-c", GONE.format(patience_s=patience_s, end=end), server.target],
+        cwd=ROOT,
+        # Of the end of a connection gRPC itself sometimes writes a line.
+        env={**os.environ, "GRPC_VERBOSITY": "NONE"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "[1. 2.]\n"
+        shared().run(server.stop())
+        assert program.communicate("\n", timeout=30) == ("", "")
+        assert program.returncode == 0
 
 
 def _use(client: Client, results: multiprocessing.SimpleQueue[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from conveyor.payload import (
     decode_outputs,
     encode_chunk,
     encode_inputs,
+    encode_lengths,
     encode_states,
     pad,
     unpad,
@@ -33,6 +35,7 @@ def _model(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> M
 
 
 VECTORS = _model((_spec("x", "float32", *SERIES),), (_spec("y", "float32", *SERIES),))
+HALVES = _model((_spec("x", "float16", *SERIES),), (_spec("y", "float16", *SERIES),))
 TOKENS = _model((_spec("ids", "int64", "batch", "time"),), (_spec("last", "float32", "batch", "feature"),))
 TWO = _model(
     (_spec("a", "float32", *SERIES), _spec("b", "float32", *SERIES)),
@@ -60,11 +63,54 @@ def test_the_number_of_axes_tells_a_step(of: Model, x: Any, shape: tuple[int, ..
     np.testing.assert_array_equal(array.ravel(), np.asarray(x).ravel())
 
 
-@pytest.mark.parametrize("x", [np.zeros((2, 5, 3)), 1.0])
-def test_another_number_of_axes_is_refused(x: Any) -> None:
-    """The error names both forms that fit."""
-    with pytest.raises(InvalidRequest, match=r"expected \[time, feature\], or \[feature\] for a single step"):
+@pytest.mark.parametrize("x", [np.zeros((2, 5, 3)), 1.0, np.zeros((5, 2)), np.zeros(4)])
+def test_a_chunk_of_another_shape_is_refused(x: Any) -> None:
+    """The error says the shape given, and both forms that fit."""
+    with pytest.raises(InvalidRequest) as refused:
         encode_chunk(VECTORS, x)
+    shape = list(np.shape(x))
+    assert str(refused.value) == f"input 'x' has shape {shape}; expected [T, 3], or [3] for a single step"
+
+
+@pytest.mark.parametrize(("of", "x", "form"), [(VECTORS, np.zeros((2, 5, 4)), "N, T, 3"), (TOKENS, [1, 2], "N, T")])
+def test_a_batch_of_another_shape_is_refused(of: Model, x: Any, form: str) -> None:
+    """Fixed sizes and the number of axes count; N and T may be any."""
+    with pytest.raises(InvalidRequest) as refused:
+        encode_inputs(of, x)
+    shape = list(np.shape(x))
+    assert str(refused.value) == f"input {of.inputs[0].name!r} has shape {shape}; expected [{form}]"
+
+
+@pytest.mark.parametrize(("batch", "shape", "form"), [(True, (2, 4), "[N, 3]"), (False, (1, 3), "[3]")])
+def test_a_state_of_another_shape_is_refused(batch: bool, shape: tuple[int, ...], form: str) -> None:
+    """A session's state has no batch axis."""
+    with pytest.raises(InvalidRequest) as refused:
+        encode_states(VECTORS, {"h": np.zeros(shape)}, batch=batch)
+    assert str(refused.value) == f"state 'h' has shape {list(shape)}; expected {form}"
+
+
+def test_lengths_are_whole_numbers() -> None:
+    """One for each row, as a list or an array of any integer dtype."""
+    assert encode_lengths([8, 1], 2) == [8, 1]
+    assert encode_lengths(np.array([8, 1], np.uint8), 2) == [8, 1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([8.0, 1.0], "'lengths' has dtype float64; expected int64"),
+        (["8", "1"], "'lengths' has dtype <U1; expected int64"),
+        ([8], r"'lengths' has shape \[1\]; expected \[2\], one for each row"),
+        ([], r"'lengths' has shape \[0\]; expected \[2\]"),
+        (8, r"'lengths' has shape \[\]; expected \[2\]"),
+        ([[8], [1, 2]], "'lengths' is not an array"),
+        (np.array([2**63, 1], np.uint64), "'lengths' holds values that do not fit into int64"),
+    ],
+)
+def test_other_lengths_are_refused(lengths: Any, message: str) -> None:
+    """Rather than rounded, or left to a library's own words."""
+    with pytest.raises(InvalidRequest, match=message):
+        encode_lengths(lengths, 2)
 
 
 def test_inputs_must_agree_on_being_a_step() -> None:
@@ -91,6 +137,9 @@ def test_several_inputs_need_a_dict() -> None:
     [
         (TOKENS, [[0.5]], "has dtype float64; expected int64"),
         (TOKENS, [[2**63]], "do not fit into int64"),
+        (VECTORS, [[[1e300, 0, 0]]], "do not fit into float32"),
+        (HALVES, [[[1e6, 0, 0]]], "do not fit into float16"),
+        (HALVES, [[[1_000_000, 0, 0]]], "do not fit into float16"),
         (VECTORS, [[[1j, 0, 0]]], "has dtype complex128; expected float32"),
         (VECTORS, [[["a", "b", "c"]]], "has dtype"),
         (VECTORS, [[[None, 0, 0]]], "has dtype object"),
@@ -98,17 +147,23 @@ def test_several_inputs_need_a_dict() -> None:
     ],
 )
 def test_values_that_the_model_cannot_hold_are_refused(of: Model, x: Any, message: str) -> None:
-    """Precision may be lost (float64 to float32), values and kinds may not."""
-    with pytest.raises(InvalidRequest, match=message):
+    """Precision may be lost (float64 to float32), values and kinds may not; and NumPy has nothing to warn of."""
+    with warnings.catch_warnings(action="error"), pytest.raises(InvalidRequest, match=message):
         encode_inputs(of, x)
+
+
+def test_infinity_and_nan_are_left_to_the_server() -> None:
+    """Which may take them; a cast keeps them as they are."""
+    x = [[[np.inf, -np.inf, np.nan]]]
+    np.testing.assert_array_equal(decode_tensor(encode_inputs(HALVES, x)[0]), np.array(x, np.float16))
 
 
 def test_states_take_the_models_dtype_and_names() -> None:
     """All states or an error."""
-    (tensor,) = encode_states(VECTORS, {"h": [1.0, 2.0, 3.0]})
+    (tensor,) = encode_states(VECTORS, {"h": [1.0, 2.0, 3.0]}, batch=False)
     assert decode_tensor(tensor).dtype == np.float32
     with pytest.raises(InvalidRequest, match=r"states \['c'\]; expected \['h'\]"):
-        encode_states(VECTORS, {"c": [0.0]})
+        encode_states(VECTORS, {"c": [0.0]}, batch=False)
 
 
 def test_one_output_is_an_array_and_several_are_a_dict() -> None:

@@ -57,10 +57,18 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"\x93NUMPY\x01\x00", b"\x80\x04N."])
 def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    """With one kind of error, naming the file."""
+    """With one kind of error, naming the file and not what NumPy takes it for."""
     (tmp_path / "other").write_bytes(content)
-    with pytest.raises(ValueError, match=r"other' is not the state of a session"):
+    with pytest.raises(
+        ValueError, match=r"other' is not the state of a session: expected a file that SessionState.save"
+    ):
         SessionState.load(tmp_path / "other")
+
+
+def test_a_file_that_is_not_there_is_told_so(tmp_path: Path) -> None:
+    """As ``open`` tells it."""
+    with pytest.raises(FileNotFoundError):
+        SessionState.load(tmp_path / "nothing")
 
 
 def test_a_plain_array_file_is_refused(tmp_path: Path) -> None:
