@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from models.weights import Array
 
 DESCRIPTION = """\
-Make an ONNX file that Conveyor can serve out of a recurrent model in torch, and prove that it computes the same.
+Make an ONNX file that Conveyor can serve out of a recurrent model in torch, and verify that it computes the same.
 
 The model is named as package.module:callable. The callable takes no arguments and returns a models.fused.SequenceModel
 or a torch.nn.LSTM, GRU or RNN; a module that exists already may be named as well.

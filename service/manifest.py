@@ -40,6 +40,10 @@ class TensorSpec(_Part):
         ge=1,
         description="of an integer input, such as token ids: every value is at least 0 and below this",
     )
+    absent: tuple[int, ...] = Field(
+        default=(),
+        description="axes of the shape that the graph itself lacks; only batch and time, where a run takes one of them",
+    )
 
     @model_validator(mode="after")
     def _axes_exist(self) -> TensorSpec:
@@ -79,10 +83,23 @@ class StateSpec(_Part):
             raise ValueError(f"state {self.name!r}: shape {self.shape} must be null at axis {self.batch_axis} alone")
         return self
 
+    absent: tuple[int, ...] = Field(
+        default=(), description="the batch axis, where the graph itself lacks it because a run takes one row"
+    )
+
     @property
     def tail(self) -> tuple[int, ...]:
         """The sizes of the axes other than the batch, in order."""
         return tuple(size for size in self.shape if size is not None)
+
+
+class ConstantSpec(_Part):
+    """An input of the graph that gets the same value in every run, a sample rate say."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    value: str = Field(description="base64 of the value, row-major, little-endian")
 
 
 class ParityRow(_Part):
@@ -128,7 +145,15 @@ class Manifest(_Part):
     format: Literal[1] = 1
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     lengths: str | None = Field(
-        default=None, description="the graph's input for the rows' lengths, int32[N]; null if it has none"
+        default=None, description="the graph's input for the rows' lengths, [N]; null if it has none"
+    )
+    lengths_dtype: Literal["int32", "int64"] = "int32"
+    constants: tuple[ConstantSpec, ...] = ()
+    rows_per_run: Literal[1] | None = Field(
+        default=None, description="1 where a run takes one row; null for any number"
+    )
+    steps_per_run: Literal[1] | None = Field(
+        default=None, description="1 where a run takes one step, as a graph without a time axis does; null for any"
     )
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     states: tuple[StateSpec, ...]
@@ -148,6 +173,7 @@ class Manifest(_Part):
         graph_inputs = [
             *(x.name for x in self.inputs),
             *([self.lengths] if self.lengths else []),
+            *(constant.name for constant in self.constants),
             *(s.input for s in self.states),
         ]
         graph_outputs = [*(y.name for y in self.outputs), *(s.output for s in self.states)]

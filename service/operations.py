@@ -102,7 +102,7 @@ class Operations:
             )
         identity = self.sessions.check_new(owner, identity)
         track = Track(runner.pool.allocate(states), position)
-        return self.sessions.add(owner, identity, runner.name, runner.version, track)
+        return self.sessions.add(owner, identity, runner, track)
 
     def resume(
         self,
@@ -136,8 +136,9 @@ class Operations:
         return self.sessions.find(owner, identity)
 
     def runner(self, session: Session) -> Runner:
-        """The model that a session runs on."""
-        return self.repository.find(session.model, session.version)
+        """The model that a session runs on: the very one that it was opened on, also where a newer one is served."""
+        assert isinstance(session.home, Runner)
+        return session.home
 
     def step(
         self,

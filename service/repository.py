@@ -14,8 +14,9 @@ from pathlib import Path
 
 import structlog
 
-from service.engine import Engine, LoadError
+from service.engine import LoadError
 from service.errors import Loading, ModelUnknown
+from service.loading import load_model
 from service.metrics import Metrics
 from service.runner import Runner
 from service.scheduler import Limits
@@ -115,21 +116,21 @@ class Repository:
 
     def _load(self, found: Found, loop: asyncio.AbstractEventLoop) -> tuple[Runner, str]:
         settings = self._settings
-        engine = Engine(found.path, settings.device, settings.threads)
+        loaded = load_model(found.path, settings)
         limits = Limits(
             queued_rows=settings.max_queued_rows,
             queued_bytes=settings.max_queued_bytes,
             tick_rows=settings.max_tick_rows,
             tick_steps=settings.max_tick_steps,
-            ragged=engine.manifest.lengths is not None,
+            ragged=loaded.graph.manifest.lengths is not None,
         )
         slots = settings.max_sessions + settings.max_queued_rows + settings.max_tick_rows
         try:
-            runner = Runner(found.name, found.version, engine, limits, slots, self._metrics, self._clock, loop)
+            runner = Runner(found.name, found.version, loaded.graph, limits, slots, self._metrics, self._clock, loop)
             runner.warm_up()
         except Exception as error:
             raise LoadError(f"the model does not run: {error}") from error
-        return runner, engine.provider
+        return runner, loaded.provider
 
     def names(self) -> list[str]:
         """The models that are served, in alphabetical order.

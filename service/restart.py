@@ -110,8 +110,8 @@ class Restart:
                 yield Saved(
                     owner=session.owner,
                     identity=session.identity,
-                    model=session.model,
-                    version=session.version,
+                    model=runner.name,
+                    version=runner.version,
                     digest=runner.digest,
                     position=session.position,
                     epoch=session.epoch,

@@ -12,15 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from service.errors import ConveyorError, Draining, EngineFailed
-from service.manifest import Manifest
+from service.graph import Graph
 from service.metrics import Metrics
 from service.packing import pack, unpack
 from service.pool import Pool
@@ -28,21 +27,6 @@ from service.scheduler import Limits, Phase, Row, Scheduler, Track
 
 Array = NDArray[np.generic]
 log = structlog.get_logger()
-
-
-class Graph(Protocol):
-    """What a runner needs of an engine."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the graph says of itself."""
-
-    @property
-    def digest(self) -> str:
-        """What tells the graph's file from any other."""
-
-    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
-        """Run it once; give the outputs and the new states."""
 
 
 class Runner:

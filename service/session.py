@@ -45,6 +45,18 @@ def new_epoch() -> int:
     return secrets.randbits(63) or 1
 
 
+class Home(Protocol):
+    """The model version that a session runs on, for as long as it lives."""
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+
+    @property
+    def version(self) -> int:
+        """Of it."""
+
+
 class Waiter(Protocol):
     """Whoever is to be told what became of a chunk."""
 
@@ -66,8 +78,7 @@ class Session:
     Attributes:
         owner: digest of the key that it was opened with; empty for none.
         identity: its id, unique to the owner.
-        model: name of its model.
-        version: the version it was opened on.
+        home: the model version that it was opened on and stays on.
         epoch: tells this life from others under the same id; drawn anew by a reset.
         track: its slot, and where the engine's thread has it.
         position: how many steps have been applied, as far as this thread has been told.
@@ -84,23 +95,21 @@ class Session:
         "closing",
         "epoch",
         "guests",
+        "home",
         "identity",
         "last",
-        "model",
         "orphans",
         "owner",
         "pending",
         "position",
         "track",
         "used_at",
-        "version",
     )
 
-    def __init__(self, owner: bytes, identity: str, model: str, version: int, track: Track, now: float) -> None:
+    def __init__(self, owner: bytes, identity: str, home: Home, track: Track, now: float) -> None:
         self.owner = owner
         self.identity = identity
-        self.model = model
-        self.version = version
+        self.home = home
         self.epoch = new_epoch()
         self.track = track
         self.position = track.position

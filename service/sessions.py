@@ -19,7 +19,7 @@ from service.errors import (
     SessionUnknown,
 )
 from service.scheduler import Track
-from service.session import Session
+from service.session import Home, Session
 
 _LONGEST_ID = 128
 _REMEMBERED = 65_536
@@ -78,9 +78,9 @@ class SessionTable:
             raise Full(f"{self.limit} sessions are open, which is the limit; close some or try again later")
         return identity
 
-    def add(self, owner: bytes, identity: str, model: str, version: int, track: Track) -> Session:
+    def add(self, owner: bytes, identity: str, home: Home, track: Track) -> Session:
         """Enter a session that ``check_new`` let pass."""
-        session = Session(owner, identity, model, version, track, self._clock())
+        session = Session(owner, identity, home, track, self._clock())
         self._sessions[owner, identity] = session
         self._gone.pop((owner, identity), None)
         return session

@@ -206,8 +206,8 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
         specs = self._operations.runner(session).manifest.states
         return pb.ExportSessionResponse(
             state=pb.SessionState(
-                model=session.model,
-                version=session.version,
+                model=session.home.name,
+                version=session.home.version,
                 position=session.position,
                 states=[encode(spec.name, state) for spec, state in zip(specs, states, strict=True)],
             )
@@ -236,8 +236,8 @@ class ConveyorServicer(stubs.ConveyorServiceServicer):
     def _session(self, session: Session) -> pb.Session:
         return pb.Session(
             session_id=session.identity,
-            model=session.model,
-            version=session.version,
+            model=session.home.name,
+            version=session.home.version,
             position=session.position,
             idle_timeout_s=self._settings.idle_timeout_s,
             idle_s=max(0.0, self._clock() - session.used_at),

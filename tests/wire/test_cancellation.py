@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from conveyor.v1 import conveyor_pb2 as pb
 from conveyor.v1 import conveyor_pb2_grpc as stubs
+from service.graph import Graph
 from service.manifest import Manifest
-from service.runner import Graph
 from service.server import Server
 from tests.clock import Clock
 from tests.conftest import calling, running

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -37,6 +38,13 @@ class Listener:
         self.heard.append(result)
 
 
+class Model(NamedTuple):
+    """Stands for the model version that sessions run on."""
+
+    name: str = "lstm"
+    version: int = 1
+
+
 class Table(SessionTable):
     """A table with its clock, that notes whose slot came back."""
 
@@ -47,7 +55,7 @@ class Table(SessionTable):
 
     def open(self, identity: str = "", owner: bytes = ME) -> Session:
         """Check and add."""
-        return self.add(owner, self.check_new(owner, identity), "lstm", 1, Track(0))
+        return self.add(owner, self.check_new(owner, identity), Model(), Track(0))
 
 
 def begin(session: Session, position: int, steps: int, listener: Listener | None = None) -> Row:
