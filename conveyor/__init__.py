@@ -42,6 +42,7 @@ from conveyor.errors import (
     TimedOut,
     Unavailable,
 )
+from conveyor.framing import Frames, frames
 from conveyor.model import Model, TensorSpec
 from conveyor.session import Session
 from conveyor.state import SessionState
@@ -56,6 +57,7 @@ __all__ = [
     "Draining",
     "EngineFailed",
     "EpochConflict",
+    "Frames",
     "Full",
     "InferResult",
     "InvalidRequest",
@@ -78,6 +80,7 @@ __all__ = [
     "TimedOut",
     "Unavailable",
     "__version__",
+    "frames",
 ]
 
 try:
