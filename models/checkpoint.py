@@ -1,10 +1,11 @@
-"""Weights from a file: safetensors, NumPy's .npz, or torch's own, and never by way of pickle.
+"""Weights from a file: safetensors, NumPy's .npz, HDF5 or torch's own, and never by way of pickle.
 
 Owns what has to hold of a file before its arrays are handed on: its kind, its size, and that there is nothing in it but
 plain arrays. Must not know what they are the weights of. torch is imported only for a torch file.
 
-A pickle is a program, and to load one is to run it. safetensors has none; .npz is read with ``allow_pickle=False``; a
-torch file with ``weights_only=True``, whose unpickler builds tensors and plain containers and refuses all else.
+A pickle is a program, and to load one is to run it. safetensors and HDF5 have none; .npz is read with
+``allow_pickle=False``; a torch file with ``weights_only=True``, whose unpickler builds tensors and plain containers and
+refuses all else. What an HDF5 file only points at, in another file, is not followed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def load_arrays(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, Array
     """Load named arrays from a checkpoint.
 
     Args:
-        path: a .safetensors, .npz, .pt or .pth file; a torch file holds a dict of tensors, or has one as "state_dict".
+        path: a .safetensors, .npz, .h5, .hdf5, .pt or .pth file. A torch file holds a dict of tensors, or has one as
+            "state_dict" or "model_state_dict"; an array of an HDF5 file is named by its path, "layers/lstm/cell/vars/0".
         max_bytes: limit on the file, and on all of its arrays together.
 
     Returns:
@@ -64,6 +66,20 @@ def _load_npz(path: Path, max_bytes: int) -> dict[str, Any]:
         return dict(archive)
 
 
+def _load_hdf5(path: Path, max_bytes: int) -> dict[str, Any]:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        datasets: dict[str, Any] = {}
+        # visititems follows no link, neither within the file nor out of it.
+        file.visititems(lambda name, item: datasets.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+        _check_size("unpacked", sum(dataset.nbytes for dataset in datasets.values()), max_bytes)
+        for name, dataset in datasets.items():
+            if dataset.external or dataset.is_virtual:
+                raise ValueError(f"{name!r} keeps its values in another file")
+        return {name: np.asarray(dataset[()]) for name, dataset in datasets.items()}
+
+
 def _load_torch(path: Path, max_bytes: int) -> dict[str, Any]:
     import torch
 
@@ -75,7 +91,7 @@ def _load_torch(path: Path, max_bytes: int) -> dict[str, Any]:
             "damaged, or more than tensors and plain containers in it; save the state dict alone"
         ) from error
     if isinstance(content, Mapping):
-        content = content.get("state_dict", content)
+        content = content.get("state_dict", content.get("model_state_dict", content))
     if not isinstance(content, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise ValueError("expected a dict of tensors, or one under the key 'state_dict'")
     _check_size(path.name, sum(tensor.nbytes for tensor in content.values()), max_bytes)
@@ -92,4 +108,11 @@ def _check_size(what: str, size_bytes: int, max_bytes: int) -> None:
         raise ValueError(f"{what}: {size_bytes} bytes, the limit is {max_bytes}")
 
 
-_LOADERS = {".safetensors": _load_safetensors, ".npz": _load_npz, ".pt": _load_torch, ".pth": _load_torch}
+_LOADERS = {
+    ".safetensors": _load_safetensors,
+    ".npz": _load_npz,
+    ".h5": _load_hdf5,
+    ".hdf5": _load_hdf5,
+    ".pt": _load_torch,
+    ".pth": _load_torch,
+}

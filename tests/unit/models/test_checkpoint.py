@@ -1,4 +1,4 @@
-"""Checkpoints: plain arrays come in from three kinds of file, and nothing else does, least of all code."""
+"""Checkpoints: plain arrays come in from four kinds of file, and nothing else does, least of all code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -41,11 +42,15 @@ def _save(path: Path) -> None:
         safetensors.numpy.save_file(ARRAYS, path)
     elif path.suffix == ".npz":
         np.savez(path, **ARRAYS)  # type: ignore[arg-type]
+    elif path.suffix in (".h5", ".hdf5"):
+        with h5py.File(path, "w") as file:
+            for name, array in ARRAYS.items():
+                file[name] = array
     else:
         torch.save({name: torch.from_numpy(array) for name, array in ARRAYS.items()}, path)
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "a.npz", "a.pt", "a.pth", "A.PT"])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.npz", "a.h5", "a.hdf5", "a.pt", "a.pth", "A.PT"])
 def test_arrays_come_back_as_saved(tmp_path: Path, name: str) -> None:
     """Names, dtypes, shapes and values, from each kind of file; a suffix may be in capitals."""
     _save(tmp_path / name)
@@ -57,11 +62,12 @@ def test_arrays_come_back_as_saved(tmp_path: Path, name: str) -> None:
 
 
 def test_a_module_s_state_dict(tmp_path: Path) -> None:
-    """A state dict with parameters, alone or beside other things under the key "state_dict"."""
+    """A state dict with parameters, alone or beside other things under one of the usual keys."""
     module = torch.nn.LSTM(2, 3)
     torch.save(dict(module.named_parameters()), tmp_path / "alone.pt")
     torch.save({"epoch": 3, "state_dict": module.state_dict()}, tmp_path / "beside.pt")
-    for name in ("alone.pt", "beside.pt"):
+    torch.save({"epoch": 3, "model_state_dict": module.state_dict()}, tmp_path / "tutorial.pt")
+    for name in ("alone.pt", "beside.pt", "tutorial.pt"):
         loaded = load_arrays(tmp_path / name)
         assert {key: array.shape for key, array in loaded.items()} == {
             key: tuple(tensor.shape) for key, tensor in module.state_dict().items()
@@ -80,8 +86,16 @@ def _npz(**arrays: Any) -> bytes:
     return stream.getvalue()
 
 
+def _hdf5(**arrays: Any) -> bytes:
+    stream = io.BytesIO()
+    with h5py.File(stream, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize("kind", ["object in .npz", "pickle as .npz", "pickle as .npy in .npz"])
-@pytest.mark.parametrize("suffix", [".npz", ".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".npz", ".h5", ".pt", ".pth", ".safetensors"])
 def test_no_pickle_is_executed_from_numpy_s_forms(tmp_path: Path, kind: str, suffix: str) -> None:
     """A pickle in any of the forms that NumPy would load is refused under every suffix, and does not run."""
     trap = tmp_path / "ran"
@@ -103,7 +117,7 @@ def test_no_pickle_is_executed_from_numpy_s_forms(tmp_path: Path, kind: str, suf
 
 
 @pytest.mark.parametrize("kind", ["value", "state_dict", "whole", "pickle", "legacy"])
-@pytest.mark.parametrize("suffix", [".npz", ".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".npz", ".h5", ".pt", ".pth", ".safetensors"])
 def test_no_pickle_is_executed_from_torch_s_forms(tmp_path: Path, kind: str, suffix: str) -> None:
     """A torch file with more than tensors in it, new or old, is refused under every suffix, and does not run."""
     trap = tmp_path / "ran"
@@ -128,12 +142,15 @@ def test_the_trap_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pkl", b"", r"a.pkl: unknown kind of checkpoint; expected one of .safetensors, .npz, .pt, .pth"),
+        ("a.pkl", b"", r"a.pkl: unknown kind of checkpoint; expected one of .safetensors, .npz, .h5, .hdf5, .pt, .pth"),
         ("a.npy", b"", "unknown kind"),
         ("a", b"", "unknown kind"),
         ("a.pt", b"", "not a zip file"),
         ("a.npz", b"PK\x03\x04 and no more", "not a zip file"),
         ("a.safetensors", b"\xff" * 64, "cannot be loaded"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n and no more", "cannot be loaded"),
+        ("a.h5", _hdf5(w=h5py.Empty("f4")), "'w' is not an array"),
+        ("a.h5", _hdf5(w="text"), "'w' is not an array"),
         ("a.npz", _npz(w=np.array(["text"])), "'w' is not an array of booleans, integers or floating point"),
         ("a.npz", _npz(w=np.array([1j])), "'w' is not an array"),
         ("a.pt", _torch(torch.zeros(3)), "expected a dict of tensors"),
@@ -157,7 +174,7 @@ def test_torch_s_advice_is_not_passed_on(tmp_path: Path) -> None:
     assert "weights_only" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".h5", ".pt"])
 def test_size_limit_on_the_file(tmp_path: Path, suffix: str) -> None:
     """A file over the limit is refused before it is read."""
     _save(path := tmp_path / f"a{suffix}")
@@ -175,13 +192,38 @@ def test_size_limit_on_what_unfolds(tmp_path: Path) -> None:
     np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**9, 10**6)})
     with zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive:
         archive.writestr("w.npy", header.getvalue())
+    with h5py.File(tmp_path / "zeros.h5", "w") as file:
+        file.create_dataset("w", data=np.zeros(10**6), compression="gzip")
+        file.create_dataset("never written", (10**9, 10**6), "f4", chunks=(1000, 1000))
     for name, message in (
         ("zeros.npz", "limit is 100000"),
+        ("zeros.h5", "limit is 100000"),
         ("expanded.pt", "limit is 100000"),
         ("claim.npz", "allocate"),
     ):
         with pytest.raises(ValueError, match=message):
             load_arrays(tmp_path / name, max_bytes=100_000)
+
+
+def test_an_hdf5_file_reads_no_other(tmp_path: Path) -> None:
+    """Links are not followed; an array whose values stand in another file is refused."""
+    _save(tmp_path / "secret.h5")
+    (tmp_path / "secret.bin").write_bytes(bytes(8))
+    with h5py.File(tmp_path / "links.h5", "w") as file:
+        file["own"] = np.ones(2)
+        file["group/b"] = np.ones(3)
+        file["external"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "w")
+        file["soft"] = h5py.SoftLink("/own")
+    assert load_arrays(tmp_path / "links.h5").keys() == {"own", "group/b"}
+    with h5py.File(tmp_path / "raw.h5", "w") as file:
+        file.create_dataset("w", (2,), "f4", external=[(str(tmp_path / "secret.bin"), 0, 8)])
+    layout = h5py.VirtualLayout((2, 3), "f4")
+    layout[:] = h5py.VirtualSource(tmp_path / "secret.h5", "w", (2, 3))
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        file.create_virtual_dataset("w", layout)
+    for name in ("raw.h5", "virtual.h5"):
+        with pytest.raises(ValueError, match=f"{name}: .*'w' keeps its values in another file"):
+            load_arrays(tmp_path / name)
 
 
 def test_missing_file(tmp_path: Path) -> None:
