@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,9 +51,10 @@ exit codes: 0 done; 1 verification failed; 2 it could not be done as asked
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    verifying = given[:1] == ["verify"]
-    parser, command = (verify_parser(), verify) if verifying else (export_parser(), export)
-    options = parser.parse_args(given[1:] if verifying else given)
+    named = given[0] if given and given[0] in COMMANDS else None
+    make_parser, command = COMMANDS[named] if named else (export_parser, export)
+    parser = make_parser()
+    options = parser.parse_args(given[1:] if named else given)
     console = Console()
     try:
         command(options, console)
@@ -161,6 +162,12 @@ def verify(options: argparse.Namespace, console: Console) -> None:
         parity = verify_file(options.file, _load_data(options.data), options.max_error, status.update)
     console.print(parity_table(parity))
     console.print(f"[green]verified[/] {options.file}", highlight=False)
+
+
+COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace, Console], None]]] = {
+    "verify": (verify_parser, verify),
+}
+"""What the first argument can name; anything else is a model to export."""
 
 
 def _load_data(path: Path | None) -> dict[str, Array] | None:

@@ -29,7 +29,7 @@ def load_arrays(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, Array
 
     Args:
         path: a .safetensors, .npz, .h5, .hdf5, .pt or .pth file. A torch file holds a dict of tensors, or has one as
-            "state_dict" or "model_state_dict"; an array of an HDF5 file is named by its path, "layers/lstm/cell/vars/0".
+            "state_dict" or "model_state_dict"; an array in HDF5 is named by its path, "layers/lstm/cell/vars/0".
         max_bytes: limit on the file, and on all of its arrays together.
 
     Returns:
