@@ -16,6 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from service.errors import LoadError as LoadError
 from service.manifest import METADATA_KEY, Manifest
 
 Array = NDArray[np.generic]
@@ -29,10 +30,6 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
-
-
-class LoadError(Exception):
-    """A model file that cannot be served; the text says why, for the operator."""
 
 
 class Engine:

@@ -21,6 +21,8 @@
     │   └── Loading
     └── EngineFailed              ours; the text holds no internals
 
+A caller is told of all these. Beside them stands LoadError, which tells an operator why a model is not served.
+
 ``reason`` is stable and fit for programs; the text says what was wrong and what was expected.
 """
 
@@ -143,3 +145,7 @@ class EngineFailed(ConveyorError):
     """A run of the model failed."""
 
     reason = "engine_failed"
+
+
+class LoadError(Exception):
+    """A model that cannot be served; the text says why, for the operator."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -33,3 +34,25 @@ class Graph(Protocol):
         Returns:
             The outputs and the states after the run, each in the manifest's order and axes.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of a graph, as its file has it.
+
+    Attributes:
+        dtype: as numpy calls it; one that numpy lacks, or no tensor at all, as onnxruntime calls it.
+        shape: the size of each axis; None for an axis that takes any. Of an output whose axes the file does not say
+            it is empty, as that of a scalar.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The inputs that a graph must be given, and its outputs, by name."""
+
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, Port]

@@ -1,0 +1,253 @@
+"""model.yaml: what an operator says of a model that does not say it itself, beside the model's versions.
+
+Owns the form of the file and its reading; what it says is held against the graph elsewhere. Must not know onnx,
+onnxruntime or grpc. Axes and names are the graph's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service.errors import LoadError
+
+NAME = "model.yaml"
+"""The file's name: DIR/NAME/model.yaml."""
+_MAX_BYTES = 1 << 20
+
+Axis = Annotated[int, Field(ge=0, strict=True)]
+Shape = tuple[Annotated[int, Field(ge=1, strict=True)] | None, ...]
+"""Sizes of the graph's axes; null where any will do."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputDescription(_Part):
+    """One input of the graph.
+
+    Attributes:
+        role: sequence: comes with every call. lengths: how many steps of each row are valid. constant: the same in
+            every run.
+        time_axis: null if the graph has none: a run takes one step then.
+        batch_axis: null if the graph has none: a run takes one row then.
+        below: of integers: each is at least 0 and below this.
+        shape: sizes that the graph leaves open.
+        value: of a constant: a number, a bool, or nested lists of them.
+        file: of a constant: a .npy file with its value, beside model.yaml.
+    """
+
+    role: Literal["sequence", "lengths", "constant"] = "sequence"
+    time_axis: Axis | None = None
+    batch_axis: Axis | None = None
+    below: Annotated[int, Field(ge=1, strict=True)] | None = None
+    shape: Shape | None = None
+    value: Any = None
+    file: str | None = None
+
+    @model_validator(mode="after")
+    def _only_what_its_role_has(self) -> InputDescription:
+        allowed = {
+            "sequence": {"role", "time_axis", "batch_axis", "below", "shape"},
+            "lengths": {"role"},
+            "constant": {"role", "value", "file"},
+        }[self.role]
+        if foreign := sorted(self.model_fields_set - allowed):
+            raise ValueError(f"an input of role {self.role} has no {foreign[0]}")
+        if self.role == "constant" and (self.value is None) == (self.file is None):
+            raise ValueError("a constant has either a value or a file")
+        return self
+
+
+class Initial(_Part):
+    """A state's initial value: zeros where neither is given.
+
+    Attributes:
+        file: a .npy file beside model.yaml; without the batch axis, or with one of size 1.
+        initializer: the name of one in the graph.
+    """
+
+    file: str | None = None
+    initializer: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _zeros(cls, given: Any) -> Any:
+        if given == "zeros" or isinstance(given, Initial):
+            return {} if given == "zeros" else given
+        if isinstance(given, dict) and len(given) <= 1:
+            return given
+        raise ValueError("expected zeros, {file: NAME.npy} or {initializer: NAME}")
+
+
+class StateDescription(_Part):
+    """A state that one run hands to the next.
+
+    Attributes:
+        input: the graph's input for it.
+        output: the graph's output for it.
+        name: on the wire; the input's by default.
+        batch_axis: null if the graph has none: a run takes one row then.
+        shape: sizes that the graph leaves open.
+        initial: what a sequence begins with.
+    """
+
+    input: str
+    output: str
+    name: str | None = None
+    batch_axis: Axis | None = None
+    shape: Shape | None = None
+    initial: Initial = Initial()
+
+
+class OutputDescription(_Part):
+    """One output of the graph that is served.
+
+    Attributes:
+        time_axis: null if the graph has none: it holds the last step's value, or that of the run's one step.
+        batch_axis: null if the graph has none: a run gives one row then.
+        shape: sizes that the graph leaves open.
+    """
+
+    time_axis: Axis | None = None
+    batch_axis: Axis | None = None
+    shape: Shape | None = None
+
+
+class Versions(_Part):
+    """Which versions to serve: ``{latest: N}``, or a list of numbers.
+
+    Attributes:
+        latest: the newest, this many; null where they are listed.
+        listed: these; none where the newest are served.
+    """
+
+    latest: Annotated[int, Field(ge=1, strict=True)] | None = None
+    listed: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _either(cls, given: Any) -> Any:
+        if isinstance(given, list) and given:
+            return {"listed": given}
+        if isinstance(given, Versions) or (isinstance(given, dict) and given.keys() == {"latest"}):
+            return given
+        raise ValueError("expected {latest: N} or a list of version numbers")
+
+
+class Description(_Part):
+    """All that a model.yaml can say.
+
+    Attributes:
+        inputs: every input of the graph but those of states.
+        states: what one run hands to the next.
+        outputs: what is served; the graph's other outputs are not.
+        strict: refuse what would otherwise be served with a warning.
+        streamable: whether chunks of a sequence give what the whole gives; false for graphs that read both ways.
+        row_by_row: run the graph on one row at a time, although it takes several.
+        tolerance: largest difference that the audit lets pass, as a share where values are beyond 1.
+        versions: which to serve; null for what the server's settings say.
+    """
+
+    inputs: dict[str, InputDescription] = Field(default_factory=dict)
+    states: tuple[StateDescription, ...] = ()
+    outputs: dict[str, OutputDescription] = Field(default_factory=dict)
+    strict: bool = False
+    streamable: bool = True
+    row_by_row: bool = False
+    tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    versions: Versions | None = None
+
+    @property
+    def of_graph(self) -> bool:
+        """Whether it describes a graph, rather than only how one is to be served."""
+        return bool(self.model_fields_set & {"inputs", "states", "outputs", "streamable"})
+
+    @model_validator(mode="after")
+    def _whole(self) -> Description:
+        roles = [described.role for described in self.inputs.values()]
+        if self.of_graph and not ("sequence" in roles and self.outputs):
+            raise ValueError("expected at least one input of role sequence, and one output")
+        if roles.count("lengths") > 1:
+            raise ValueError("expected at most one input of role lengths")
+        return self
+
+
+def read(model_folder: Path) -> Description | None:
+    """Read a model's description.
+
+    Args:
+        model_folder: DIR/NAME.
+
+    Returns:
+        None where there is none.
+
+    Raises:
+        LoadError: if it cannot be read, or says what it must not; the text names the place in the file.
+    """
+    try:
+        with (model_folder / NAME).open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LoadError(f"cannot read {NAME}: {error.strerror}") from error
+    if len(text) > _MAX_BYTES:
+        raise LoadError(f"{NAME} is larger than {_MAX_BYTES} bytes")
+    return parse(text)
+
+
+def parse(text: bytes | str) -> Description:
+    """Read the text of a model.yaml.
+
+    Raises:
+        LoadError: as for ``read``.
+    """
+    try:
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise LoadError(f"{NAME} is not valid: {' '.join(str(error).split())}") from error
+    try:
+        return Description.model_validate({} if content is None else content)
+    except ValidationError as error:
+        wrong = "; ".join(f"{place(item['loc'])}{_said(item)}" for item in error.errors())
+        raise LoadError(f"{NAME} is not valid: {wrong}") from error
+
+
+def place(path: Sequence[str | int]) -> str:
+    """Return the way to a value in the file, as in ``states[0].initial: ``; the file itself is nothing."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
+    return f"{''.join(parts).removeprefix('.')}: " if parts else ""
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return "there is no such key"
+    if error["type"] in ("model_type", "dict_type"):
+        return "expected a mapping, as in {key: value}"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which can blow a small file up, with keys as they are written and each only once."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not taken, {self.peek_event().start_mark}")  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        # Tensors are called 1, on or no too, which YAML would read as a number and as bools.
+        mapping: dict[Hashable, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key is a name, {key.start_mark}")
+            if key.value in mapping:
+                raise yaml.YAMLError(f"{key.value!r} stands twice, {key.start_mark}")
+            mapping[key.value] = self.construct_object(value, deep=True)
+        return mapping
