@@ -24,7 +24,7 @@ lint: venv  ## style, types, the order of imports, stale stubs
 	.venv/bin/lint-imports
 	$(RUN) proto/generate.py --check
 
-proto: venv  ## the stubs in conveyor/v1, from proto/
+proto: venv  ## the stubs of the wire contracts, from proto/
 	$(RUN) proto/generate.py
 
 bench: venv  ## throughput and latency (not in this version yet)

@@ -1,0 +1,1 @@
+"""What protoc makes of the Open Inference Protocol, for the server alone."""
