@@ -24,6 +24,7 @@ from service.repository import Repository
 from service.restart import Restart
 from service.settings import Settings
 from service.wire.conveyor import ConveyorServicer
+from service.wire.door import Places
 from service.wire.malformed import Reader
 
 log = structlog.get_logger()
@@ -60,7 +61,7 @@ class Server:
         self._restart = Restart(settings.sessions_file, self.operations, clock)
         self.port = 0
         self.metrics_port: int | None = None
-        self._servicer = ConveyorServicer(self.operations, settings, clock)
+        self._servicer = ConveyorServicer(self.operations, settings, Places(settings.max_calls), clock)
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
             interceptors=[Reader(ConveyorServicer.NAME)],

@@ -1,45 +1,70 @@
 """Bytes to arrays and back, each checked against what the model takes.
 
-Owns dtypes, shapes, byte counts and what is done with NaN. Whatever does not fit raises InvalidRequest, which says what
-was wrong and what was expected.
+Owns shapes, byte counts and what is done with NaN, whatever message the bytes came in. Whatever does not fit raises
+InvalidRequest, which says what was wrong and what was expected. Must not know the doors' messages.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from conveyor.v1 import conveyor_pb2 as pb
 from service.errors import InvalidRequest
 from service.manifest import Manifest, StateSpec, TensorSpec
 
 Array = NDArray[np.generic]
 Spec = TypeVar("Spec", TensorSpec, StateSpec)
 
-DATA_TYPES: dict[str, pb.DataType] = {
-    "float32": pb.DATA_TYPE_FLOAT32,
-    "float16": pb.DATA_TYPE_FLOAT16,
-    "float64": pb.DATA_TYPE_FLOAT64,
-    "int64": pb.DATA_TYPE_INT64,
-    "int32": pb.DATA_TYPE_INT32,
-    "int8": pb.DATA_TYPE_INT8,
-    "bool": pb.DATA_TYPE_BOOL,
-}
 _LARGEST_SIZE = 2**31
-_NAMES = {value: name for name, value in DATA_TYPES.items()}
-_LITTLE = {value: np.dtype(name).newbyteorder("<") for name, value in DATA_TYPES.items()}
 
 
-def encode(name: str, array: Array) -> pb.Tensor:
-    """Return an array as a message."""
-    data_type = DATA_TYPES[array.dtype.name]
-    return pb.Tensor(
-        name=name, data_type=data_type, shape=array.shape, data=array.astype(_LITTLE[data_type], copy=False).tobytes()
-    )
+class Tensor(NamedTuple):
+    """A tensor as it came, through whatever door.
+
+    Attributes:
+        name: the caller's name for it.
+        dtype: NumPy's name; empty for none that the door knows.
+        shape: as the caller says.
+        data: the elements in row-major order, little-endian.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def little_endian(dtype: str) -> np.dtype[np.generic]:
+    """Return the type of the elements on the wire."""
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def to_bytes(array: Array) -> bytes:
+    """Return an array's elements as they stand on the wire."""
+    return array.astype(little_endian(array.dtype.name), copy=False).tobytes()
+
+
+def join(rows: Sequence[Array], spec: TensorSpec, steps: int) -> Array:
+    """Put the rows of one output together.
+
+    Args:
+        rows: each [T_n, ...], or [...] where the output has no time axis.
+        spec: of the output.
+        steps: T, at least the longest T_n.
+
+    Returns:
+        [N, T, ...], zero beyond each row's end; or [N, ...].
+    """
+    if spec.time_axis is None:
+        return np.stack(rows)
+    whole = np.zeros((len(rows), steps, *rows[0].shape[1:]), rows[0].dtype)
+    for n, row in enumerate(rows):
+        whole[n, : len(row)] = row
+    return whole
 
 
 class Codec:
@@ -51,16 +76,26 @@ class Codec:
         max_batch: most sequences of one batch.
         max_bytes: most bytes of the arrays in one reply.
         finite: whether NaN and infinity are refused.
+        one_step: whether the sequences of a batch come without a time axis, one step each.
     """
 
-    def __init__(self, manifest: Manifest, max_steps: int, max_batch: int, max_bytes: int, finite: bool) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        max_steps: int,
+        max_batch: int,
+        max_bytes: int,
+        finite: bool,
+        one_step: bool = False,
+    ) -> None:
         self.max_steps = max_steps
         self.max_batch = max_batch
         self.max_bytes = max_bytes
         self._manifest = manifest
         self._finite = finite
+        self._one_step = one_step
 
-    def chunk(self, tensors: Sequence[pb.Tensor]) -> list[Array]:
+    def chunk(self, tensors: Sequence[Tensor]) -> list[Array]:
         """Read a chunk's inputs.
 
         Returns:
@@ -81,16 +116,20 @@ class Codec:
         self.check_reply(1, steps)
         return arrays
 
-    def batch(self, tensors: Sequence[pb.Tensor], lengths: Sequence[int]) -> tuple[list[Array], list[int]]:
+    def batch(self, tensors: Sequence[Tensor], lengths: Sequence[int]) -> tuple[list[Array], list[int]]:
         """Read a batch's inputs.
 
         Returns:
             One array [N, T, ...] an input, N and T alike, and the length of each row.
         """
+        axes = "N" if self._one_step else "N, T"
+        free = (None,) if self._one_step else (None, None)
         arrays = [
-            self._read(tensor, f"input {spec.name!r}", spec.dtype, (None, None, *spec.tail), "N, T")
+            self._read(tensor, f"input {spec.name!r}", spec.dtype, (*free, *spec.tail), axes)
             for spec, tensor in self._pair(self._manifest.inputs, tensors, "input")
         ]
+        if self._one_step:
+            arrays = [array[:, None] for array in arrays]
         rows, steps = arrays[0].shape[:2]
         if rows < 1:
             raise InvalidRequest("the batch has no rows (N = 0); expected at least 1")
@@ -114,7 +153,7 @@ class Codec:
             self._check_values(array if valid.all() else array[valid], f"input {spec.name!r}", spec.below)
         return arrays, lengths
 
-    def states(self, tensors: Sequence[pb.Tensor], rows: int | None) -> list[Array] | None:
+    def states(self, tensors: Sequence[Tensor], rows: int | None) -> list[Array] | None:
         """Read states to begin from.
 
         Args:
@@ -150,7 +189,7 @@ class Codec:
                 "send fewer rows, or fewer steps"
             )
 
-    def _pair(self, specs: Sequence[Spec], tensors: Sequence[pb.Tensor], kind: str) -> Iterable[tuple[Spec, pb.Tensor]]:
+    def _pair(self, specs: Sequence[Spec], tensors: Sequence[Tensor], kind: str) -> Iterable[tuple[Spec, Tensor]]:
         if len(specs) == 1 and len(tensors) == 1 and tensors[0].name in ("", specs[0].name):
             return ((specs[0], tensors[0]),)
         by_name = {tensor.name: tensor for tensor in tensors}
@@ -161,10 +200,10 @@ class Codec:
             )
         return [(spec, by_name[spec.name]) for spec in specs]
 
-    def _read(self, tensor: pb.Tensor, what: str, dtype: str, sizes: tuple[int | None, ...], free: str) -> Array:
-        if tensor.data_type != DATA_TYPES[dtype]:
-            raise InvalidRequest(f"{what} is {_NAMES.get(tensor.data_type, 'of no known dtype')}; expected {dtype}")
-        shape = tuple(tensor.shape)
+    def _read(self, tensor: Tensor, what: str, dtype: str, sizes: tuple[int | None, ...], free: str) -> Array:
+        if tensor.dtype != dtype:
+            raise InvalidRequest(f"{what} is {tensor.dtype or 'of no known dtype'}; expected {dtype}")
+        shape = tensor.shape
         if len(shape) != len(sizes) or any(
             not 0 <= size < _LARGEST_SIZE or (want is not None and size != want)
             for size, want in zip(shape, sizes, strict=True)
@@ -173,7 +212,7 @@ class Codec:
             raise InvalidRequest(
                 f"{what} has shape {_show(shape)}; expected [{', '.join([free] * bool(free) + fixed)}]"
             )
-        little = _LITTLE[tensor.data_type]
+        little = little_endian(dtype)
         expected = math.prod(shape) * little.itemsize
         if len(tensor.data) != expected:
             raise InvalidRequest(

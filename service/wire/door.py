@@ -1,0 +1,143 @@
+"""What the doors have in common: who calls, how many may, which reader goes with a model, which streams are open.
+
+Must not know any door's messages, nor scheduling.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, ClassVar, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
+
+import grpc
+
+from service.errors import Full
+from service.operations import Operations
+from service.runner import Runner
+from service.settings import Settings
+from service.wire.codec import Codec
+from service.wire.flow import Flow
+from service.wire.malformed import Malformed
+from service.wire.status import abort
+
+_KEY = "conveyor-key"
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Self = TypeVar("Self", bound="Door")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+class Places:
+    """The places for calls, over all doors.
+
+    Args:
+        limit: how many there are.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Hold a place.
+
+        Raises:
+            Full: if all are taken.
+        """
+        if self._taken >= self._limit:
+            raise Full(f"{self._taken} calls are under way, which is the limit; try again later")
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
+
+
+class Door:
+    """One gRPC service.
+
+    Attributes:
+        ONE_STEP: whether models that take one step a run are shown without a time axis.
+
+    Args:
+        operations: what is asked.
+        settings: all of them.
+        places: for calls.
+        clock: tells the time, in seconds.
+    """
+
+    ONE_STEP: ClassVar[bool] = False
+
+    def __init__(self, operations: Operations, settings: Settings, places: Places, clock: Callable[[], float]) -> None:
+        self.operations = operations
+        self.settings = settings
+        self.places = places
+        self.clock = clock
+        # A model that is no longer served must not be kept alive by its reader.
+        self._codecs: WeakKeyDictionary[Runner, Codec] = WeakKeyDictionary()
+        self._streams: set[Flow[Any, Any, Any]] = set()
+
+    def codec(self, runner: Runner) -> Codec:
+        """The reader of a model's tensors."""
+        codec = self._codecs.get(runner)
+        if codec is None:
+            settings = self.settings
+            codec = self._codecs[runner] = Codec(
+                runner.manifest,
+                max_steps=settings.max_steps,
+                max_batch=settings.max_batch,
+                max_bytes=settings.max_message_bytes,
+                finite=settings.non_finite == "reject",
+                one_step=self.ONE_STEP and runner.manifest.steps_per_run == 1,
+            )
+        return codec
+
+    @asynccontextmanager
+    async def streaming(self, stream: Flow[Any, Any, Any], context: Context) -> AsyncIterator[None]:
+        """Hold a place and be one of the streams that a drain ends."""
+        try:
+            with self.places.one():
+                self._streams.add(stream)
+                try:
+                    yield
+                finally:
+                    self._streams.discard(stream)
+        except Full as error:
+            await abort(context, error)
+
+    def end_streams(self) -> None:
+        """Have every stream answer what it has accepted, and end."""
+        for stream in self._streams:
+            stream.end()
+
+
+def told(
+    method: Callable[[Self, Request, Context], Awaitable[Response]],
+) -> Callable[[Self, Request, Context], Coroutine[Any, Any, Response]]:
+    """Give a method of a door a place, and turn what it raises into the call's status."""
+
+    @functools.wraps(method)
+    async def call(self: Self, request: Request, context: Context) -> Response:
+        try:
+            if isinstance(request, Malformed):
+                raise request.error
+            with self.places.one():
+                return await method(self, request, context)
+        except Exception as error:
+            await abort(context, error)
+
+    return call
+
+
+def owner(context: Context) -> bytes:
+    """Return the digest of the key that a call carries; empty for none."""
+    for key, value in context.invocation_metadata() or ():
+        if key == _KEY:
+            secret = value if isinstance(value, bytes) else value.encode()
+            return hashlib.sha256(secret).digest()
+    return b""

@@ -1,0 +1,143 @@
+"""A call that streams both ways: requests in, replies out, as they become ready.
+
+Owns the order of reading and writing, and how much may be unanswered. Reading and writing go on side by side: what
+finishes while a message is being written can leave together in the next one. When the call ends early, what it had not
+been answered is given up. Must not know any door's messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterable, Iterable
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+
+from service.errors import Draining
+from service.wire.malformed import Malformed
+from service.wire.status import abort
+
+
+class Waiting(Protocol):
+    """A part of a request that has not been answered."""
+
+    def abandon(self) -> None:
+        """Give it up: nobody is left to take the answer."""
+
+
+class Message(Protocol):
+    """What a door sends."""
+
+    def ByteSize(self) -> int:
+        """How large it is."""
+
+
+Request = TypeVar("Request")
+Part = TypeVar("Part")
+Reply = TypeVar("Reply", bound=Message)
+
+
+class Flow(ABC, Generic[Request, Part, Reply]):
+    """One call. What a door's requests consist of, and what its replies are sent in, its own class says.
+
+    Args:
+        limit: most parts taken in whose reply is not written; over it the stream is not read.
+        limit_bytes: most bytes of what waits to be answered or written; over it the stream is not read either.
+    """
+
+    def __init__(self, limit: int, limit_bytes: int) -> None:
+        self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
+        self._waiting: dict[Waiting, int] = {}
+        self._replies: deque[tuple[Reply, int]] = deque()
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._ending = False
+
+    @abstractmethod
+    def parts(self, request: Request) -> Iterable[Part]:
+        """Take a message apart into what is answered one by one."""
+
+    @abstractmethod
+    def accept(self, part: Part) -> None:
+        """Take one part in: ``put`` its reply, now or later; ``wait`` until then."""
+
+    @abstractmethod
+    def message(self) -> Message:
+        """Make the next message of replies, by ``take``; there is at least one."""
+
+    def wait(self, waiting: Waiting, size: int = 0) -> None:
+        """Note what has not been answered, and how many bytes it holds."""
+        self._waiting[waiting] = size
+        self._bytes += size
+
+    def answered(self, waiting: Waiting) -> None:
+        """Note that it has."""
+        self._bytes -= self._waiting.pop(waiting)
+
+    def put(self, reply: Reply) -> None:
+        """Have a reply written."""
+        size = reply.ByteSize()
+        self._replies.append((reply, size))
+        self._bytes += size
+        self._wake.set()
+
+    def take(self) -> tuple[Reply, int] | None:
+        """Take the next reply, with its size, to be written; None if there is none."""
+        if not self._replies:
+            return None
+        reply, size = self._replies.popleft()
+        self._bytes -= size
+        return reply, size
+
+    async def run(
+        self, requests: AsyncIterable[Request | Malformed], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        """Serve the call until the client half-closes and all is answered, or it goes away, or ``end`` is called."""
+        reader = asyncio.create_task(self._read(requests))
+        reader.add_done_callback(lambda _: self._wake.set())
+        try:
+            await self._write(reader, context)
+            if self._ending:
+                await abort(context, Draining("the server is about to stop; go on elsewhere, or later"))
+            try:
+                await reader
+            except Exception as error:
+                await abort(context, error)
+        finally:
+            reader.cancel()
+            for waiting in list(self._waiting):
+                waiting.abandon()
+            # Nobody reads them any more: do not hold them until the collector comes by.
+            self._waiting.clear()
+            self._replies.clear()
+
+    def end(self) -> None:
+        """Answer what was taken in, then end the call."""
+        self._ending = True
+        self._wake.set()
+
+    async def _read(self, requests: AsyncIterable[Request | Malformed]) -> None:
+        async for request in requests:
+            if isinstance(request, Malformed):
+                raise request.error
+            for part in self.parts(request):
+                while len(self._waiting) + len(self._replies) >= self._limit or self._bytes >= self._limit_bytes:
+                    self._room.clear()
+                    await self._room.wait()
+                self.accept(part)
+
+    async def _write(self, reader: asyncio.Task[None], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        while True:
+            if self._replies:
+                message = self.message()
+                self._room.set()
+                await context.write(message)
+            elif not self._waiting and (reader.done() or self._ending):
+                return
+            else:
+                self._wake.clear()
+                await self._wake.wait()
