@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from service.errors import ConveyorError
 from service.runner import Runner
-from service.scheduler import Row, Track
+from service.scheduler import USUAL, Row, Track
 
 Array = NDArray[np.generic]
 
@@ -30,7 +30,14 @@ class Batch:
         self._failed: ConveyorError | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def add(self, states: Sequence[Array] | None, steps: int, inputs: Sequence[Array], deadline: float | None) -> None:
+    def add(
+        self,
+        states: Sequence[Array] | None,
+        steps: int,
+        inputs: Sequence[Array],
+        deadline: float | None,
+        priority: int = USUAL,
+    ) -> None:
         """Add a row, to be submitted with the others.
 
         Args:
@@ -38,12 +45,13 @@ class Batch:
             steps: of the row.
             inputs: one array [T, ...] an input of the model.
             deadline: on the clock; None for none.
+            priority: 1 first, 2 as usual, 3 last.
 
         Raises:
             Full: if there is no slot.
         """
         track = Track(self._runner.pool.allocate(states))
-        self.rows.append(Row(track, 0, steps, inputs, self._on_end, deadline))
+        self.rows.append(Row(track, 0, steps, inputs, self._on_end, deadline, priority))
 
     def free(self) -> None:
         """Give the slots of rows back that were not submitted."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 # When each counter was made is of no use to anybody, and as long as the rest.
@@ -48,3 +50,29 @@ class Metrics:
         )
         self.sessions = Gauge("conveyor_sessions", "Sessions open.", registry=self.registry)
         self.expired = Counter("conveyor_expired_sessions", "Sessions ended for being idle.", registry=self.registry)
+        self._queues: dict[tuple[str, str], Callable[[], int]] = {}
+
+    def show(self, model: str, version: str, queued: Callable[[], int]) -> None:
+        """Show the queue of a model version, until it is hidden or another shows itself in its place.
+
+        Args:
+            model: name of it.
+            version: of it.
+            queued: tells how many rows wait.
+        """
+        self._queues[model, version] = queued
+        self.queued_rows.labels(model, version).set_function(queued)
+
+    def hide(self, model: str, version: str, queued: Callable[[], int]) -> None:
+        """Let go of a queue, unless another has taken its place. What was counted stays, for the next scrape to see."""
+        if self._queues.get((model, version)) is queued:
+            del self._queues[model, version]
+            self.queued_rows.remove(model, version)
+
+    def forget(self, model: str, version: int) -> None:
+        """Drop the series of a model version that has been freed."""
+        labels = (model, str(version))
+        for metric in (self.steps, self.padding, self.tick_rows, self.tick_seconds, self.queued_rows):
+            metric.remove(*labels)
+        for outcome in ("applied", "refused"):
+            self.rows.remove(*labels, outcome)

@@ -9,27 +9,42 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.batch import Batch
 from service.errors import (
+    ConveyorError,
     Draining,
-    Full,
     Loading,
     NotStreamable,
     PositionConflict,
     SessionUnknown,
 )
 from service.metrics import Metrics
+from service.replies import Replies
 from service.repository import Repository
 from service.runner import Runner
-from service.scheduler import Row, Track
+from service.scheduler import USUAL, Row, Track
 from service.session import Pending, Reply, Session, Waiter, new_epoch
 from service.sessions import SessionTable
 
 Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A session that was opened in the place of another, as long as it is open which of them goes on.
+
+    Attributes:
+        session: the new one; it is in the table.
+        former: the one that had its id, if there was one; it is not in the table, and keeps its slot.
+    """
+
+    session: Session
+    former: Session | None
 
 
 class Operations:
@@ -38,13 +53,14 @@ class Operations:
     Attributes:
         repository: the models.
         sessions: the session table.
+        replies: the account of the replies that are kept.
         ready: whether models and the sessions of an earlier process are there; calls before are told to come again.
         draining: once true, no new work is taken.
 
     Args:
         repository: the models.
         max_sessions: most sessions open at once.
-        max_reply_bytes: most bytes that the sessions' newest replies hold together before chunks are refused.
+        max_reply_bytes: most bytes that the replies that are kept hold together before chunks are refused.
         idle_timeout_s: seconds without a chunk after which a session expires.
         metrics: what is counted.
         clock: tells the time, in seconds.
@@ -61,13 +77,11 @@ class Operations:
     ) -> None:
         self.repository = repository
         self.sessions = SessionTable(max_sessions, idle_timeout_s, clock, self._free)
+        self.replies = Replies(max_reply_bytes, idle_timeout_s, clock)
         self.ready = False
         self.draining = False
         self._metrics = metrics
         self._clock = clock
-        self._max_reply_bytes = max_reply_bytes
-        # What sessions keep, and what the chunks under way will leave to be kept.
-        self._reply_bytes = 0
         self._working = 0
         self._rested: asyncio.Event = asyncio.Event()
         self._rested.set()
@@ -90,16 +104,13 @@ class Operations:
         Raises:
             Draining, NotStreamable, InvalidRequest, SessionExists, Full: as their names say.
         """
-        self._take_new_work()
+        self.take_new_work()
         return self._open(owner, identity, runner, states, position)
 
     def _open(
         self, owner: bytes, identity: str, runner: Runner, states: Sequence[Array] | None, position: int
     ) -> Session:
-        if not runner.manifest.streamable:
-            raise NotStreamable(
-                f"model {runner.name!r} reads its input in both directions: it has no sessions, only Infer"
-            )
+        self.check_streamable(runner)
         identity = self.sessions.check_new(owner, identity)
         track = Track(runner.pool.allocate(states), position)
         return self.sessions.add(owner, identity, runner, track)
@@ -123,7 +134,18 @@ class Operations:
         session = self._open(owner, identity, runner, states, position)
         session.epoch = epoch
         session.used_at -= idle_s
-        self._keep(session, last)
+        self._keep_reply(session, last)
+
+    def check_streamable(self, runner: Runner) -> None:
+        """Refuse a model that cannot run step by step.
+
+        Raises:
+            NotStreamable: if it cannot.
+        """
+        if not runner.manifest.streamable:
+            raise NotStreamable(
+                f"model {runner.name!r} reads its input in both directions: it has no sessions, only Infer"
+            )
 
     def find(self, owner: bytes, identity: str) -> Session:
         """Look a session up.
@@ -149,6 +171,8 @@ class Operations:
         inputs: Sequence[Array],
         deadline: float | None,
         waiter: Waiter,
+        priority: int = USUAL,
+        accepted: float | None = None,
     ) -> Pending | None:
         """Queue a chunk. The waiter is answered once, now or later, unless it is abandoned.
 
@@ -160,6 +184,8 @@ class Operations:
             inputs: one array [T, ...] an input of the model.
             deadline: on the clock; None for none.
             waiter: whoever is to be told.
+            priority: 1 first, 2 as usual, 3 last.
+            accepted: when the chunk was accepted, if that was before this; it is taken then also while draining.
 
         Returns:
             What to abandon if the caller goes away; None if the waiter has been answered already.
@@ -171,27 +197,39 @@ class Operations:
         steps = len(inputs[0])
         match = session.match(epoch, position, steps)
         if isinstance(match, Reply):
-            self._metrics.replays.inc()
+            self.count_replay()
             self.sessions.touch(session)
             waiter.answer(match)
             return None
         if isinstance(match, Pending):
             match.waiters.append(waiter)
             return match
-        self._take_new_work()
+        if accepted is None:
+            self.take_new_work()
+        began = self._clock() if accepted is None else accepted
         reply_bytes = runner.manifest.reply_bytes(steps)
-        # Its reply takes the place of the one that the session keeps now.
-        if self._reply_bytes + reply_bytes - _size(session.last) > self._max_reply_bytes:
-            raise Full(
-                f"the replies that sessions keep hold {self._reply_bytes} bytes, and {reply_bytes} more would pass the "
-                f"limit of {self._max_reply_bytes}; close sessions, or step with fewer steps at a time"
-            )
-        row = Row(session.track, position, steps, inputs, lambda row: self._ended(session, row, reply_bytes), deadline)
-        runner.submit([row])
-        self._reply_bytes += reply_bytes
-        self._begin(1)
+        row = Row(
+            session.track,
+            position,
+            steps,
+            inputs,
+            lambda row: self._ended(session, runner, row, reply_bytes, began),
+            deadline,
+            priority,
+        )
+        self.replies.reserve(reply_bytes, session.last)
+        try:
+            runner.submit([row])
+        except BaseException:
+            self.replies.replace(None, None, reply_bytes)
+            raise
+        self.count_in(1)
         self.sessions.touch(session)
         return session.begin(row, waiter)
+
+    def count_replay(self) -> None:
+        """Note a chunk as answered with a reply that was kept."""
+        self._metrics.replays.inc()
 
     def abandon(self, session: Session, runner: Runner, pending: Pending, waiter: Waiter) -> None:
         """Give a chunk up on behalf of one waiter, who is not answered; it goes on if others wait for it."""
@@ -204,6 +242,56 @@ class Operations:
             pending.row.on_end(pending.row)
         else:
             session.orphan(pending)
+
+    def cancel(self, session: Session, pending: Pending) -> None:
+        """Give a chunk up whose waiters still want to be told what became of it, now or when its run has ended."""
+        if self.runner(session).cancel(pending.row):
+            pending.row.on_end(pending.row)
+
+    # --- sessions in the place of others ---
+
+    def start(
+        self, owner: bytes, identity: str, runner: Runner, former: Session | None, epoch: int, accepted: bool
+    ) -> Start:
+        """Open a session, at first on trial: ``keep`` or ``undo`` has to follow, with nothing of it under way.
+
+        Args:
+            owner: digest of the caller's key.
+            identity: the id to give it.
+            runner: the model.
+            former: the session that has the id, at rest; None if there is none.
+            epoch: to give it; 0 for a new one.
+            accepted: whether this is part of what was accepted before; it is done then also while draining.
+
+        Raises:
+            Draining, NotStreamable, InvalidRequest, Full: as their names say; nothing has changed then.
+        """
+        if not accepted:
+            self.take_new_work()
+        if former is not None:
+            self.sessions.set_aside(former)
+        try:
+            session = self._open(owner, identity, runner, None, 0)
+        except ConveyorError:
+            if former is not None:
+                self.sessions.put_back(former)
+            raise
+        session.epoch = epoch or session.epoch
+        return Start(session, former)
+
+    def keep(self, start: Start) -> None:
+        """Go on with the new session; the former one ends."""
+        if start.former is not None:
+            self._free(start.former, expired=False)
+
+    def undo(self, start: Start) -> None:
+        """Go on with the former session as though the new one had not been."""
+        self.sessions.set_aside(start.session)
+        self._free(start.session, expired=False)
+        if start.former is not None:
+            self.sessions.put_back(start.former)
+
+    # --- sessions at rest ---
 
     async def fork(self, owner: bytes, identity: str, new_identity: str, position: int | None) -> Session:
         """Open a second session from the state that one has, after the chunks that it has accepted.
@@ -227,7 +315,7 @@ class Operations:
             self.runner(session).pool.reset(session.track.slot)
             session.position = session.track.position = 0
             session.epoch = new_epoch()
-            self._keep(session, None)
+            self._keep_reply(session, None)
             self.sessions.touch(session)
             return session
 
@@ -271,21 +359,24 @@ class Operations:
             raise PositionConflict(f"the session is at position {session.position}, not {position}", session.position)
         yield session
 
-    def _ended(self, session: Session, row: Row, reply_bytes: int) -> None:
+    def _ended(self, session: Session, runner: Runner, row: Row, reply_bytes: int, began: float) -> None:
         before = session.last
+        told = session.end(row)
+        self.replies.replace(before, session.last, reply_bytes)
+        self.sessions.touch(session)
+        runner.statistics.request(row.error is None, self._clock() - began)
         try:
-            session.end(row)
-            self.sessions.touch(session)
+            # Last of all: whoever is told may go on with the session at once, or end it.
+            told.tell()
         finally:
-            self._reply_bytes += _size(session.last) - _size(before) - reply_bytes
-            self._end(1)
+            self.count_out(1)
 
-    def _keep(self, session: Session, reply: Reply | None) -> None:
-        self._reply_bytes += _size(reply) - _size(session.last)
+    def _keep_reply(self, session: Session, reply: Reply | None) -> None:
+        self.replies.replace(session.last, reply)
         session.last = reply
 
     def _free(self, session: Session, expired: bool) -> None:
-        self._keep(session, None)
+        self._keep_reply(session, None)
         self.runner(session).pool.free(session.track.slot)
         if expired:
             self._metrics.expired.inc()
@@ -299,6 +390,7 @@ class Operations:
         lengths: Sequence[int],
         states: Sequence[Array] | None,
         deadline: float | None,
+        priority: int = USUAL,
     ) -> tuple[list[list[Array]], list[list[Array]]]:
         """Run whole sequences.
 
@@ -308,6 +400,7 @@ class Operations:
             lengths: how many steps of each row are valid.
             states: to begin from, each [N, ...]; None for the initial ones.
             deadline: on the clock; None for none.
+            priority: 1 first, 2 as usual, 3 last.
 
         Returns:
             For each row its outputs, each [T_n, ...] or [...], and its final states, each without the batch axis.
@@ -315,21 +408,25 @@ class Operations:
         Raises:
             Draining, Full, Late, EngineFailed: as their names say.
         """
-        self._take_new_work()
+        self.take_new_work()
+        accepted = self._clock()
         batch = Batch(runner)
         try:
             for n, length in enumerate(lengths):
                 given = None if states is None else [state[n] for state in states]
-                batch.add(given, length, [array[n, :length] for array in inputs], deadline)
+                batch.add(given, length, [array[n, :length] for array in inputs], deadline, priority)
             runner.submit(batch.rows)
         except Exception:
             batch.free()
             raise
-        self._begin(1)
+        self.count_in(1)
+        succeeded = False
         try:
             await batch.end()
+            succeeded = True
         finally:
-            self._end(1)
+            runner.statistics.request(succeeded, self._clock() - accepted)
+            self.count_out(1)
         return [list(row.outputs or ()) for row in batch.rows], [batch.states[row.track] for row in batch.rows]
 
     # --- drain ---
@@ -342,20 +439,23 @@ class Operations:
         if not self.ready:
             raise Loading("the server is starting; try again in a moment")
 
-    def _take_new_work(self) -> None:
+    def take_new_work(self) -> None:
+        """Refuse new work where none is taken.
+
+        Raises:
+            Loading, Draining: as their names say.
+        """
         self._be_ready()
         if self.draining:
             raise Draining("the server is about to stop; go on elsewhere, or later")
 
-    def _begin(self, count: int) -> None:
+    def count_in(self, count: int) -> None:
+        """Note requests as accepted: ``rest`` waits for them."""
         self._working += count
         self._rested.clear()
 
-    def _end(self, count: int) -> None:
+    def count_out(self, count: int) -> None:
+        """Note requests that were accepted as ended."""
         self._working -= count
         if not self._working:
             self._rested.set()
-
-
-def _size(reply: Reply | None) -> int:
-    return 0 if reply is None else reply.size

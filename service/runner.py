@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ from service.metrics import Metrics
 from service.packing import pack, unpack
 from service.pool import Pool
 from service.scheduler import Limits, Phase, Row, Scheduler, Track
+from service.statistics import Statistics
 
 Array = NDArray[np.generic]
 log = structlog.get_logger()
@@ -39,6 +41,7 @@ class Runner:
         digest: tells the model's file from any other.
         pool: the state slots.
         engine: the loaded graph; only this runner's thread runs it.
+        statistics: what it has done.
 
     Args:
         engine: the loaded graph.
@@ -46,6 +49,7 @@ class Runner:
         slots: most state slots.
         clock: tells the time, in seconds.
         loop: the event loop on which rows end.
+        calendar: tells the time, in seconds since 1970.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Runner:
         metrics: Metrics,
         clock: Callable[[], float],
         loop: asyncio.AbstractEventLoop,
+        calendar: Callable[[], float] = time.time,
     ) -> None:
         self.name = name
         self.version = version
@@ -65,8 +70,13 @@ class Runner:
         self.digest = engine.digest
         self.pool = Pool(self.manifest.states, slots)
         self.engine = engine
+        self.statistics = Statistics()
         self._scheduler = Scheduler(limits)
         self._clock = clock
+        self._calendar = calendar
+        self._metrics = metrics
+        # Kept, because the metrics know by it whose queue they show.
+        self._queue_length = lambda: self.queued
         self._loop = loop
         # Guards the scheduler, and with it the phase of every row and the position of every track.
         self._wake = threading.Condition()
@@ -80,7 +90,6 @@ class Runner:
         self._tick_seconds = metrics.tick_seconds.labels(*labels)
         self._applied = metrics.rows.labels(*labels, "applied")
         self._refused = metrics.rows.labels(*labels, "refused")
-        metrics.queued_rows.labels(*labels).set_function(lambda: self.queued)
 
     @property
     def queued(self) -> int:
@@ -108,6 +117,7 @@ class Runner:
 
     def start(self) -> None:
         """Begin to take rows."""
+        self._metrics.show(self.name, str(self.version), self._queue_length)
         self._thread.start()
 
     def submit(self, rows: Sequence[Row]) -> None:
@@ -119,7 +129,7 @@ class Runner:
         with self._wake:
             if self._stopping:
                 raise Draining("the model is being stopped")
-            self._scheduler.submit(rows)
+            self._scheduler.submit(rows, self._clock())
             self._wake.notify()
 
     def cancel(self, row: Row) -> bool:
@@ -142,6 +152,8 @@ class Runner:
             refused = self._scheduler.clear(Draining("the server is stopping"))
             self._wake.notify()
         self._deliver(refused)
+        # From here on nothing but whoever asks holds this runner.
+        self._metrics.hide(self.name, str(self.version), self._queue_length)
         if not self._thread.is_alive():
             return True
         try:
@@ -168,7 +180,7 @@ class Runner:
             if tick:
                 began = self._clock()
                 try:
-                    self._run(tick)
+                    self._run(tick, began)
                 except Exception:
                     # Nothing in _run is expected to raise; were this thread to die of it, every later row would wait
                     # for ever.
@@ -179,9 +191,13 @@ class Runner:
                 self._padding.inc(len(tick) * max(row.steps for row in tick) - sum(row.steps for row in tick))
             self._loop.call_soon_threadsafe(self._deliver, refused + tick)
 
-    def _run(self, tick: list[Row]) -> None:
+    def _run(self, tick: list[Row], cut_at: float) -> None:
         try:
-            outputs, states = self.engine.run(self._feeds(tick))
+            began = self._clock()
+            feeds = self._feeds(tick)
+            packed = self._clock()
+            outputs, states = self.engine.run(feeds)
+            ran = self._clock()
             lengths = [row.steps for row in tick]
             unpacked = [
                 unpack(output, spec, lengths) for output, spec in zip(outputs, self.manifest.outputs, strict=True)
@@ -190,8 +206,8 @@ class Runner:
             if len(tick) > 1:
                 # One row may be to blame. Nothing has moved, so each half can run again without the other.
                 middle = len(tick) // 2
-                self._run(tick[:middle])
-                self._run(tick[middle:])
+                self._run(tick[:middle], cut_at)
+                self._run(tick[middle:], cut_at)
                 return
             log.error("run failed", model=self.name, version=self.version, error=repr(error))
             self._refuse(tick, EngineFailed("the model failed on this input; the state has not moved"))
@@ -204,6 +220,15 @@ class Runner:
             self.pool.scatter(slots, rows, states)
         for index in applied:
             tick[index].outputs = [rows_of_output[index] for rows_of_output in unpacked]
+        self.statistics.run(
+            rows=len(tick),
+            applied=len(applied),
+            waited_s=sum(cut_at - row.queued_at for row in tick),
+            input_s=packed - began,
+            infer_s=ran - packed,
+            output_s=self._clock() - ran,
+            now_s=self._calendar(),
+        )
 
     def _refuse(self, rows: Sequence[Row], error: ConveyorError) -> None:
         with self._wake:

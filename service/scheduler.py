@@ -8,6 +8,10 @@ The life of a row: ``submit`` queues it, ``cut`` takes it into a tick or refuses
 row is applied only in ``seal``, and only if nobody has cancelled it and its deadline has not passed; that moment is the
 one in which the position of its track moves. A row runs only where its track stands: when an earlier row of the same
 track came to nothing, the ones behind it are refused with a position conflict.
+
+Of the rows that wait, those of a higher priority run first, and among equals the one that came first. A row does not
+overtake an earlier one of its track, whatever their priorities. So that no row waits for ever, one tick in eight is led
+by the row that has waited longest.
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ from typing import Any
 
 from service.errors import Cancelled, ConveyorError, Full, InvalidRequest, Late, PositionConflict
 
+FIRST, USUAL, LAST = PRIORITIES = (1, 2, 3)
+_OLDEST_LEADS = 8
+"""One tick in so many is led by the oldest row."""
+
 
 class Track:
     """A line of steps that follow each other: a session, or one sequence of a batch.
@@ -27,13 +35,17 @@ class Track:
     Attributes:
         slot: where its states live.
         position: how many steps have been applied.
+        queued: how many rows of it wait.
+        priority: of the newest of them; the next one has no higher.
     """
 
-    __slots__ = ("position", "slot")
+    __slots__ = ("position", "priority", "queued", "slot")
 
     def __init__(self, slot: int, position: int = 0) -> None:
         self.slot = slot
         self.position = position
+        self.queued = 0
+        self.priority = FIRST
 
 
 class Phase(Enum):
@@ -56,6 +68,9 @@ class Row:
         size: bytes that they hold.
         deadline: the time after which the row must not be applied; None for never.
         on_end: called once, by whoever delivers, when the row has ended.
+        priority: 1 first, 2 as usual, 3 last.
+        queued_at: when it was submitted.
+        number: how many rows were submitted before it.
         phase: where it is in its life.
         outputs: once applied, the arrays, one an output of the model.
         error: once refused, why.
@@ -65,10 +80,13 @@ class Row:
         "deadline",
         "error",
         "inputs",
+        "number",
         "on_end",
         "outputs",
         "phase",
         "position",
+        "priority",
+        "queued_at",
         "size",
         "steps",
         "track",
@@ -83,6 +101,7 @@ class Row:
         inputs: Sequence[Any],
         on_end: Callable[[Row], None],
         deadline: float | None = None,
+        priority: int = USUAL,
     ) -> None:
         self.track = track
         self.position = position
@@ -91,6 +110,9 @@ class Row:
         self.size: int = sum(array.nbytes for array in inputs)
         self.on_end = on_end
         self.deadline = deadline
+        self.priority = priority
+        self.queued_at = 0.0
+        self.number = 0
         self.phase = Phase.QUEUED
         self.outputs: Sequence[Any] | None = None
         self.error: ConveyorError | None = None
@@ -128,8 +150,10 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._queue: deque[Row] = deque()
+        self._queues: dict[int, deque[Row]] = {priority: deque() for priority in PRIORITIES}
         self._queued = 0
+        self._submitted = 0
+        self._ticks = 0
         self._bytes = 0
 
     @property
@@ -137,8 +161,12 @@ class Scheduler:
         """How many rows wait."""
         return self._queued
 
-    def submit(self, rows: Sequence[Row]) -> None:
+    def submit(self, rows: Sequence[Row], now: float = 0.0) -> None:
         """Queue rows: all of them or, over the limit, none.
+
+        Args:
+            rows: in the order in which they are to run, as far as they are of one track.
+            now: the time.
 
         Raises:
             InvalidRequest: if they would not fit into an empty queue.
@@ -161,7 +189,15 @@ class Scheduler:
                 f"{self._bytes} bytes of input are waiting for this model and {size} more would pass the limit of "
                 f"{limits.queued_bytes}; try again later"
             )
-        self._queue.extend(rows)
+        for row in rows:
+            track = row.track
+            if track.queued:
+                row.priority = max(row.priority, track.priority)
+            track.priority = row.priority
+            track.queued += 1
+            row.queued_at, row.number = now, self._submitted
+            self._submitted += 1
+            self._queues[row.priority].append(row)
         self._queued += len(rows)
         self._bytes += size
 
@@ -174,7 +210,7 @@ class Scheduler:
         if row.phase is not Phase.QUEUED:
             row.unwanted = True
             return False
-        # It stays in the deque until cut comes by: taking it out of the middle would cost the length of the queue.
+        # It stays in its deque until cut comes by: taking it out of the middle would cost the length of the queue.
         row.refuse(_gone())
         self._leave(row)
         return True
@@ -182,51 +218,43 @@ class Scheduler:
     def cut(self, now: float) -> tuple[list[Row], list[Row]]:
         """Take the rows of the next tick.
 
-        The oldest row leads; those that join it wait behind no other row of their track, are at most twice as long or
-        half as short, and keep rows times the longest within the limit of steps.
+        The oldest row of the highest priority leads, or in one tick of eight the oldest of all; those that join it wait
+        behind no other row of their track, are at most twice as long or half as short, and keep rows times the longest
+        within the limit of steps.
 
         Returns:
             The rows that run now, and those that were refused because they are late or their track is not where they
             begin.
         """
-        limits = self._limits
-        tick: list[Row] = []
-        refused: list[Row] = []
-        waiting: list[Row] = []
-        taken: set[Track] = set()
-        longest = 0
-        while self._queue and len(tick) < limits.tick_rows:
-            row = self._queue.popleft()
-            if row.phase is not Phase.QUEUED:
-                continue
-            if row.track in taken:
-                waiting.append(row)
-                continue
-            if (error := _unfit(row, now)) is not None:
-                row.refuse(error)
-                refused.append(row)
-                continue
-            taken.add(row.track)
-            if tick and not self._joins(row.steps, longest, tick[0].steps, len(tick)):
-                waiting.append(row)
-                continue
-            tick.append(row)
-            longest = max(longest, row.steps)
-        self._queue.extendleft(reversed(waiting))
-        for row in tick:
+        tick = _Tick(self._limits)
+        oldest_leads = self._ticks % _OLDEST_LEADS == _OLDEST_LEADS - 1
+        while oldest_leads and not tick.rows and (queue := self._queue_of_the_oldest()) is not None:
+            tick.take(queue.popleft(), now)
+        for queue in self._queues.values():
+            waiting: list[Row] = []
+            while queue and len(tick.rows) < self._limits.tick_rows:
+                row = queue.popleft()
+                if row.phase is Phase.QUEUED and not tick.take(row, now):
+                    waiting.append(row)
+            queue.extendleft(reversed(waiting))
+        for row in tick.rows:
             row.phase = Phase.RUNNING
             self._leave(row)
-        for row in refused:
+        for row in tick.refused:
             self._leave(row)
-        return tick, refused
+        self._ticks += bool(tick.rows)
+        return tick.rows, tick.refused
+
+    def _queue_of_the_oldest(self) -> deque[Row] | None:
+        for queue in self._queues.values():
+            while queue and queue[0].phase is not Phase.QUEUED:
+                queue.popleft()
+        return min((queue for queue in self._queues.values() if queue), key=lambda queue: queue[0].number, default=None)
 
     def _leave(self, row: Row) -> None:
+        row.track.queued -= 1
         self._queued -= 1
         self._bytes -= row.size
-
-    def _joins(self, steps: int, longest: int, first: int, rows: int) -> bool:
-        near = steps <= 2 * first and first <= 2 * steps if self._limits.ragged else steps == first
-        return near and (rows + 1) * max(longest, steps) <= self._limits.tick_steps
 
     def seal(self, tick: Sequence[Row], now: float) -> list[int]:
         """End the rows of a tick whose run succeeded: the one moment in which positions move.
@@ -248,12 +276,49 @@ class Scheduler:
 
     def clear(self, error: ConveyorError) -> list[Row]:
         """Refuse every row that still waits, and return them."""
-        rows = [row for row in self._queue if row.phase is Phase.QUEUED]
+        rows = [row for queue in self._queues.values() for row in queue if row.phase is Phase.QUEUED]
+        rows.sort(key=lambda row: row.number)
         for row in rows:
             row.refuse(error)
             self._leave(row)
-        self._queue.clear()
+        for queue in self._queues.values():
+            queue.clear()
         return rows
+
+
+class _Tick:
+    """A tick while it is cut."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.rows: list[Row] = []
+        self.refused: list[Row] = []
+        self._limits = limits
+        self._seen: set[Track] = set()
+        self._longest = 0
+
+    def take(self, row: Row, now: float) -> bool:
+        """Add a row, or refuse it.
+
+        Returns:
+            False if it goes on waiting, and with it whatever comes later on its track.
+        """
+        if row.track in self._seen:
+            return False
+        if (error := _unfit(row, now)) is not None:
+            row.refuse(error)
+            self.refused.append(row)
+            return True
+        self._seen.add(row.track)
+        if self.rows and not self._joins(row.steps):
+            return False
+        self.rows.append(row)
+        self._longest = max(self._longest, row.steps)
+        return True
+
+    def _joins(self, steps: int) -> bool:
+        limits, first = self._limits, self.rows[0].steps
+        near = steps <= 2 * first and first <= 2 * steps if limits.ragged else steps == first
+        return near and (len(self.rows) + 1) * max(self._longest, steps) <= limits.tick_steps
 
 
 def _unfit(row: Row, now: float) -> ConveyorError | None:

@@ -72,6 +72,19 @@ class Pending:
     waiters: list[Waiter]
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What became of a chunk, and who is to be told."""
+
+    waiters: Sequence[Waiter]
+    result: Reply | ConveyorError
+
+    def tell(self) -> None:
+        """Tell them, once each."""
+        for waiter in self.waiters:
+            waiter.answer(self.result)
+
+
 class Session:
     """A live sequence whose state the server holds.
 
@@ -189,8 +202,12 @@ class Session:
         del self.pending[pending.row.position]
         self.orphans.add(pending.row)
 
-    def end(self, row: Row) -> None:
-        """Note a row as ended; keep its reply if it was applied, and tell who waits."""
+    def end(self, row: Row) -> Told:
+        """Note a row as ended, and keep its reply if it was applied.
+
+        Returns:
+            Whom to tell what, once all that hangs on the end has been done.
+        """
         result: Reply | ConveyorError
         if row.outputs is not None:
             self.position = row.position + row.steps
@@ -200,14 +217,15 @@ class Session:
             result = row.error
             if isinstance(result, PositionConflict) and self.last is not None and self.last.answers(row):
                 result = self.last
+        waiters: Sequence[Waiter] = ()
         if row in self.orphans:
             self.orphans.discard(row)
         else:
-            for waiter in self.pending.pop(row.position).waiters:
-                waiter.answer(result)
+            waiters = self.pending.pop(row.position).waiters
         if self.at_rest and self._idle is not None:
             self._idle.set_result(None)
             self._idle = None
+        return Told(waiters, result)
 
     @property
     def at_rest(self) -> bool:

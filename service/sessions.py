@@ -30,6 +30,20 @@ _WHY: dict[type[NotFound], str] = {
 }
 
 
+def check_id(identity: str, noun: str = "session") -> None:
+    """Refuse what is no id.
+
+    Args:
+        identity: the id.
+        noun: what it is for.
+
+    Raises:
+        InvalidRequest: if it is too long, or has other than printable ASCII characters.
+    """
+    if len(identity) > _LONGEST_ID or not (identity.isascii() and identity.isprintable()):
+        raise InvalidRequest(f"a {noun} id is up to {_LONGEST_ID} printable ASCII characters, got {identity[:64]!r}")
+
+
 class SessionTable:
     """All sessions of a server.
 
@@ -67,10 +81,7 @@ class SessionTable:
         """
         if not identity:
             identity = secrets.token_urlsafe(18)
-        elif len(identity) > _LONGEST_ID or not (identity.isascii() and identity.isprintable()):
-            raise InvalidRequest(
-                f"a session id is up to {_LONGEST_ID} printable ASCII characters, got {identity[:64]!r}"
-            )
+        check_id(identity)
         self.expire()
         if (owner, identity) in self._sessions:
             raise SessionExists(f"session {identity!r} is open already")
@@ -82,7 +93,6 @@ class SessionTable:
         """Enter a session that ``check_new`` let pass."""
         session = Session(owner, identity, home, track, self._clock())
         self._sessions[owner, identity] = session
-        self._gone.pop((owner, identity), None)
         return session
 
     def find(self, owner: bytes, identity: str) -> Session:
@@ -116,7 +126,17 @@ class SessionTable:
         """Take a session out, unless it is out already. Nothing of it may be under way."""
         if self._sessions.get((session.owner, session.identity)) is not session:
             return
+        self._gone.pop((session.owner, session.identity), None)
         self._end((session.owner, session.identity), session, expired=False)
+
+    def set_aside(self, session: Session) -> None:
+        """Take a session out without ending it; what is remembered of the id before stays. Nothing may be under way."""
+        del self._sessions[session.owner, session.identity]
+
+    def put_back(self, session: Session) -> None:
+        """Enter a session that was set aside; that counts as a use of it."""
+        session.used_at = self._clock()
+        self._sessions[session.owner, session.identity] = session
 
     def expire(self) -> int:
         """End the sessions that have been idle for too long.
@@ -144,5 +164,6 @@ class SessionTable:
 
     def _remember(self, key: tuple[bytes, str], why: type[NotFound]) -> None:
         self._gone[key] = why
+        self._gone.move_to_end(key)
         if len(self._gone) > _REMEMBERED:
             self._gone.popitem(last=False)

@@ -71,13 +71,13 @@ def apply(session: Session, row: Row, outputs: str = "y") -> None:
     row.outputs = (outputs,)
     row.phase = Phase.APPLIED
     row.track.position = row.position + row.steps
-    session.end(row)
+    session.end(row).tell()
 
 
 def refuse(session: Session, row: Row) -> None:
     """End a chunk unapplied."""
     row.refuse(Late("late"))
-    session.end(row)
+    session.end(row).tell()
 
 
 # --- what a chunk is to a session ---
@@ -170,7 +170,7 @@ def test_a_chunk_that_all_have_left_can_be_sent_again_while_it_runs(applied: boo
     if applied:
         apply(session, row)
         again.refuse(PositionConflict("at 2", 2))
-        session.end(again)
+        session.end(again).tell()
     else:
         refuse(session, row)
         apply(session, again)
@@ -187,7 +187,7 @@ def test_a_conflict_that_no_reply_answers_stays_one() -> None:
     other = begin(session, 0, 3, listener)
     apply(session, row)
     other.refuse(PositionConflict("at 2", 2))
-    session.end(other)
+    session.end(other).tell()
     (heard,) = listener.heard
     assert isinstance(heard, PositionConflict)
     assert session.position == 2
