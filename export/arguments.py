@@ -1,0 +1,142 @@
+"""The command line's arguments, and the pages that ``--help`` prints.
+
+Owns what can be said on the command line. Must not know what comes of it; imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from textwrap import indent
+
+DESCRIPTION = """\
+Make an ONNX file that Conveyor can serve out of a recurrent model in torch, and verify that it computes the same.
+
+The model is named as package.module:callable. The callable takes no arguments and returns a models.fused.SequenceModel
+or a torch.nn.LSTM, GRU or RNN; a module that exists already may be named as well.
+"""
+
+EXAMPLES = """\
+commands:
+  python -m export MODEL ...
+      export, with the arguments above
+  python -m export from-weights SPEC.yaml ...
+      the same for weights from Keras, torch, NumPy or anywhere: SPEC.yaml says which array is what
+  python -m export verify FILE [--data FILE.npz] [--max-error E]
+      verify an exported file again, from the file alone
+
+examples:
+  python -m export my_package.my_module:build_model --repository models-dir --name digits
+  python -m export my_package.my_module:build_model --weights best.safetensors --output digits.onnx
+  python -m export from-weights digits.yaml --repository models-dir --name digits --data held-out.npz
+  python -m export verify models-dir/digits/1/model.onnx --data held-out.npz
+
+Verification is part of the export: the graph runs in onnxruntime on the CPU and is held against a NumPy reference in
+float64, with random data and with yours; whole against cut into chunks; alone against in a batch. So is the module
+itself, in torch. Outputs and final states must agree within 2e-6 (relative, where the reference is greater than 1);
+where they do not, nothing is written.
+
+exit codes: 0 done; 1 verification failed; 2 it could not be done as asked
+"""
+
+
+BOUNDS = "float32 2e-6, float16 5e-3, int8 5e-2"
+
+FROM_WEIGHTS = """\
+Make an ONNX file that Conveyor can serve out of arrays from elsewhere, and verify it as every export is.
+
+SPEC.yaml says of which cells the model is, and which array of which file is what. Nothing in a file is ever executed.
+What no array tells is whether it was read as it was meant: matrices transposed, gates in another order. Give what the
+model computes where it comes from, as x and y in --data, and it is compared.
+
+three specs, the last with all that can be said:
+
+"""
+
+FROM_WEIGHTS_END = """
+examples:
+  python -m export from-weights digits.yaml --repository models-dir --name digits
+  python -m export from-weights digits.yaml --output digits.onnx --data what-keras-gave.npz
+
+exit codes: 0 done; 1 verification failed; 2 it could not be done as asked
+"""
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """The arguments of an export."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="package.module:callable")
+    _add_place(parser)
+    how = _add_form(parser)
+    how.add_argument(
+        "--weights", type=Path, metavar="FILE", help="weights for the model: .safetensors, .npz, .h5 or .pt"
+    )
+    _add_verification(parser, BOUNDS)
+    return parser
+
+
+def from_weights_parser() -> argparse.ArgumentParser:
+    """The arguments of an export from weights."""
+    example = Path(__file__).with_name("weights_example.yaml").read_text("utf-8")
+    parser = argparse.ArgumentParser(
+        prog="python -m export from-weights",
+        description=FROM_WEIGHTS + indent(example, "  "),
+        epilog=FROM_WEIGHTS_END,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("spec", type=Path, metavar="SPEC.yaml", help="what the model is made of; files beside it")
+    _add_place(parser)
+    _add_form(parser)
+    _add_verification(parser, BOUNDS, "; and y[N, T, O], what it gave where it comes from")
+    return parser
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """The arguments of a verification."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export verify",
+        description="Verify an exported file again, by itself: its manifest against what it holds, its weights against "
+        "their sha256, its graph against the reference.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="an .onnx file that was exported here")
+    _add_verification(parser, "its precision's, or what the file was exported with where that is tighter")
+    return parser
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_argument_group("where to")
+    place = where.add_mutually_exclusive_group(required=True)
+    place.add_argument("--repository", type=Path, metavar="DIR", help="write DIR/NAME/VERSION/model.onnx")
+    place.add_argument("--output", type=Path, metavar="FILE", help="write one .onnx file")
+    where.add_argument("--name", help="the model's name in the repository")
+    where.add_argument("--version", type=int, metavar="N", help="its version (default: the one after the last)")
+    where.add_argument("--overwrite", action="store_true", help="replace a version or a file that is there")
+
+
+def _add_form(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    how = parser.add_argument_group("what")
+    how.add_argument(
+        "--lowering",
+        choices=("auto", "operator", "scan"),
+        default="auto",
+        help="recurrences as ONNX's LSTM, GRU and RNN operators, or as Scan (default: auto, the best on the CPU)",
+    )
+    how.add_argument(
+        "--precision",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="float16 makes inputs, outputs and states float16 too; int8 is for LSTMs (default: float32)",
+    )
+    return how
+
+
+def _add_verification(parser: argparse.ArgumentParser, default: str, more: str = "") -> None:
+    group = parser.add_argument_group("verification")
+    data = "sequences to verify with: arrays x[N, T, I] (or token ids x[N, T]) and lengths[N]"
+    group.add_argument("--data", type=Path, metavar="FILE.npz", help=data + more)
+    group.add_argument("--max-error", type=float, metavar="E", help=f"the largest error allowed (default: {default})")
