@@ -1,13 +1,13 @@
 """One onnxruntime session: a graph, loaded and ready to run.
 
-Owns the session, its device and its threads; the only room that imports onnxruntime. Must not know sessions or grpc.
-Whoever calls ``run`` does so from one thread at a time.
+Owns the session, its device and its threads, and the way between the manifest's axes and the graph's own; the only room
+that imports onnxruntime. Must not know sessions or grpc. Whoever calls ``run`` does so from one thread at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from service.errors import LoadError as LoadError
-from service.manifest import METADATA_KEY, Manifest
+from service.graph import Port, Signature
+from service.manifest import METADATA_KEY, Manifest, StateSpec, TensorSpec
+from service.values import from_text
 
 Array = NDArray[np.generic]
 
@@ -33,11 +35,11 @@ _DTYPES = {
 
 
 class Engine:
-    """A loaded graph.
+    """A loaded graph. It takes as many rows and steps a run as its manifest says, and no other number.
 
     Attributes:
-        manifest: what the file says of itself.
-        digest: SHA-256 of the file, in hexadecimal.
+        manifest: what the file says of itself, or was said of it.
+        digest: SHA-256 of the file, in hexadecimal; of a described graph, of all that makes its results.
         provider: the onnxruntime execution provider that runs it.
 
     Args:
@@ -45,36 +47,67 @@ class Engine:
         device: ``cuda`` fails where CUDA does not start or any node would run elsewhere; ``auto`` falls to the
             CPU then.
         threads: inside one run; 0 for one a core.
+        describe: gives the manifest of a graph that has none inside, from its signature.
+        external: files beside it that hold its data.
 
     Raises:
         LoadError: if the file cannot be read, is no model, has no manifest, disagrees with it, or the device does not
             start.
     """
 
-    def __init__(self, path: Path, device: Literal["auto", "cpu", "cuda"] = "cpu", threads: int = 0) -> None:
-        try:
-            with path.open("rb") as file:
-                self.digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise LoadError(f"cannot read {path.name}: {error.strerror}") from error
+    def __init__(
+        self,
+        path: Path,
+        device: Literal["auto", "cpu", "cuda"] = "cpu",
+        threads: int = 0,
+        describe: Callable[[Signature], Manifest] | None = None,
+        external: Sequence[Path] = (),
+    ) -> None:
+        digests = [_digest(file) for file in (path, *external)]
         self._session = _start(path, device, threads)
         self.provider: str = self._session.get_providers()[0]
-        self.manifest = _manifest(self._session)
-        self._outputs = [spec.name for spec in self.manifest.outputs] + [spec.output for spec in self.manifest.states]
-        _check(self._session, self.manifest)
+        signature = Signature(_ports(self._session.get_inputs()), _ports(self._session.get_outputs()))
+        if describe is None:
+            self.manifest = _manifest(self._session)
+        else:
+            self.manifest = describe(signature)
+            digests.append(self.manifest.model_dump_json())
+        self.digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        _check(signature, self.manifest)
+        manifest = self.manifest
+        self._outputs = [spec.name for spec in manifest.outputs] + [spec.output for spec in manifest.states]
+        self._constants = {one.name: from_text(one.value, one.dtype, one.shape) for one in manifest.constants}
+        self._absent = {spec.name: spec.absent for spec in manifest.inputs if spec.absent}
+        self._absent |= {spec.input: spec.absent for spec in manifest.states if spec.absent}
+        self._absent_after = [spec.absent for spec in manifest.outputs] + [spec.absent for spec in manifest.states]
 
     def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
         """Run the graph once.
 
         Args:
-            feeds: every input of the graph by name, in the graph's own axes.
+            feeds: every input by name, in the axes of the manifest; no constants.
 
         Returns:
-            The outputs and the states after the run, each in the manifest's order and the graph's own axes.
+            The outputs and the states after the run, each in the manifest's order and axes.
         """
-        arrays = self._session.run(self._outputs, feeds)
-        split = len(self.manifest.outputs)
+        manifest = self.manifest
+        given = dict(feeds, **self._constants)
+        for name, absent in self._absent.items():
+            given[name] = given[name].squeeze(absent)
+        if manifest.lengths is not None:
+            given[manifest.lengths] = given[manifest.lengths].astype(manifest.lengths_dtype, copy=False)
+        arrays = self._session.run(self._outputs, given)
+        arrays = [np.expand_dims(a, absent) for a, absent in zip(arrays, self._absent_after, strict=True)]
+        split = len(manifest.outputs)
         return arrays[:split], arrays[split:]
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise LoadError(f"cannot read {path.name}: {error.strerror}") from error
 
 
 def _start(path: Path, device: str, threads: int) -> onnxruntime.InferenceSession:
@@ -114,7 +147,10 @@ def _start_cuda(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.
 def _manifest(session: onnxruntime.InferenceSession) -> Manifest:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
-        raise LoadError(f"the file has no manifest (metadata entry {METADATA_KEY!r}); export it with python -m export")
+        raise LoadError(
+            f"the file has no manifest (metadata entry {METADATA_KEY!r}), and no model.yaml beside its versions "
+            "describes it; export it with python -m export, or let python -m export inspect FILE propose a model.yaml"
+        )
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -122,34 +158,46 @@ def _manifest(session: onnxruntime.InferenceSession) -> Manifest:
         raise LoadError(f"the file's manifest is not valid: {wrong}") from error
 
 
-def _check(session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
+def _check(signature: Signature, manifest: Manifest) -> None:
     """Hold the manifest against the graph's signature: same names, dtypes and fixed sizes."""
-    inputs, outputs = _signature(session.get_inputs()), _signature(session.get_outputs())
-    want_in: dict[str, tuple[str, tuple[int | None, ...]]] = {s.name: (s.dtype, s.shape) for s in manifest.inputs}
-    want_in |= {s.input: (s.dtype, s.shape) for s in manifest.states}
+    inputs = {spec.name: _port(spec, manifest) for spec in manifest.inputs}
+    inputs |= {spec.input: _port(spec, manifest) for spec in manifest.states}
+    inputs |= {one.name: Port(one.dtype, one.shape) for one in manifest.constants}
     if manifest.lengths is not None:
-        want_in[manifest.lengths] = ("int32", (None,))
-    want_out: dict[str, tuple[str, tuple[int | None, ...]]] = {s.name: (s.dtype, s.shape) for s in manifest.outputs}
-    want_out |= {s.output: (s.dtype, s.shape) for s in manifest.states}
-    if missing := sorted(inputs.keys() - want_in.keys()):
+        inputs[manifest.lengths] = Port(manifest.lengths_dtype, (manifest.rows_per_run,))
+    outputs = {spec.name: _port(spec, manifest) for spec in manifest.outputs}
+    outputs |= {spec.output: _port(spec, manifest) for spec in manifest.states}
+    if missing := sorted(signature.inputs.keys() - inputs.keys()):
         raise LoadError(f"the graph's inputs {missing} are not in its manifest")
-    for kind, want, have in (("input", want_in, inputs), ("output", want_out, outputs)):
-        for name, (dtype, shape) in want.items():
+    for kind, want, have in (("input", inputs, signature.inputs), ("output", outputs, signature.outputs)):
+        for name, port in want.items():
             if name not in have:
                 raise LoadError(f"the manifest's {kind} {name!r} is not in the graph, which has {sorted(have)}")
-            if have[name][0] != dtype:
-                raise LoadError(f"{kind} {name!r} is {dtype} in the manifest and {have[name][0]} in the graph")
-            sizes = have[name][1]
+            dtype, shape = have[name].dtype, have[name].shape
+            if dtype != port.dtype:
+                raise LoadError(f"{kind} {name!r} is {port.dtype} in the manifest and {dtype} in the graph")
+            if kind == "output" and not shape:
+                continue  # its axes are not in the file
             # What the graph gives may have axes it has no size for; those the manifest fixes.
-            if len(sizes) != len(shape) or any(a is not None and a != b for a, b in zip(sizes, shape, strict=True)):
-                raise LoadError(f"{kind} {name!r} has shape {shape} in the manifest and {sizes} in the graph")
+            if len(shape) != len(port.shape) or any(
+                a is not None and a != b for a, b in zip(shape, port.shape, strict=True)
+            ):
+                raise LoadError(f"{kind} {name!r} has shape {port.shape} in the manifest and {shape} in the graph")
 
 
-def _signature(nodes: Sequence[Any]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+def _port(spec: TensorSpec | StateSpec, manifest: Manifest) -> Port:
+    """What a graph has that is presented so: no axes that it lacks, one row or step where it takes one."""
+    sizes = dict(enumerate(spec.shape))
+    sizes[spec.batch_axis] = manifest.rows_per_run
+    if isinstance(spec, TensorSpec) and spec.time_axis is not None:
+        sizes[spec.time_axis] = manifest.steps_per_run
+    return Port(spec.dtype, tuple(size for axis, size in sizes.items() if axis not in spec.absent))
+
+
+def _ports(nodes: Sequence[Any]) -> dict[str, Port]:
     return {
-        node.name: (
-            _DTYPES.get(node.type, node.type),
-            tuple(size if isinstance(size, int) else None for size in node.shape),
+        node.name: Port(
+            _DTYPES.get(node.type, node.type), tuple(size if isinstance(size, int) else None for size in node.shape)
         )
         for node in nodes
     }

@@ -1,17 +1,31 @@
 """From a model's file to a graph that is ready to run.
 
-Owns the order in which a file is read, checked and started, and what is said of it. Must not know runners or sessions.
-Called in a thread of its own: all of it may take long.
+Owns the order in which a file is read, checked, started and audited, and what is said of it. Must not know runners or
+sessions. Called in a thread of its own: all of it may take long.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import structlog
+
+from service.audit import audit
+from service.description import Description, read
 from service.engine import Engine
-from service.graph import Graph
+from service.errors import LoadError
+from service.graph import Graph, Signature
+from service.manifest import METADATA_KEY, Manifest
+from service.onnx_file import OnnxFile, check_size, may_have_external_data
+from service.presented import present
 from service.settings import Settings
+from service.stepping import RowByRow, StepByStep
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +44,7 @@ class Loaded:
 
 
 def load_model(path: Path, settings: Settings) -> Loaded:
-    """Load a model file.
+    """Load a model file, and hold it against what the server relies on.
 
     Args:
         path: DIR/NAME/VERSION/model.onnx.
@@ -39,5 +53,44 @@ def load_model(path: Path, settings: Settings) -> Loaded:
     Raises:
         LoadError: if it cannot be served; the text says why.
     """
-    engine = Engine(path, settings.device, settings.threads)
-    return Loaded(engine, engine.provider)
+    folder = path.parent.parent
+    description = read(folder) or Description()
+    check_size([path], settings.max_model_bytes)
+    external: list[Path] = []
+    describe: Callable[[Signature], Manifest] | None = None
+    # A file that was exported here holds all that it needs, and is not worth the time that onnx takes to import.
+    if description.of_graph or may_have_external_data(path):
+        file = OnnxFile(path)
+        file.check(settings.max_model_bytes)
+        external = file.external_files()
+        if description.of_graph:
+            if METADATA_KEY in file.metadata:
+                raise LoadError("the file has a manifest inside, and model.yaml describes its graph too: remove one")
+            describe = partial(present, description, folder=folder, initializer=file.initializer)
+    engine = Engine(path, settings.device, settings.threads, describe, external)
+    return _audited(path, engine, description)
+
+
+def _audited(path: Path, engine: Engine, description: Description) -> Loaded:
+    began = time.perf_counter()
+    graph: Graph = engine
+    if graph.manifest.steps_per_run == 1:
+        graph = StepByStep(graph)
+    if graph.manifest.rows_per_run == 1 or description.row_by_row:
+        graph = RowByRow(graph)
+    found = audit(graph, description.strict, description.tolerance)
+    name, version = path.parent.parent.name, path.parent.name
+    log.info(
+        "model audited",
+        model=name,
+        version=version,
+        provider=engine.provider,
+        rows=found.rows,
+        chunks=found.chunks,
+        row_by_row=found.graph.manifest.rows_per_run == 1,
+        step_by_step=found.graph.manifest.steps_per_run == 1,
+        seconds=round(time.perf_counter() - began, 3),
+    )
+    for warning in found.warnings:
+        log.warning("model served with a reservation", model=name, version=version, reason=warning)
+    return Loaded(found.graph, engine.provider, found.warnings)

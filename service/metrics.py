@@ -45,6 +45,9 @@ class Metrics:
         self.queued_rows = Gauge(
             "conveyor_queued_rows", "Chunks and batch rows waiting.", labels, registry=self.registry
         )
+        self.row_by_row = Gauge(
+            "conveyor_row_by_row", "1 where a model runs on one row at a time.", labels, registry=self.registry
+        )
         self.replays = Counter(
             "conveyor_replayed_chunks", "Chunks answered with a stored reply.", registry=self.registry
         )

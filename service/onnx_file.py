@@ -6,7 +6,7 @@ because that import takes half a second. Must not know onnxruntime or what a mod
 
 from __future__ import annotations
 
-import hashlib
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,6 +182,25 @@ class OnnxFile:
                 )
 
 
+def may_have_external_data(path: Path) -> bool:
+    """Whether a file can name external data; told without parsing it.
+
+    Where a file does, its bytes hold the key of that entry (onnx.proto, TensorProto.external_data). Elsewhere they hold
+    it by chance at most.
+
+    Raises:
+        LoadError: if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return False
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return content.find(b"location") >= 0
+    except OSError as error:
+        raise LoadError(f"cannot read {path.name}: {error.strerror}") from error
+
+
 def check_size(files: list[Path], max_bytes: int) -> None:
     """Refuse a model that is too large, before it is read.
 
@@ -194,22 +213,6 @@ def check_size(files: list[Path], max_bytes: int) -> None:
         raise LoadError(f"cannot read {Path(str(error.filename)).name}: {error.strerror}") from error
     if size > max_bytes:
         raise LoadError(f"the model has {size} bytes; this server loads up to {max_bytes} (--max-model-bytes)")
-
-
-def digest(files: list[Path]) -> list[str]:
-    """Return each file's SHA-256, in hexadecimal.
-
-    Raises:
-        LoadError: if one cannot be read.
-    """
-    digests = []
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        except OSError as error:
-            raise LoadError(f"cannot read {path.name}: {error.strerror}") from error
-    return digests
 
 
 def _port(value: Any) -> Port:

@@ -7,7 +7,6 @@ one caller at a time.
 
 from __future__ import annotations
 
-import base64
 import threading
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from service.errors import Full
 from service.manifest import StateSpec
+from service.values import from_text
 
 Array = NDArray[np.generic]
 
@@ -28,8 +28,7 @@ def initial_value(spec: StateSpec) -> Array:
     """
     if spec.initial is None:
         return np.zeros(spec.tail, spec.dtype)
-    value = np.frombuffer(base64.b64decode(spec.initial, validate=True), np.dtype(spec.dtype).newbyteorder("<"))
-    return value.astype(spec.dtype).reshape(spec.tail)
+    return from_text(spec.initial, spec.dtype, spec.tail)
 
 
 class Pool:

@@ -85,6 +85,7 @@ class Runner:
         self._thread = threading.Thread(target=self._work, name=f"engine-{name}-{version}", daemon=True)
         labels = (name, str(version))
         self._steps = metrics.steps.labels(*labels)
+        metrics.row_by_row.labels(*labels).set(self.manifest.rows_per_run == 1)
         self._padding = metrics.padding.labels(*labels)
         self._tick_rows = metrics.tick_rows.labels(*labels)
         self._tick_seconds = metrics.tick_seconds.labels(*labels)

@@ -77,6 +77,8 @@ class Settings(BaseModel):
     """Most chunks and batch rows in one run of a model."""
     max_tick_steps: Positive = 8192
     """Most steps in one run of a model, padding counted, unless one row alone has more."""
+    max_model_bytes: Positive = 4 * 1024 * 1024 * 1024
+    """Largest model that is loaded: its file and what that names beside it."""
     non_finite: Literal["reject", "accept"] = "reject"
     """What to do with NaN and infinity in inputs and states. Accepted, they may come out as finite numbers."""
 
@@ -189,6 +191,7 @@ _METAVARS = {
     "max_message_bytes": "BYTES",
     "max_queued_bytes": "BYTES",
     "max_reply_bytes": "BYTES",
+    "max_model_bytes": "BYTES",
     "config": "FILE",
     "sessions_file": "FILE",
 }

@@ -1,0 +1,279 @@
+"""What is held of a graph before it is served: on this machine, on the provider in use, with random input.
+
+Owns the comparisons and what follows from each: a graph whose rows do not keep to themselves runs row by row, one whose
+chunks do not give what the whole gives is refused. Must not know files, onnxruntime or sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import LoadError
+from service.graph import Graph
+from service.manifest import StateSpec, TensorSpec
+from service.packing import pack, unpack
+from service.pool import initial_value
+from service.stepping import RowByRow
+
+Array = NDArray[np.generic]
+
+_ROWS, _STEPS = 3, 5
+_RAGGED = (5, 2, 4)
+_CUTS = ((2, 3), (1,) * 5)
+_TOLERANCE = {"float32": 1e-5, "float64": 1e-5, "float16": 1e-2, "int8": 5e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What was found.
+
+    Attributes:
+        graph: what is to be served: the one that was given, or a loop over its rows.
+        rows: largest difference between a row alone and among others; None where it was not compared, or would not run.
+        chunks: largest difference between whole and chunked sequences; None where that was not compared.
+        warnings: what its operator should know, a sentence each.
+    """
+
+    graph: Graph
+    rows: float | None
+    chunks: float | None
+    warnings: tuple[str, ...]
+
+
+def audit(graph: Graph, strict: bool = False, tolerance: float | None = None) -> Audit:
+    """Hold a graph against what the server relies on.
+
+    Args:
+        graph: to be served.
+        strict: refuse what would be served with a warning.
+        tolerance: largest difference that passes, as a share where values are beyond 1; None for what suits the dtype.
+            Values that are no real numbers must be equal.
+
+    Raises:
+        LoadError: if it does not run, gives what its manifest does not say, or its states do not carry a sequence.
+    """
+    return _Auditor(graph, strict, tolerance).audit()
+
+
+Row = tuple[list[Array], list[Array]]
+"""A row's outputs [T, ...] or [...], and its states."""
+
+
+class _Auditor:
+    def __init__(self, graph: Graph, strict: bool, tolerance: float | None) -> None:
+        self._graph = graph
+        self._manifest = graph.manifest
+        self._strict = strict
+        self._tolerance = tolerance
+        self._warnings: list[str] = []
+        self._steps = _STEPS if all(spec.time_axis is not None for spec in self._manifest.inputs) else 1
+        random = np.random.default_rng(0)
+        self._inputs = [[_draw(random, spec, self._steps) for spec in self._manifest.inputs] for _ in range(_ROWS)]
+
+    def audit(self) -> Audit:
+        try:
+            alone = [self._run([inputs])[0] for inputs in self._inputs]
+        except LoadError:
+            raise
+        except Exception as error:  # whatever the engine raises
+            raise LoadError(f"the model does not run: {_said(error)}{self._free_sizes()}") from error
+        self._check_repeats(alone[0])
+        self._check_round_trip(alone[0])
+        rows = self._check_rows(alone)
+        chunks = None
+        if self._manifest.streamable and self._manifest.steps_per_run is None and self._steps > 1:
+            chunks = self._check_chunks()
+        return Audit(self._graph, rows, chunks, tuple(self._warnings))
+
+    def _check_repeats(self, first: Row) -> None:
+        again = self._run([self._inputs[0]])[0]
+        if any(a.tobytes() != b.tobytes() for a, b in zip(first[0] + first[1], again[0] + again[1], strict=True)):
+            self._warn("a second run of the same input gives other results")
+
+    def _check_round_trip(self, row: Row) -> None:
+        for spec, state in zip(self._manifest.states, row[1], strict=True):
+            if state.dtype.kind == "f" and not np.isfinite(state).all():
+                self._warn(f"state {spec.name!r} holds NaN or infinity after random input")
+        try:
+            self._run([self._inputs[0]], [row[1]])
+        except Exception as error:
+            raise LoadError(f"the model does not run from the states that it gives: {_said(error)}") from error
+
+    def _check_rows(self, alone: Sequence[Row]) -> float | None:
+        """Compare rows alone with rows together, and turn to one at a time where they differ."""
+        if self._manifest.rows_per_run == 1:
+            return None
+        cases = [([self._steps] * _ROWS, alone)]
+        if self._manifest.lengths is not None and self._steps == _STEPS:
+            shorter = [[array[:length] for array in row] for row, length in zip(self._inputs, _RAGGED, strict=True)]
+            cases.append((list(_RAGGED), [self._run([row])[0] for row in shorter]))
+        worst = 0.0
+        try:
+            for lengths, expected in cases:
+                given = [[array[:n] for array in row] for row, n in zip(self._inputs, lengths, strict=True)]
+                error, wrong = self._compare(self._run(given), expected)
+                worst = max(worst, error)
+                if wrong:
+                    reason = f"a row among {_ROWS} gives other results than alone ({wrong})"
+                    break
+            else:
+                return worst
+        except Exception as error:
+            worst, reason = None, f"it does not run on {_ROWS} rows ({_said(error)})"  # type: ignore[assignment]
+        self._warn(f"{reason}; it is run row by row")
+        self._graph = RowByRow(self._graph)
+        self._manifest = self._graph.manifest
+        return worst
+
+    def _check_chunks(self) -> float:
+        try:
+            whole = self._run(self._inputs)
+            worst = 0.0
+            for cut in _CUTS:
+                error, wrong = self._compare(self._run_in_chunks(cut), whole)
+                worst = max(worst, error)
+                if wrong:
+                    break
+            else:
+                return worst
+        except Exception as error:
+            raise LoadError(f"the model does not run on chunks of a sequence: {_said(error)}") from error
+        raise LoadError(
+            f"a sequence in chunks gives other results than whole ({wrong}): two states of one shape may be swapped, "
+            "or a state left out; of a graph that reads both ways, model.yaml says streamable: false"
+        )
+
+    def _run_in_chunks(self, cut: Sequence[int]) -> list[Row]:
+        states: list[list[Array]] | None = None
+        parts: list[list[Row]] = []
+        begin = 0
+        for steps in cut:
+            given = [[array[begin : begin + steps] for array in row] for row in self._inputs]
+            parts.append(self._run(given, states))
+            states = [row[1] for row in parts[-1]]
+            begin += steps
+        joined = []
+        for row, last in enumerate(parts[-1]):
+            outputs = [
+                last[0][index] if spec.time_axis is None else np.concatenate([part[row][0][index] for part in parts])
+                for index, spec in enumerate(self._manifest.outputs)
+            ]
+            joined.append((outputs, last[1]))
+        return joined
+
+    def _run(self, rows: Sequence[Sequence[Array]], states: Sequence[Sequence[Array]] | None = None) -> list[Row]:
+        """Run some rows together, from their states or the initial ones."""
+        manifest = self._manifest
+        lengths = [len(row[0]) for row in rows]
+        feeds = {
+            spec.name: pack([row[index] for row in rows], spec, max(lengths))
+            for index, spec in enumerate(manifest.inputs)
+        }
+        if manifest.lengths is not None:
+            feeds[manifest.lengths] = np.array(lengths, np.int32)
+        initial = [initial_value(spec) for spec in manifest.states]
+        for index, spec in enumerate(manifest.states):
+            before = [initial[index]] * len(rows) if states is None else [row[index] for row in states]
+            feeds[spec.input] = np.stack(before, spec.batch_axis)
+        outputs, after = self._graph.run(feeds)
+        for output, y in zip(outputs, manifest.outputs, strict=True):
+            _check_result(y, output, len(rows), max(lengths))
+        for array, state in zip(after, manifest.states, strict=True):
+            _check_result(state, array, len(rows), max(lengths))
+        unpacked = [unpack(array, spec, lengths) for spec, array in zip(manifest.outputs, outputs, strict=True)]
+        return [
+            (
+                [rows_of_output[row] for rows_of_output in unpacked],
+                [
+                    np.asarray(array.take(row, spec.batch_axis))
+                    for spec, array in zip(manifest.states, after, strict=True)
+                ],
+            )
+            for row in range(len(rows))
+        ]
+
+    def _compare(self, rows: Sequence[Row], expected: Sequence[Row]) -> tuple[float, str]:
+        """Return the largest difference, and the tensor that differs by more than it may."""
+        names = [f"output {y.name!r}" for y in self._manifest.outputs]
+        names += [f"state {state.name!r}" for state in self._manifest.states]
+        worst, wrong = 0.0, ""
+        for row, other in zip(rows, expected, strict=True):
+            for name, array, should in zip(names, row[0] + row[1], other[0] + other[1], strict=True):
+                error, allowed = _difference(array, should), self._allowed(should.dtype.name)
+                if error > max(allowed, worst):
+                    wrong = f"{name} by {error:.2g}, {allowed:.2g} allowed"
+                worst = max(worst, error)
+        return worst, wrong
+
+    def _allowed(self, dtype: str) -> float:
+        if not dtype.startswith("float"):
+            return 0.0
+        if self._tolerance is not None:
+            return self._tolerance
+        manifest = self._manifest
+        bounds = [_TOLERANCE[dtype], _TOLERANCE[manifest.precision]]
+        if manifest.parity is not None:
+            # Two runs that are each within the bound that export held them to are within twice that of each other.
+            bounds += [2 * row.bound for row in manifest.parity.rows if np.isfinite(row.bound)]
+        return max(bounds)
+
+    def _warn(self, text: str) -> None:
+        if self._strict:
+            raise LoadError(f"{text}, and model.yaml says strict")
+        self._warnings.append(text)
+
+    def _free_sizes(self) -> str:
+        free = [spec.name for spec in self._manifest.inputs if None in spec.tail]
+        return (
+            f"; inputs {free} were tried with size 1 where they take any: model.yaml can give a shape" if free else ""
+        )
+
+
+def _draw(random: np.random.Generator, spec: TensorSpec, steps: int) -> Array:
+    """Random input of one row: [T, ...]."""
+    shape = (steps, *(size or 1 for size in spec.tail))
+    if spec.dtype.startswith("float"):
+        return random.uniform(-1, 1, shape).astype(spec.dtype)
+    below = min(spec.below or 2, np.iinfo(spec.dtype).max) if spec.dtype != "bool" else 2
+    return random.integers(0, below, shape).astype(spec.dtype)
+
+
+def _check_result(spec: TensorSpec | StateSpec, array: Array, rows: int, steps: int) -> None:
+    expected = list(spec.shape)
+    expected[spec.batch_axis] = rows
+    if isinstance(spec, TensorSpec) and spec.time_axis is not None:
+        expected[spec.time_axis] = steps
+    if (
+        array.dtype.name != spec.dtype
+        or len(array.shape) != len(expected)
+        or any(want not in (None, have) for want, have in zip(expected, array.shape, strict=True))
+    ):
+        raise LoadError(
+            f"{spec.name!r} came out as {array.dtype.name}{list(array.shape)}; expected {spec.dtype}{expected} for "
+            f"{rows} rows and {steps} steps"
+        )
+
+
+def _difference(array: Array, expected: Array) -> float:
+    """The largest difference, a share where the expected value is beyond 1; infinite between unequal discrete values."""
+    if array.shape != expected.shape:
+        return float("inf")
+    if array.dtype.kind != "f":
+        return 0.0 if np.array_equal(array, expected) else float("inf")
+    ours, theirs = array.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        errors = np.where(
+            (ours == theirs) | (np.isnan(ours) & np.isnan(theirs)),
+            0.0,
+            np.abs(ours - theirs) / np.maximum(1.0, np.abs(theirs)),
+        )
+    return float(np.nan_to_num(errors, nan=np.inf).max(initial=0.0))
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).splitlines() or [repr(error)]
+    return lines[0][:300]
