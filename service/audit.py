@@ -6,6 +6,7 @@ chunks do not give what the whole gives is refused. Must not know files, onnxrun
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -259,7 +260,7 @@ def _check_result(spec: TensorSpec | StateSpec, array: Array, rows: int, steps: 
 
 
 def _difference(array: Array, expected: Array) -> float:
-    """The largest difference, a share where the expected value is beyond 1; infinite between unequal discrete values."""
+    """The largest difference, as a share of expected values beyond 1; infinite between unequal discrete values."""
     if array.shape != expected.shape:
         return float("inf")
     if array.dtype.kind != "f":
@@ -275,5 +276,7 @@ def _difference(array: Array, expected: Array) -> float:
 
 
 def _said(error: Exception) -> str:
-    lines = str(error).splitlines() or [repr(error)]
-    return lines[0][:300]
+    """The first line of an error, without the codes and the place in its source that onnxruntime puts before."""
+    line = next(iter(str(error).splitlines()), "") or repr(error)
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+    return re.sub(r"/\S*onnxruntime/\S+:\d+ .*?\) ", "", line)[:300]

@@ -117,7 +117,8 @@ def _start(path: Path, device: str, threads: int) -> onnxruntime.InferenceSessio
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     # Threads that spin between ticks take the cores from the event loop and from other models.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    # What fails is raised, and said once by whoever asked for it.
+    options.log_severity_level = 4
     cuda = "CUDAExecutionProvider"
     failure = f"this onnxruntime ({onnxruntime.__version__}) is built without CUDA"
     if device != "cpu" and cuda in onnxruntime.get_available_providers():
