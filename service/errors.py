@@ -4,6 +4,7 @@
 
     ConveyorError
     ├── InvalidRequest            the request can never succeed as it stands
+    │   └── LoadFailed            a model was to be loaded, and its files do not allow it
     ├── NotFound
     │   ├── ModelUnknown
     │   ├── SessionUnknown        no session has had this id here, or it was closed
@@ -18,7 +19,8 @@
     ├── Cancelled                 whoever asked has gone
     ├── Unavailable
     │   ├── Draining
-    │   └── Loading
+    │   ├── Loading
+    │   └── ControlRefused        models are not loaded and unloaded on request here
     └── EngineFailed              ours; the text holds no internals
 
 A caller is told of all these. Beside them stands LoadError, which tells an operator why a model is not served.
@@ -41,6 +43,12 @@ class InvalidRequest(ConveyorError):
     """The request can never succeed as it stands."""
 
     reason = "invalid_request"
+
+
+class LoadFailed(InvalidRequest):
+    """The model that was to be loaded does not load as its files stand."""
+
+    reason = "load_failed"
 
 
 class NotFound(ConveyorError):
@@ -139,6 +147,12 @@ class Loading(Unavailable):
     """The model is not ready yet."""
 
     reason = "loading"
+
+
+class ControlRefused(Unavailable):
+    """This server does not load and unload models on request."""
+
+    reason = "control_refused"
 
 
 class EngineFailed(ConveyorError):

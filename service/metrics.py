@@ -75,7 +75,15 @@ class Metrics:
     def forget(self, model: str, version: int) -> None:
         """Drop the series of a model version that has been freed."""
         labels = (model, str(version))
-        for metric in (self.steps, self.padding, self.tick_rows, self.tick_seconds, self.queued_rows):
+        of_versions = (
+            self.steps,
+            self.padding,
+            self.tick_rows,
+            self.tick_seconds,
+            self.queued_rows,
+            self.row_by_row,
+        )
+        for metric in of_versions:
             metric.remove(*labels)
         for outcome in ("applied", "refused"):
             self.rows.remove(*labels, outcome)

@@ -1,120 +1,318 @@
-"""Model folders: NAME/VERSION/model.onnx, found, loaded, warmed, looked up.
+"""The models that are served: brought in, switched, taken out again.
 
-Owns which model versions are served, and why one is not. Must not know grpc.
+Owns which versions serve. What comes is loaded and warmed while the old goes on, and takes its
+place in one step on the event loop; what goes is freed once its last session has ended. Must not know grpc or sessions.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping
+from typing import Any, TypeVar
 
 import structlog
 
-from service.engine import LoadError
-from service.errors import Loading, ModelUnknown
-from service.loading import load_model
+from service.background import in_thread
+from service.catalogue import Catalogue
+from service.errors import ControlRefused, ConveyorError, Draining, LoadError, LoadFailed, ModelUnknown
+from service.folder import Found, ModelFolder, scan, wanted
+from service.loading import Loaded, load_model
 from service.metrics import Metrics
 from service.runner import Runner
 from service.scheduler import Limits
 from service.settings import Settings
+from service.version import Version
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+T = TypeVar("T")
+_LOADS_AT_ONCE = 4
+_LONGEST_REASON = 1000
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Found:
-    """A model version in the folder."""
-
-    name: str
-    version: int
-    path: Path
+async def _tell_nobody(name: str) -> None:
+    pass
 
 
-def scan(folder: Path, latest: int, needed: Container[tuple[str, int]] = ()) -> list[Found]:
-    """List the versions of each model that are to be served.
-
-    Args:
-        folder: the repository.
-        latest: how many versions of each, newest first.
-        needed: names and versions beside those, where they are there.
-
-    Raises:
-        LoadError: if the folder cannot be read.
-    """
-    if not folder.is_dir():
-        raise LoadError(f"the repository {folder} is not a folder; expected DIR/NAME/VERSION/model.onnx")
-    found: list[Found] = []
-    for model in sorted(folder.iterdir()):
-        if not model.is_dir() or not _NAME.fullmatch(model.name):
-            continue
-        versions = [
-            Found(model.name, int(entry.name), entry / "model.onnx")
-            for entry in model.iterdir()
-            if _VERSION.fullmatch(entry.name) and (entry / "model.onnx").is_file()
-        ]
-        versions.sort(reverse=True)
-        found += versions[:latest] + [found for found in versions[latest:] if (found.name, found.version) in needed]
-    return found
-
-
-class Repository:
+class Repository(Catalogue):
     """The models that are served.
 
-    Attributes:
-        broken: the model versions that did not load, and why.
+    Args:
+        settings: of the server.
+        metrics: what is counted.
+        clock: tells the time, in seconds; for runners.
+        on_change: told the name of each model whose readiness may have changed.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        on_change: Callable[[str], Awaitable[None]] = _tell_nobody,
+    ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
-        self._runners: dict[str, dict[int, Runner]] = {}
-        self.broken: dict[tuple[str, int], str] = {}
-        self._loaded = False
+        self._on_change = on_change
+        super().__init__()
+        self._closed = False
+        # What the last look at the folder saw, and what of it was acted on.
+        self._seen: Mapping[str, ModelFolder] = {}
+        self._acted: dict[str, ModelFolder] = {}
+        self._changes: set[asyncio.Task[Any]] = set()
+        # One change of a model after the other; models do not wait for each other, but for room to load.
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._room = asyncio.Semaphore(_LOADS_AT_ONCE)
+
+    # --- change ---
 
     async def load(self, needed: Container[tuple[str, int]] = ()) -> None:
-        """Load and warm what is in the folder. One that fails is noted, logged, and left out.
+        """Bring in what is in the folder, at the start. What fails is noted, logged, and left out.
 
         Args:
-            needed: names and versions to load although newer ones are there.
+            needed: names and versions that sessions of an earlier process need: what would not be served takes no new
+                work, and goes on with those sessions alone.
 
         Raises:
-            LoadError: if the folder cannot be read, or nothing in it can be served.
+            LoadError: if the folder cannot be read, or nothing in it can be served and nothing else will come.
         """
-        for found in scan(self._settings.repository, self._settings.latest_versions, needed):
-            began = time.perf_counter()
-            try:
-                runner, provider = await asyncio.to_thread(self._load, found, asyncio.get_running_loop())
-            except LoadError as error:
-                self.broken[found.name, found.version] = str(error)
-                log.error("model not loaded", model=found.name, version=found.version, reason=str(error))
-                continue
-            runner.start()
-            self._runners.setdefault(found.name, {})[found.version] = runner
-            log.info(
-                "model loaded",
-                model=found.name,
-                version=found.version,
-                provider=provider,
-                precision=runner.manifest.precision,
-                streamable=runner.manifest.streamable,
-                seconds=round(time.perf_counter() - began, 3),
+        self._seen = seen = await in_thread(scan, self._settings.repository)
+        explicit = self._settings.model_control == "explicit"
+        names = set(seen)
+        if explicit:
+            for found in (found for model in seen.values() for found in model.versions):
+                self._version(found)
+            asked = self._settings.load_models
+            names = names if "*" in asked else names.intersection(asked)
+            if missing := sorted({*asked} - {*seen, "*"}):
+                log.error("models to load are not there", models=missing)
+        await asyncio.gather(*(self._act(name, seen[name]) for name in names))
+        await asyncio.gather(
+            *(
+                self._keep(found)
+                for model in seen.values()
+                for found in model.versions
+                if (found.name, found.version) in needed and not self.ready(found.name, found.version)
             )
-        if not self._runners:
-            reasons = "; ".join(f"{name} {version}: {why}" for (name, version), why in self.broken.items())
+        )
+        if self._settings.model_control == "fixed" and not any(map(self.versions, self._models)):
+            broken = "; ".join(f"{one.name} {one.number}: {one.failure}" for one in self._every() if one.failure)
             raise LoadError(
                 f"no model in {self._settings.repository} can be served: "
-                f"{reasons or 'there is none; expected DIR/NAME/VERSION/model.onnx'}"
+                f"{broken or 'there is none; expected DIR/NAME/VERSION/model.onnx'}"
             )
-        self._loaded = True
+        self._started = True
 
-    def _load(self, found: Found, loop: asyncio.AbstractEventLoop) -> tuple[Runner, str]:
+    async def poll(self) -> None:
+        """Look at the folder and begin to act on each change that has come to rest: seen the same twice."""
+        try:
+            seen = await in_thread(scan, self._settings.repository)
+        except LoadError as error:
+            # A disk that is away for a moment is no order to unload everything.
+            log.error("repository not polled", reason=str(error))
+            return
+        if self._closed:
+            return
+        before, self._seen = self._seen, seen
+        for name in sorted({*seen, *self._acted}):
+            now = seen.get(name)
+            if now == before.get(name) and now != self._acted.get(name) and not self._turns[name].locked():
+                self._begin(self._act, name, now)
+
+    async def settle(self) -> None:
+        """Wait until every change that has begun is done."""
+        while self._changes:
+            await asyncio.wait(self._changes)
+
+    async def load_model(self, name: str) -> None:
+        """Bring a model in as it stands in the folder now, on request.
+
+        Raises:
+            ControlRefused: if models are not loaded on request here.
+            ModelUnknown: if it is not in the folder.
+            LoadFailed: if it does not load; what served goes on serving.
+            Draining: if the server is about to stop.
+        """
+        self._be_explicit()
+        await self._finished(self._begin(self._load_model, name))
+
+    async def unload_model(self, name: str) -> None:
+        """Take a model out, on request: it takes no new work, and is freed once its sessions have ended.
+
+        Raises:
+            ControlRefused: if models are not unloaded on request here.
+            ModelUnknown: if there is none of that name.
+            Draining: if the server is about to stop.
+        """
+        self._be_explicit()
+        if name not in self._models:
+            raise ModelUnknown(f"no model {name[:128]!r} is known")
+        await self._finished(self._begin(self._unload_model, name))
+
+    async def free(self) -> None:
+        """Free what has retired and is not used any more."""
+        for name, versions in list(self._models.items()):
+            for number, version in list(versions.items()):
+                if freed := await version.free():
+                    log.info("model freed", model=name, version=number, runners=freed)
+                    if not version.runners and not version.loading:
+                        self._metrics.forget(name, number)
+                if not version.there and not version.runners and not version.loading:
+                    versions.pop(number, None)
+            if not versions:
+                self._models.pop(name, None)
+
+    def close(self) -> None:
+        """Begin no changes any more, and give up those under way."""
+        self._closed = True
+        for task in self._changes:
+            task.cancel()
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Stop every model.
+
+        Returns:
+            Whether all have stopped in time.
+        """
+        self.close()
+        return all(await asyncio.gather(*(runner.stop(timeout_s) for runner in self)))
+
+    # --- how a change goes ---
+
+    async def _load_model(self, name: str) -> None:
+        try:
+            seen = await in_thread(scan, self._settings.repository)
+        except LoadError as error:
+            log.error("repository not read", reason=str(error))
+            raise LoadFailed("the repository cannot be read; the server's log says why") from error
+        for found in (found for model in seen.values() for found in model.versions):
+            self._version(found)
+        if name not in seen:
+            raise ModelUnknown(f"no model {name[:128]!r} is in the repository; expected NAME/VERSION/model.onnx")
+        if failures := await self._act(name, seen[name], again=True):
+            raise LoadFailed(f"load failed for model {name!r}: {'; '.join(failures)}")
+
+    async def _unload_model(self, name: str) -> None:
+        async with self._turns[name]:
+            for version in self._models.get(name, {}).values():
+                version.retire("unloaded")
+            await self._changed(name)
+
+    async def _act(self, name: str, model: ModelFolder | None, again: bool = False) -> list[str]:
+        """Have served of a model what its folder and policy ask for.
+
+        Args:
+            name: of the model.
+            model: as its folder stands; None if it is not there any more.
+            again: try also what has failed before.
+
+        Returns:
+            What of it failed, and why.
+        """
+        async with self._turns[name]:
+            if model is None:
+                self._acted.pop(name, None)
+            else:
+                self._acted[name] = model
+            there = {found.version: self._version(found) for found in model.versions} if model is not None else {}
+            if model is None or not model.trouble:
+                for number, version in self._models.get(name, {}).items():
+                    if number not in there:
+                        version.there = False
+                        version.retire("not in the folder any more")
+            try:
+                return [] if model is None else await self._serve(model, there, again)
+            finally:
+                await self._changed(name)
+
+    async def _serve(self, model: ModelFolder, there: Mapping[int, Version], again: bool) -> list[str]:
+        try:
+            if model.trouble:
+                raise LoadError(model.trouble)
+            candidates, count = await in_thread(wanted, model, self._settings.latest_versions)
+        except LoadError as error:
+            # What serves goes on: nobody can tell what should be instead.
+            log.error("model not loaded", model=model.path.name, reason=str(error))
+            for version in there.values():
+                version.failure = self._told(error)
+                version.tried = None
+            return [self._told(error)]
+        serving: list[int] = []
+        failures: list[str] = []
+        for found in candidates:
+            if len(serving) == count:
+                break
+            version = there[found.version]
+            if await self._bring(version, found, again):
+                serving.append(found.version)
+            if version.failure:
+                failures.append(f"version {found.version} is at UNAVAILABLE state: {version.failure}")
+        # Where none of those that are wanted loads, the old ones are better than nothing.
+        for number, version in there.items() if serving else ():
+            if number not in serving:
+                version.retire("not within the policy")
+        return failures
+
+    async def _bring(self, version: Version, found: Found, again: bool) -> bool:
+        """Load a version unless that is done, and switch to it.
+
+        Returns:
+            Whether it serves, if only with the files before.
+        """
+        done = version.tried == found.signature and (version.serving is not None or version.failure)
+        if not done or (again and version.failure):
+            before = version.serving
+            runner = await self._load(version, found)
+            # The same model as before, in files that were written anew, needs no switch.
+            if runner is not None and (before is None or runner.digest != before.digest):
+                runner.start()
+                version.switch(runner)
+        return version.serving is not None
+
+    async def _keep(self, found: Found) -> None:
+        """Load a version for the sessions alone that it has."""
+        async with self._turns[found.name]:
+            version = self._version(found)
+            if version.failure or (runner := await self._load(version, found)) is None:
+                return
+            runner.start()
+            version.switch(runner)
+            version.retire("kept for the sessions of an earlier process")
+
+    async def _load(self, version: Version, found: Found) -> Runner | None:
+        """Load and warm a version's files; None if that fails, which is noted."""
+        began = time.perf_counter()
+        version.tried = found.signature
+        version.loading = True
+        try:
+            async with self._room:
+                runner, loaded = await in_thread(self._make, found, asyncio.get_running_loop())
+        except Exception as error:
+            if not isinstance(error, LoadError):
+                log.error("unexpected error", exc_info=error)
+                error = LoadError("unexpected error; the server's log has it")
+            version.failure = self._told(error)
+            log.error("model not loaded", model=found.name, version=found.version, reason=str(error))
+            return None
+        finally:
+            version.loading = False
+        version.failure = ""
+        for warning in loaded.warnings:
+            log.warning("model", model=found.name, version=found.version, warning=warning)
+        log.info(
+            "model loaded",
+            model=found.name,
+            version=found.version,
+            provider=loaded.provider,
+            precision=runner.manifest.precision,
+            streamable=runner.manifest.streamable,
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        return runner
+
+    def _make(self, found: Found, loop: asyncio.AbstractEventLoop) -> tuple[Runner, Loaded]:
         settings = self._settings
         loaded = load_model(found.path, settings)
         limits = Limits(
@@ -130,50 +328,47 @@ class Repository:
             runner.warm_up()
         except Exception as error:
             raise LoadError(f"the model does not run: {error}") from error
-        return runner, loaded.provider
+        return runner, loaded
 
-    def names(self) -> list[str]:
-        """The models that are served, in alphabetical order.
+    def _version(self, found: Found) -> Version:
+        version = self._models.setdefault(found.name, {}).setdefault(found.version, Version(found.name, found.version))
+        version.there = True
+        return version
 
-        Raises:
-            Loading: if models are being loaded still.
-        """
-        if not self._loaded:
-            raise Loading("models are being loaded")
-        return sorted(self._runners)
+    async def _changed(self, name: str) -> None:
+        await self._on_change(name)
+        await self.free()
 
-    def find(self, name: str, version: int = 0) -> Runner:
-        """Look a model up.
+    def _begin(self, work: Callable[..., Coroutine[Any, Any, T]], *given: Any) -> asyncio.Task[T]:
+        if self._closed:
+            raise Draining("the server is about to stop")
+        task = asyncio.create_task(work(*given))
+        self._changes.add(task)
+        task.add_done_callback(self._ended)
+        return task
 
-        Args:
-            name: of the model.
-            version: of it; 0 for the newest.
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._changes.discard(task)
+        # A caller may have gone; an error of ours is logged in any case.
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, ConveyorError):
+            log.error("unexpected error", exc_info=error)
 
-        Raises:
-            ModelUnknown: if it is not served.
-            Loading: if models are being loaded still.
-        """
-        if not self._loaded:
-            raise Loading("models are being loaded")
-        versions = self._runners.get(name)
-        if versions is None:
-            if any(broken == name for broken, _ in self.broken):
-                raise ModelUnknown(f"model {name!r} did not load; the server's log says why")
-            raise ModelUnknown(f"no model {name[:128]!r} is served; there are: {', '.join(self.names()) or 'none'}")
-        runner = versions.get(version or max(versions))
-        if runner is None:
-            raise ModelUnknown(
-                f"model {name!r} has no version {version} here; there are: {', '.join(map(str, sorted(versions)))}"
+    async def _finished(self, task: asyncio.Task[None]) -> None:
+        """Wait for a change, which goes on also if whoever waits goes away."""
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise Draining("the server is about to stop") from None
+            raise
+
+    def _be_explicit(self) -> None:
+        self._be_started()
+        if (control := self._settings.model_control) != "explicit":
+            raise ControlRefused(
+                f"explicit model load / unload is not allowed: this server's --model-control is {control}"
             )
-        return runner
 
-    def __iter__(self) -> Iterator[Runner]:
-        return (runner for versions in self._runners.values() for runner in versions.values())
-
-    async def stop(self, timeout_s: float) -> bool:
-        """Stop every model.
-
-        Returns:
-            Whether all have stopped in time.
-        """
-        return all(await asyncio.gather(*(runner.stop(timeout_s) for runner in self)))
+    def _told(self, error: LoadError) -> str:
+        """What a caller may read of an error: not where the repository stands."""
+        return str(error).replace(f"{self._settings.repository}/", "")[:_LONGEST_REASON]

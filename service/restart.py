@@ -69,7 +69,7 @@ class Restart:
             try:
                 if index < excess:
                     raise SessionLost("there are more sessions than this server holds")
-                runner = operations.repository.find(one.model, one.version)
+                runner = operations.repository.find_for_session(one.model, one.version)
                 if runner.digest != one.digest:
                     raise SessionLost(f"the file of model {one.model!r}, version {one.version}, has changed")
                 operations.resume(

@@ -75,8 +75,10 @@ class Runner:
         self._clock = clock
         self._calendar = calendar
         self._metrics = metrics
-        # Kept, because the metrics know by it whose queue they show.
-        self._queue_length = lambda: self.queued
+        # Kept, because the metrics know by it whose queue they show. A circle through this runner would hold the memory
+        # of one that has been stopped until the collector comes by.
+        scheduler = self._scheduler
+        self._queue_length = lambda: scheduler.queued
         self._loop = loop
         # Guards the scheduler, and with it the phase of every row and the position of every track.
         self._wake = threading.Condition()
@@ -85,7 +87,6 @@ class Runner:
         self._thread = threading.Thread(target=self._work, name=f"engine-{name}-{version}", daemon=True)
         labels = (name, str(version))
         self._steps = metrics.steps.labels(*labels)
-        metrics.row_by_row.labels(*labels).set(self.manifest.rows_per_run == 1)
         self._padding = metrics.padding.labels(*labels)
         self._tick_rows = metrics.tick_rows.labels(*labels)
         self._tick_seconds = metrics.tick_seconds.labels(*labels)
@@ -118,7 +119,9 @@ class Runner:
 
     def start(self) -> None:
         """Begin to take rows."""
-        self._metrics.show(self.name, str(self.version), self._queue_length)
+        labels = (self.name, str(self.version))
+        self._metrics.row_by_row.labels(*labels).set(self.manifest.rows_per_run == 1)
+        self._metrics.show(*labels, self._queue_length)
         self._thread.start()
 
     def submit(self, rows: Sequence[Row]) -> None:

@@ -1,4 +1,4 @@
-"""The life of a server: load, warm, be ready, drain, stop.
+"""The life of a server: load, warm, be ready, follow the repository, drain, stop.
 
 Owns the gRPC server, its health, and the order of start and end. Must not know tensors.
 """
@@ -6,7 +6,6 @@ Owns the gRPC server, its health, and the order of start and end. Must not know 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service.engine import LoadError
+from service.errors import LoadError
 from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
@@ -49,7 +48,7 @@ class Server:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.repository = Repository(settings, self.metrics, clock)
+        self.repository = Repository(settings, self.metrics, clock, self._tell_health)
         self.operations = Operations(
             self.repository,
             settings.max_sessions,
@@ -78,7 +77,7 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ],
         )
-        self._sweeper: asyncio.Task[None] | None = None
+        self._routines: list[asyncio.Task[None]] = []
         self._exporter: tuple[object, object] | None = None
 
     async def start(self) -> None:
@@ -115,16 +114,19 @@ class Server:
         await self.repository.load(needed={(one.model, one.version) for one in saved})
         self._restart.restore(saved)
         self.operations.ready = True
-        for name, _ in self.repository.broken:
-            await self._health.set(name, _NOT_SERVING)
-        for name in self.repository.names():
-            await self._health.set(name, _SERVING)
+        # What was loaded for sessions that are not there after all.
+        await self.repository.free()
+        for name in {entry.name for entry in self.repository.index()}:
+            await self._tell_health(name)
         await self._health.set("", _SERVING)
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._routines.append(asyncio.create_task(self._sweep()))
+        if self.settings.model_control == "poll":
+            self._routines.append(asyncio.create_task(self._poll()))
 
     async def drain(self) -> None:
         """Stop being ready, refuse new work, finish what was accepted, answer it, and end the streams."""
         self.operations.draining = True
+        self.repository.close()
         await self._health.enter_graceful_shutdown()
         log.info("draining", sessions=len(self.operations.sessions), timeout_s=self.settings.drain_timeout_s)
         try:
@@ -142,10 +144,10 @@ class Server:
         Returns:
             False if a run of a model did not end: its thread goes on, and keeps the process alive unless it is exited.
         """
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sweeper
+        for routine in self._routines:
+            routine.cancel()
+        await asyncio.gather(*self._routines, return_exceptions=True)
+        self.repository.close()
         await self._grpc.stop(grace_s)
         # Even at once, a thread that has nothing to do is given the moment that it takes to end.
         whole = await self.repository.stop(max(grace_s, 0.5))
@@ -160,12 +162,23 @@ class Server:
         return whole
 
     async def _sweep(self) -> None:
-        """Expire sessions also while nobody calls."""
+        """Expire sessions also while nobody calls, and free models whose last session has ended."""
         pause_s = min(5.0, self.settings.idle_timeout_s / 4)
         while True:
             await asyncio.sleep(pause_s)
             if count := self.operations.sessions.expire():
                 log.info("sessions expired", count=count, open=len(self.operations.sessions))
+            await self.repository.free()
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.poll_interval_s)
+            await self.repository.poll()
+
+    async def _tell_health(self, name: str) -> None:
+        """Tell who asks for a model's health; while the server is starting, there is none to tell."""
+        if self.operations.ready:
+            await self._health.set(name, _SERVING if self.repository.ready(name) else _NOT_SERVING)
 
 
 async def serve(settings: Settings) -> int:
@@ -181,9 +194,20 @@ async def serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    start = asyncio.create_task(server.start())
+    first = asyncio.create_task(signals.get())
+    await asyncio.wait({start, first}, return_when=asyncio.FIRST_COMPLETED)
+    if not start.done() and not server.operations.ready:
+        # Nothing is served yet, and what an earlier process left is as it was.
+        log.info("signal", name=first.result().name)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await server.stop(0)
+        return 0
     try:
-        await server.start()
+        await start
     except (LoadError, OSError) as error:
+        first.cancel()
         log.error("not started", reason=str(error))
         await server.stop(0)
         return 1
@@ -195,8 +219,7 @@ async def serve(settings: Settings) -> int:
         models=server.repository.names(),
         seconds=round(time.perf_counter() - began, 3),
     )
-    number = await signals.get()
-    log.info("signal", name=number.name)
+    log.info("signal", name=(await first).name)
     drain = asyncio.create_task(server.drain())
     second = asyncio.create_task(_second(signals))
     await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -25,6 +25,7 @@ Serve recurrent models over gRPC: whole batches, and streaming sessions that kee
 
   python -m service --repository models/                     serve what is in models/NAME/VERSION/model.onnx
   python -m service --repository models/ --port 0            pick a free port; the log's "ready" line names it
+  python -m service --repository models/ --model-control poll  serve new versions as they are put there
   CONVEYOR_PORT=9000 python -m service --config server.toml  settings from the environment and a file
 
 Each setting is a flag, an environment variable (CONVEYOR_ and the name in capitals, as CONVEYOR_MAX_SESSIONS) or a line
@@ -41,7 +42,14 @@ class Settings(BaseModel):
     repository: Path = Path("repository")
     """Folder of models: NAME/VERSION/model.onnx, VERSION a positive integer."""
     latest_versions: Positive = 1
-    """How many versions of each model to serve, newest first."""
+    """How many versions of each model to serve: the newest that load. A model's own model.yaml goes before this."""
+    model_control: Literal["fixed", "poll", "explicit"] = "fixed"
+    """Which models are served. fixed: those that are in the folder at the start; poll: the folder is watched, and what
+    comes, changes or goes there does so here; explicit: those that clients ask to load."""
+    poll_interval_s: Seconds = 15.0
+    """Seconds between two looks at the folder. A change counts when two of them see the same."""
+    load_models: tuple[str, ...] = ()
+    """With explicit control, the models to load at the start, with commas between them; * for all."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all interfaces."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8500
@@ -95,6 +103,14 @@ class Settings(BaseModel):
     """How to log; auto is console on a terminal and json elsewhere."""
     config: Path | None = None
     """A TOML file with settings."""
+
+    @field_validator("load_models", mode="before")
+    @classmethod
+    def _between_commas(cls, given: Any, info: ValidationInfo) -> Any:
+        names = given.split(",") if isinstance(given, str) else given
+        if names and info.data.get("model_control", "explicit") != "explicit":
+            raise ValueError("models are loaded by name with --model-control explicit alone")
+        return tuple(name.strip() for name in names) if isinstance(given, str) else given
 
 
 _GROUPS = {
@@ -172,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar = "|".join(words) if words else _METAVARS.get(name, "N")
         default = (
             ""
-            if field.default is None
+            if field.default in (None, ())
             else f" [{field.default:g}]"
             if isinstance(field.default, float)
             else f" [{field.default}]"
@@ -183,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
 
 _METAVARS = {
     "repository": "DIR",
+    "poll_interval_s": "SECONDS",
+    "load_models": "NAME,...",
     "host": "ADDRESS",
     "port": "PORT",
     "metrics_port": "PORT",

@@ -13,6 +13,7 @@ from service.wire.status import code, detail
 
 EXPECTED = {
     "InvalidRequest": grpc.StatusCode.INVALID_ARGUMENT,
+    "LoadFailed": grpc.StatusCode.INVALID_ARGUMENT,
     "NotFound": grpc.StatusCode.NOT_FOUND,
     "ModelUnknown": grpc.StatusCode.NOT_FOUND,
     "SessionUnknown": grpc.StatusCode.NOT_FOUND,
@@ -28,6 +29,7 @@ EXPECTED = {
     "Unavailable": grpc.StatusCode.UNAVAILABLE,
     "Draining": grpc.StatusCode.UNAVAILABLE,
     "Loading": grpc.StatusCode.UNAVAILABLE,
+    "ControlRefused": grpc.StatusCode.UNAVAILABLE,
     "EngineFailed": grpc.StatusCode.INTERNAL,
 }
 

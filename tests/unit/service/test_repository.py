@@ -1,77 +1,113 @@
-"""Model folders: which versions are found, which are served, and that a broken one is its own trouble alone."""
+"""The repository: what is served, how it is switched and freed, and that a broken model is its own trouble alone."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+import gc
+import shutil
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
-from service.engine import Engine, LoadError
-from service.errors import Loading, ModelUnknown
+from service.engine import Engine
+from service.errors import ControlRefused, Draining, LoadError, LoadFailed, Loading, ModelUnknown
+from service.loading import Loaded, load_model
 from service.metrics import Metrics
-from service.repository import Found, Repository, scan
+from service.repository import Repository
 from service.settings import Settings
 from tests.clock import Clock
 from tests.graphs import write_lstm
 
 
-def place(folder: Path, *names: str) -> None:
-    """Files that are there, and nothing more."""
-    for name in names:
-        path = folder / name / "model.onnx"
-        path.parent.mkdir(parents=True)
-        path.touch()
+def repository_of(folder: Path, **settings: Any) -> Repository:
+    """A repository that has not loaded yet."""
+    return Repository(Settings(repository=folder, threads=1, **settings), Metrics(), Clock())
 
 
 @asynccontextmanager
 async def loaded(folder: Path, **settings: Any) -> AsyncIterator[Repository]:
     """A repository that has loaded, stopped in the end."""
-    repository = Repository(Settings(repository=folder, threads=1, **settings), Metrics(), Clock())
+    repository = repository_of(folder, **settings)
     await repository.load()
     try:
         yield repository
     finally:
-        await repository.stop(30)
+        assert await repository.stop(30)
 
 
-# --- what is found ---
+def write_broken(folder: Path, name: str, version: int) -> Path:
+    """A file that is no model."""
+    path = folder / name / str(version) / "model.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"not a model")
+    return path
 
 
-@pytest.mark.parametrize(("latest", "versions"), [(1, [10]), (2, [10, 9]), (9, [10, 9, 1])])
-def test_the_newest_versions_are_found(tmp_path: Path, latest: int, versions: list[int]) -> None:
-    """As numbers, not as text: 10 is newer than 9."""
-    place(tmp_path, "lstm/9", "lstm/10", "lstm/1", "gru/3")
-    found = scan(tmp_path, latest)
-    assert found == [
-        Found("gru", 3, tmp_path / "gru/3/model.onnx"),
-        *(Found("lstm", version, tmp_path / f"lstm/{version}/model.onnx") for version in versions),
-    ]
+def replace(folder: Path, name: str, version: int, seed: int) -> None:
+    """Put another model under the same number."""
+    shutil.rmtree(folder / name / str(version))
+    write_lstm(folder, name, version, seed)
 
 
-def test_other_things_in_the_folder_are_passed_over(tmp_path: Path) -> None:
-    """Folders that are no versions, versions without a model, hidden folders, stray files."""
-    odd = ["v1", "0", "01", "-1", "1.0", " 1", "١", "1.partial", "9" * 19, ".tmp"]
-    place(tmp_path, "lstm/1", *(f"lstm/{name}" for name in odd), ".hidden/1", "_private/1", "sp ace/1")
-    (tmp_path / "lstm/2").mkdir()
-    (tmp_path / "lstm/3/model.onnx").mkdir(parents=True)
-    (tmp_path / "lstm/4").touch()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "README.md").touch()
-    (tmp_path / "lstm/model.yaml").touch()
-    assert scan(tmp_path, 100) == [Found("lstm", 1, tmp_path / "lstm/1/model.onnx")]
+async def look(repository: Repository, times: int = 2) -> None:
+    """Poll, and wait for what that begins."""
+    for _ in range(times):
+        await repository.poll()
+    await repository.settle()
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["missing", "a file"])
-def test_a_repository_that_is_no_folder(tmp_path: Path, there: bool) -> None:
-    """An error that names it, and what was expected."""
-    path = tmp_path / "models"
-    if there:
-        path.touch()
-    with pytest.raises(LoadError, match=r"models is not a folder; expected DIR/NAME/VERSION/model\.onnx"):
-        scan(path, 1)
+def told(repository: Repository) -> dict[tuple[str, int], tuple[str, str]]:
+    """The index: state and reason of each version."""
+    return {(entry.name, entry.version): (entry.state, entry.reason) for entry in repository.index()}
+
+
+class Gate:
+    """Loads of some models wait until they are let through.
+
+    Attributes:
+        waiting: released once for each load that has come.
+        begun: the names and versions of all loads, in order.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.waiting = threading.Semaphore(0)
+        self.begun: list[str] = []
+        self._names = names
+        self._open = threading.Event()
+
+    def load(self, path: Path, settings: Settings) -> Loaded:
+        """In the place of ``load_model``."""
+        self.begun.append(f"{path.parent.parent.name} {path.parent.name}")
+        if path.parent.parent.name in self._names:
+            self.waiting.release()
+            assert self._open.wait(30)
+        return load_model(path, settings)
+
+    async def one_waits(self) -> None:
+        """Return once one more load has come."""
+        assert await asyncio.to_thread(self.waiting.acquire, timeout=30)
+
+    def open(self) -> None:
+        """Let every load through."""
+        self._open.set()
+
+
+@contextmanager
+def gated(*names: str) -> Iterator[Gate]:
+    """Hold the loads of some models up."""
+    gate = Gate(*names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.repository.load_model", gate.load)
+        try:
+            yield gate
+        finally:
+            gate.open()
 
 
 # --- what is served ---
@@ -84,26 +120,76 @@ async def test_models_are_found_by_name_and_version(tmp_path: Path) -> None:
     write_lstm(tmp_path, "other")
     async with loaded(tmp_path, latest_versions=2) as repository:
         assert repository.names() == ["lstm", "other"]
+        assert repository.versions("lstm") == [2, 3]
         assert [repository.find("lstm", version).version for version in (0, 2, 3)] == [3, 2, 3]
         assert {(runner.name, runner.version) for runner in repository} == {("lstm", 2), ("lstm", 3), ("other", 1)}
+        assert [repository.ready("lstm", version) for version in (0, 1, 2, 7)] == [True, False, True, False]
+        assert not repository.ready("gru")
         with pytest.raises(ModelUnknown, match=r"no model 'gru' is served; there are: lstm, other"):
             repository.find("gru")
-        with pytest.raises(ModelUnknown, match=r"model 'lstm' has no version 1 here; there are: 2, 3"):
+        with pytest.raises(ModelUnknown, match=r"model 'lstm' has no version 7 here; there are: 2, 3"):
+            repository.find("lstm", 7)
+        with pytest.raises(
+            ModelUnknown, match=r"version 1 of model 'lstm' is not served: not within the policy; there"
+        ):
             repository.find("lstm", 1)
+        assert told(repository) == {
+            ("lstm", 1): ("UNAVAILABLE", "not within the policy"),
+            ("lstm", 2): ("READY", ""),
+            ("lstm", 3): ("READY", ""),
+            ("other", 1): ("READY", ""),
+        }
+
+
+async def test_a_model_says_itself_which_versions_it_wants(tmp_path: Path) -> None:
+    """In its model.yaml, before the server's settings."""
+    for version in (1, 2, 3):
+        write_lstm(tmp_path, "lstm", version)
+    (tmp_path / "lstm/model.yaml").write_text("versions: [1, 2]")
+    async with loaded(tmp_path) as repository:
+        assert repository.versions("lstm") == [1, 2]
 
 
 async def test_a_broken_model_does_not_take_others_down(tmp_path: Path) -> None:
-    """Its reason is kept; an older version of it that works is served where it is asked for."""
-    place(tmp_path, "broken/1", "half/2")
+    """Its reason stands in the index; of a model with a broken version the newest that loads is served."""
+    write_broken(tmp_path, "broken", 1)
+    write_broken(tmp_path, "half", 2)
     write_lstm(tmp_path, "half", 1)
+    write_lstm(tmp_path, "unclear")
+    (tmp_path / "unclear/model.yaml").write_text("versions: newest")
     write_lstm(tmp_path, "whole")
-    async with loaded(tmp_path, latest_versions=2) as repository:
+    async with loaded(tmp_path) as repository:
         assert repository.names() == ["half", "whole"]
         assert repository.find("half").version == 1
-        assert repository.broken.keys() == {("broken", 1), ("half", 2)}
-        assert "onnxruntime cannot load model.onnx" in repository.broken["broken", 1]
-        with pytest.raises(ModelUnknown):
+        index = told(repository)
+        assert {key: state for key, (state, _) in index.items() if state != "READY"} == {
+            ("broken", 1): "UNAVAILABLE",
+            ("half", 2): "UNAVAILABLE",
+            ("unclear", 1): "UNAVAILABLE",
+        }
+        assert "onnxruntime cannot load model.onnx" in index["broken", 1][1]
+        assert str(tmp_path) not in index["broken", 1][1]
+        assert index["unclear", 1][1].startswith("model.yaml is not valid: versions: ")
+        with pytest.raises(
+            ModelUnknown, match="model 'broken' did not load; the repository's index and the server's log"
+        ):
             repository.find("broken")
+
+
+async def test_an_unexpected_error_is_no_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a load raises costs that model alone, and its text stays in the log."""
+    write_lstm(tmp_path, "lstm")
+    write_lstm(tmp_path, "odd")
+
+    def fail(path: Path, settings: Settings) -> Loaded:
+        if "odd" in path.parts:
+            raise MemoryError("at 0x1234")
+        return load_model(path, settings)
+
+    monkeypatch.setattr("service.repository.load_model", fail)
+    async with loaded(tmp_path) as repository:
+        assert repository.names() == ["lstm"]
+        assert told(repository)["odd", 1] == ("UNAVAILABLE", "unexpected error; the server's log has it")
 
 
 async def test_a_model_that_loads_and_does_not_run_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,40 +200,378 @@ async def test_a_model_that_loads_and_does_not_run_is_broken(tmp_path: Path, mon
 
     monkeypatch.setattr(Engine, "run", fail)
     write_lstm(tmp_path)
-    repository = Repository(Settings(repository=tmp_path, threads=1), Metrics(), Clock())
-    with pytest.raises(LoadError, match="can be served: lstm 1: the model does not run: no kernel"):
-        await repository.load()
+    with pytest.raises(LoadError, match=r"can be served: lstm 1: .*no kernel"):
+        await repository_of(tmp_path).load()
 
 
-async def test_a_file_that_cannot_be_read_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gone, or not ours to read, between the scan and the load: its own trouble, as any."""
-    write_lstm(tmp_path)
-    (tmp_path / "other/1").mkdir(parents=True)
-    gone = Found("other", 1, tmp_path / "other/1/model.onnx")
-    monkeypatch.setattr("service.repository.scan", lambda folder, latest, needed: [gone, *scan(folder, latest)])
-    async with loaded(tmp_path) as repository:
-        assert repository.names() == ["lstm"]
-        assert repository.broken == {("other", 1): "cannot read model.onnx: No such file or directory"}
-
-
-async def test_an_empty_repository_is_not_served(tmp_path: Path) -> None:
-    """A server without a model would count as ready, and be sent calls; it says what it looked for instead."""
-    repository = Repository(Settings(repository=tmp_path), Metrics(), Clock())
-    with pytest.raises(LoadError, match=r"there is none; expected DIR/NAME/VERSION/model\.onnx"):
-        await repository.load()
-
-
-def test_older_versions_that_are_needed_are_found(tmp_path: Path) -> None:
-    """Beside the newest, where they are there."""
-    place(tmp_path, "a/1", "a/2", "a/3", "b/1")
-    found = scan(tmp_path, 1, {("a", 1), ("a", 9), ("c", 1)})
-    assert [(one.name, one.version) for one in found] == [("a", 3), ("a", 1), ("b", 1)]
+@pytest.mark.parametrize("control", ["fixed", "poll", "explicit"])
+async def test_an_empty_repository(tmp_path: Path, control: str) -> None:
+    """Where nothing will ever come it is not served: a server would count as ready, and be sent calls."""
+    if control == "fixed":
+        with pytest.raises(LoadError, match=r"there is none; expected DIR/NAME/VERSION/model\.onnx"):
+            await repository_of(tmp_path).load()
+    else:
+        async with loaded(tmp_path, model_control=control) as repository:
+            assert (repository.names(), repository.index()) == ([], [])
 
 
 async def test_until_all_is_loaded_callers_are_told_so(tmp_path: Path) -> None:
     """Not that the model is unknown, nor that there are none: that would end their search."""
-    repository = Repository(Settings(repository=tmp_path), Metrics(), Clock())
+    repository = repository_of(tmp_path, model_control="explicit")
     with pytest.raises(Loading):
         repository.find("lstm")
     with pytest.raises(Loading):
         repository.names()
+    with pytest.raises(Loading):
+        await repository.load_model("lstm")
+
+
+async def test_versions_that_sessions_need(tmp_path: Path) -> None:
+    """Loaded beside what is served, for those sessions alone; freed if there are none after all."""
+    for version in (1, 2, 3):
+        write_lstm(tmp_path, "lstm", version)
+    repository = repository_of(tmp_path)
+    await repository.load(needed={("lstm", 1), ("lstm", 2), ("lstm", 3), ("lstm", 9), ("gru", 1)})
+    assert repository.versions("lstm") == [3]
+    one, two, three = (repository.find_for_session("lstm", version) for version in (1, 2, 3))
+    assert [runner.version for runner in (one, two, three)] == [1, 2, 3]
+    assert three is repository.find("lstm")
+    slot = one.pool.allocate()
+    await repository.free()
+    assert {(runner.name, runner.version) for runner in repository} == {("lstm", 1), ("lstm", 3)}
+    kept = "kept for the sessions of an earlier process"
+    assert told(repository)["lstm", 1] == ("UNLOADING", f"{kept}; 1 sessions or batch rows go on")
+    for version in (2, 9):
+        with pytest.raises(ModelUnknown):
+            repository.find_for_session("lstm", version)
+    with pytest.raises(ModelUnknown, match="version 1 of model 'lstm' is being unloaded"):
+        repository.find("lstm", 1)
+    one.pool.free(slot)
+    await repository.stop(30)
+
+
+# --- polling ---
+
+
+async def test_a_new_version_takes_over(tmp_path: Path) -> None:
+    """Once two looks have seen the same; the one before is freed when its last session has ended."""
+    write_lstm(tmp_path, "lstm", 1)
+    async with loaded(tmp_path, model_control="poll") as repository:
+        before = repository.find("lstm")
+        slots = [before.pool.allocate(), before.pool.allocate()]
+        write_lstm(tmp_path, "lstm", 2, seed=2)
+        write_lstm(tmp_path, "gru", 1, seed=3)
+        await look(repository, times=1)
+        assert repository.find("lstm") is before
+        await look(repository, times=1)
+        assert repository.find("lstm").version == 2
+        assert repository.names() == ["gru", "lstm"]
+        for _ in range(2):
+            left = before.pool.taken
+            reason = f"not within the policy; {left} sessions or batch rows go on"
+            assert told(repository)["lstm", 1] == ("UNLOADING", reason)
+            with pytest.raises(ModelUnknown, match=r"version 1 of model 'lstm' is being unloaded .*; there are: 2"):
+                repository.find("lstm", 1)
+            before.pool.free(slots.pop())
+            await repository.free()
+        assert told(repository)["lstm", 1] == ("UNAVAILABLE", "not within the policy")
+        assert before not in list(repository)
+
+
+async def test_what_is_still_being_copied_is_not_loaded(tmp_path: Path) -> None:
+    """A file that is another at each look is left alone, until it has come to rest."""
+    write_lstm(tmp_path / "elsewhere", "lstm", 2)
+    whole = (tmp_path / "elsewhere/lstm/2/model.onnx").read_bytes()
+    folder = tmp_path / "models"
+    write_lstm(folder, "lstm", 1)
+    with gated() as gate:
+        async with loaded(folder, model_control="poll") as repository:
+            path = write_broken(folder, "lstm", 2)
+            for share in (0.2, 0.4, 0.6, 0.8, 1.0):
+                path.write_bytes(whole[: int(share * len(whole))])
+                await look(repository, times=1)
+            assert repository.versions("lstm") == [1]
+            await look(repository, times=1)
+            assert repository.versions("lstm") == [2]
+        assert gate.begun == ["lstm 1", "lstm 2"]
+
+
+async def test_a_broken_version_disturbs_nobody_and_is_tried_once(tmp_path: Path) -> None:
+    """What served goes on; the reason is told; only when the files change is it tried again."""
+    write_lstm(tmp_path, "lstm", 1)
+    with gated() as gate:
+        async with loaded(tmp_path, model_control="poll") as repository:
+            write_broken(tmp_path, "lstm", 2)
+            await look(repository, times=5)
+            assert repository.find("lstm").version == 1
+            state, reason = told(repository)["lstm", 2]
+            assert (state, "onnxruntime cannot load" in reason) == ("UNAVAILABLE", True)
+            write_lstm(tmp_path, "other")
+            await look(repository, times=3)
+            assert gate.begun == ["lstm 1", "lstm 2", "other 1"]
+            replace(tmp_path, "lstm", 2, seed=2)
+            await look(repository)
+            assert repository.find("lstm").version == 2
+            assert told(repository)["lstm", 2] == ("READY", "")
+
+
+async def test_a_file_replaced_under_its_number(tmp_path: Path) -> None:
+    """Is a switch like any other; one that holds the same bytes is none; a broken one leaves the one before."""
+    write_lstm(tmp_path, "lstm", 1, seed=1)
+    async with loaded(tmp_path, model_control="poll") as repository:
+        first = repository.find("lstm")
+        replace(tmp_path, "lstm", 1, seed=1)
+        await look(repository)
+        assert repository.find("lstm") is first
+        slot = first.pool.allocate()
+        replace(tmp_path, "lstm", 1, seed=2)
+        await look(repository)
+        second = repository.find("lstm", 1)
+        assert second.digest != first.digest
+        assert told(repository)["lstm", 1] == ("READY", "1 sessions or batch rows go on with the files before")
+        first.pool.free(slot)
+        write_broken(tmp_path, "lstm", 1)
+        await look(repository)
+        assert repository.find("lstm", 1) is second
+        state, reason = told(repository)["lstm", 1]
+        assert (state, reason.startswith("the files have changed and did not load: ")) == ("READY", True)
+
+
+async def test_what_is_removed_is_unloaded(tmp_path: Path) -> None:
+    """A version, and a whole model; the one before takes over again where the policy has room for it."""
+    for version in (1, 2):
+        write_lstm(tmp_path, "lstm", version)
+    write_lstm(tmp_path, "other")
+    async with loaded(tmp_path, model_control="poll") as repository:
+        runner = repository.find("lstm")
+        slot = runner.pool.allocate()
+        shutil.rmtree(tmp_path / "lstm/2")
+        shutil.rmtree(tmp_path / "other")
+        await look(repository)
+        assert repository.find("lstm").version == 1
+        assert told(repository) == {
+            ("lstm", 1): ("READY", ""),
+            ("lstm", 2): ("UNLOADING", "not in the folder any more; 1 sessions or batch rows go on"),
+        }
+        with pytest.raises(ModelUnknown, match="no model 'other' is served; there are: lstm"):
+            repository.find("other")
+        runner.pool.free(slot)
+        await repository.free()
+        assert told(repository).keys() == {("lstm", 1)}
+
+
+async def test_a_policy_that_changes(tmp_path: Path) -> None:
+    """Is followed; one that cannot be read leaves everything as it is, and says so."""
+    for version in (1, 2):
+        write_lstm(tmp_path, "lstm", version)
+    async with loaded(tmp_path, model_control="poll") as repository:
+        runner = repository.find("lstm")
+        for text, versions in (("[1, 2]", [1, 2]), ("nonsense", [1, 2]), ("[1]", [1]), ("{latest: 1}", [2])):
+            (tmp_path / "lstm/model.yaml").write_text(f"versions: {text}")
+            await look(repository)
+            assert repository.versions("lstm") == versions
+            said = {reason for state, reason in told(repository).values() if state == "READY"}
+            assert any("model.yaml is not valid" in reason for reason in said) == (text == "nonsense")
+        assert repository.find("lstm").digest == runner.digest
+
+
+async def test_a_folder_that_is_away_unloads_nothing(tmp_path: Path) -> None:
+    """A disk that fails for a moment is no order."""
+    folder = tmp_path / "models"
+    write_lstm(folder)
+    async with loaded(folder, model_control="poll") as repository:
+        runner = repository.find("lstm")
+        folder.rename(tmp_path / "away")
+        await look(repository, times=3)
+        (tmp_path / "away").rename(folder)
+        await look(repository)
+        assert repository.find("lstm") is runner
+
+
+async def test_a_load_that_takes_long_holds_nobody_up(tmp_path: Path) -> None:
+    """What serves goes on meanwhile, and other models come; whoever asks for the model is told that it is coming."""
+    write_lstm(tmp_path, "lstm", 1)
+    with gated("large") as gate:
+        async with loaded(tmp_path, model_control="poll") as repository:
+            write_lstm(tmp_path, "large")
+            await repository.poll()
+            await repository.poll()
+            await gate.one_waits()
+            write_lstm(tmp_path, "small")
+            write_lstm(tmp_path, "lstm", 2)
+            for _ in range(2):
+                await repository.poll()
+            while repository.versions("small") != [1] or repository.versions("lstm") != [2]:
+                await asyncio.to_thread(int)
+            assert told(repository)["large", 1] == ("LOADING", "")
+            with pytest.raises(Loading, match="model 'large' is being loaded"):
+                repository.find("large")
+            gate.open()
+            await repository.settle()
+            assert repository.ready("large")
+        assert gate.begun.count("large 1") == 1
+
+
+# --- explicit control ---
+
+
+async def test_models_on_request(tmp_path: Path) -> None:
+    """Nothing but what is asked for is served; a load during an unload brings the model back."""
+    for name in ("a", "b", "c"):
+        write_lstm(tmp_path, name)
+    async with loaded(tmp_path, model_control="explicit", load_models=("a", "missing")) as repository:
+        assert repository.names() == ["a"]
+        assert told(repository)["b", 1] == ("UNAVAILABLE", "not loaded")
+        with pytest.raises(ModelUnknown, match="model 'b' is not served: not loaded"):
+            repository.find("b")
+        await repository.load_model("b")
+        before = repository.find("b")
+        await repository.load_model("b")
+        assert repository.find("b") is before
+        slot = before.pool.allocate()
+        await repository.unload_model("b")
+        assert told(repository)["b", 1] == ("UNLOADING", "unloaded; 1 sessions or batch rows go on")
+        with pytest.raises(ModelUnknown, match=r"model 'b' is being unloaded \(unloaded\)"):
+            repository.find("b")
+        await repository.load_model("b")
+        assert repository.find("b") is not before
+        assert before.pool.taken == 1
+        assert told(repository)["b", 1] == ("READY", "1 sessions or batch rows go on with the files before")
+        before.pool.free(slot)
+        await repository.unload_model("b")
+        await repository.unload_model("b")
+        assert told(repository)["b", 1] == ("UNAVAILABLE", "unloaded")
+        assert repository.names() == ["a"]
+        for call in (repository.load_model, repository.unload_model):
+            with pytest.raises(ModelUnknown, match="'gru'"):
+                await call("gru")
+        await repository.load_model("a")
+        shutil.rmtree(tmp_path / "c")
+        with pytest.raises(ModelUnknown):
+            await repository.load_model("c")
+
+
+async def test_all_models_at_the_start(tmp_path: Path) -> None:
+    """With a star for their names."""
+    for name in ("a", "b"):
+        write_lstm(tmp_path, name)
+    async with loaded(tmp_path, model_control="explicit", load_models=("*",)) as repository:
+        assert repository.names() == ["a", "b"]
+
+
+async def test_a_load_that_fails_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    """With the reason; asked for again it is tried again."""
+    write_lstm(tmp_path, "lstm", 1)
+    async with loaded(tmp_path, model_control="explicit", load_models=("*",)) as repository:
+        before = repository.find("lstm")
+        write_broken(tmp_path, "lstm", 2)
+        with gated() as gate:
+            for _ in range(2):
+                with pytest.raises(
+                    LoadFailed, match=r"load failed for model 'lstm': version 2 is at UNAVAILABLE state: "
+                ):
+                    await repository.load_model("lstm")
+            assert gate.begun == ["lstm 2", "lstm 2"]
+        assert repository.find("lstm") is before
+
+
+@pytest.mark.parametrize("control", ["fixed", "poll"])
+async def test_requests_where_they_are_not_taken(tmp_path: Path, control: str) -> None:
+    """Refused, and told what the server does instead."""
+    write_lstm(tmp_path)
+    async with loaded(tmp_path, model_control=control) as repository:
+        for call in (repository.load_model, repository.unload_model):
+            says = f"explicit model load / unload is not allowed: this server's --model-control is {control}"
+            with pytest.raises(ControlRefused, match=says):
+                await call("lstm")
+
+
+async def test_loads_of_one_model_take_turns(tmp_path: Path) -> None:
+    """The second finds it loaded; an unload comes after both; another model does not wait."""
+    for name in ("a", "b"):
+        write_lstm(tmp_path, name)
+    with gated("a") as gate:
+        async with loaded(tmp_path, model_control="explicit") as repository:
+            first = asyncio.create_task(repository.load_model("a"))
+            await gate.one_waits()
+            second = asyncio.create_task(repository.load_model("a"))
+            await repository.load_model("b")
+            assert repository.names() == ["b"]
+            assert not first.done()
+            gate.open()
+            await asyncio.gather(first, second)
+            assert gate.begun == ["a 1", "b 1"]
+            await repository.unload_model("a")
+            assert repository.names() == ["b"]
+
+
+async def test_a_caller_that_goes_away_does_not_stop_its_load(tmp_path: Path) -> None:
+    """What was asked for comes."""
+    write_lstm(tmp_path, "a")
+    with gated("a") as gate:
+        async with loaded(tmp_path, model_control="explicit") as repository:
+            call = asyncio.create_task(repository.load_model("a"))
+            await gate.one_waits()
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            assert call.cancelled()
+            gate.open()
+            await repository.settle()
+            assert repository.names() == ["a"]
+
+
+async def test_loads_in_progress_do_not_hold_the_end(tmp_path: Path) -> None:
+    """They are given up, and whoever waits for one is told; what serves goes on until it is stopped."""
+    write_lstm(tmp_path, "a")
+    write_lstm(tmp_path, "b")
+    with gated("a") as gate:
+        async with loaded(tmp_path, model_control="explicit", load_models=("b",)) as repository:
+            call = asyncio.create_task(repository.load_model("a"))
+            await gate.one_waits()
+            repository.close()
+            with pytest.raises(Draining):
+                await call
+            with pytest.raises(Draining):
+                await repository.load_model("b")
+            assert repository.names() == ["b"]
+
+
+# --- what is freed ---
+
+
+async def test_what_is_unloaded_is_freed(tmp_path: Path) -> None:
+    """The runner, its thread, its graph and its metrics, at once and not when the collector comes by."""
+    write_lstm(tmp_path, "lstm", 1)
+    metrics = Metrics()
+    settings = Settings(repository=tmp_path, threads=1, model_control="explicit", load_models=("*",))
+    repository = Repository(settings, metrics, Clock())
+    gc.disable()
+    try:
+        await repository.load()
+        runner = repository.find("lstm")
+        held = weakref.ref(runner), weakref.ref(runner.engine), weakref.ref(runner.pool)
+        del runner
+        assert b'model="lstm"' in generate_latest(metrics.registry)
+        await repository.unload_model("lstm")
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread():
+                thread.join(5 if "lstm" in thread.name else 0)
+        await asyncio.sleep(0)
+        assert [reference() for reference in held] == [None, None, None]
+        assert not any("lstm" in thread.name for thread in threading.enumerate())
+        assert b'model="lstm"' not in generate_latest(metrics.registry)
+    finally:
+        gc.enable()
+
+
+async def test_what_takes_over_keeps_its_metrics(tmp_path: Path) -> None:
+    """Freeing the runner before does not hide the queue of the one that has its number now."""
+    write_lstm(tmp_path, "lstm", 1, seed=1)
+    metrics = Metrics()
+    repository = Repository(Settings(repository=tmp_path, threads=1, model_control="poll"), metrics, Clock())
+    await repository.load()
+    replace(tmp_path, "lstm", 1, seed=2)
+    await look(repository)
+    assert len(list(repository)) == 1
+    assert b'conveyor_queued_rows{model="lstm",version="1"} 0.0' in generate_latest(metrics.registry)
+    await repository.stop(30)

@@ -77,6 +77,18 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, given
     assert (settings.port, settings.max_steps) == (port, 77)
 
 
+@pytest.mark.parametrize("source", ["flag", "environment", "file", "file, as text"])
+def test_several_names(tmp_path: Path, source: str) -> None:
+    """Between commas, and in a file also as a list."""
+    file = tmp_path / "server.toml"
+    file.write_text("load_models = " + ('["lstm", "gru"]' if source == "file" else '"lstm, gru"'))
+    argv, environ = {
+        "flag": (["--load-models", "lstm,gru"], {}),
+        "environment": ([], {"CONVEYOR_LOAD_MODELS": "lstm,gru"}),
+    }.get(source, (["--config", str(file)], {}))
+    assert load([*argv, "--model-control", "explicit"], environ).load_models == ("lstm", "gru")
+
+
 def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
     """As every setting; a flag names another one."""
     first, second = tmp_path / "first.toml", tmp_path / "second.toml"
@@ -99,6 +111,7 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
         ("idle_timeout_s", "nan", "greater than 0"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
         ("non_finite", "perhaps", "'reject' or 'accept'"),
+        ("load_models", "lstm", "with --model-control explicit alone"),
     ],
 )
 @pytest.mark.parametrize("source", ["flag", "environment", "file"])
@@ -166,7 +179,7 @@ def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture
         entry = " ".join(entries[flag(name)].split())
         assert field.description
         assert " ".join(field.description.split()) in entry
-        if field.default is not None:
+        if field.default not in (None, ()):
             default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
             assert entry.endswith(f"[{default}]")
     assert "CONVEYOR_MAX_SESSIONS" in page

@@ -1,0 +1,116 @@
+"""One version of a model in the repository: which runner of it serves, which only finish their sessions, and why not.
+
+Owns the passage of a runner from serving to retiring to freed, and what is told of it. Must not know grpc, sessions or
+the folder. Lives on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from service.folder import Signature
+from service.runner import Runner
+
+_FREE_TIMEOUT_S = 1.0
+
+State: TypeAlias = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Entry:
+    """What is told of a version.
+
+    Attributes:
+        name: of the model.
+        version: of it.
+        state: READY takes work; LOADING will; UNLOADING goes on with the sessions it has; UNAVAILABLE does nothing.
+        reason: why it is so, for an operator; empty where there is nothing to say.
+    """
+
+    name: str
+    version: int
+    state: State
+    reason: str
+
+
+class Version:
+    """One version of a model.
+
+    Attributes:
+        serving: the runner that takes new work; None if there is none.
+        retiring: runners that only go on with what they have.
+        loading: whether a file is being loaded.
+        tried: the signature of the files that were loaded last, or failed to.
+        failure: why they failed; empty if they did not.
+        idle_because: why nothing of it serves, though nothing failed.
+        there: whether it is in the folder.
+    """
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name = name
+        self.number = number
+        self.serving: Runner | None = None
+        self.retiring: list[Runner] = []
+        self.loading = False
+        self.tried: Signature | None = None
+        self.failure = ""
+        self.idle_because = "not loaded"
+        self.there = True
+
+    @property
+    def runners(self) -> list[Runner]:
+        """Every runner that is not freed, the one that serves first."""
+        return [*([self.serving] if self.serving is not None else []), *self.retiring]
+
+    def switch(self, runner: Runner) -> None:
+        """Give new work to another runner; the one before goes on with what it has."""
+        self.retire("replaced")
+        self.serving = runner
+
+    def retire(self, why: str) -> None:
+        """Take no new work."""
+        if self.serving is not None:
+            self.retiring.append(self.serving)
+            self.serving = None
+        self.idle_because = why
+
+    @property
+    def refusal(self) -> str:
+        """Why it takes no new work, for those who ask for some; the reason of a failure is not theirs to read."""
+        if self.failure:
+            return "did not load; the repository's index and the server's log say why"
+        if self.retiring:
+            return f"is being unloaded ({self.idle_because}); sessions that it has go on"
+        return f"is not served: {self.idle_because}"
+
+    async def free(self) -> int:
+        """Stop the retiring runners that nobody uses any more, and let go of them.
+
+        Returns:
+            How many they were.
+        """
+        unused = [runner for runner in self.retiring if not runner.pool.taken]
+        # Before the first wait, so that nobody frees one twice or counts on it.
+        self.retiring = [runner for runner in self.retiring if runner not in unused]
+        for runner in unused:
+            await runner.stop(_FREE_TIMEOUT_S)
+        return len(unused)
+
+    def entry(self) -> Entry:
+        """Tell how it stands."""
+        held = sum(runner.pool.taken for runner in self.retiring)
+        goes_on = f"{held} sessions or batch rows go on" if held else ""
+        why = self.failure or self.idle_because
+        if self.serving is not None:
+            changed = "the files have changed and are being loaded" if self.loading else ""
+            failed = f"the files have changed and did not load: {self.failure}" if self.failure else ""
+            return self._entry("READY", changed or failed, goes_on and f"{goes_on} with the files before")
+        if self.loading:
+            return self._entry("LOADING", goes_on)
+        if self.retiring:
+            return self._entry("UNLOADING", why, goes_on)
+        return self._entry("UNAVAILABLE", why)
+
+    def _entry(self, state: State, *reasons: str) -> Entry:
+        return Entry(self.name, self.number, state, "; ".join(filter(None, reasons)))
