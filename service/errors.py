@@ -10,6 +10,7 @@
     │   ├── SessionUnknown        no session has had this id here, or it was closed
     │   ├── SessionExpired        it was idle for too long
     │   └── SessionLost           its state is gone through no doing of its owner
+    ├── Unsupported               this server does not do what was asked at all
     ├── NotStreamable             the model cannot run step by step
     ├── PositionConflict          the chunk does not begin where the session is
     ├── EpochConflict             it is meant for another life of the session
@@ -79,6 +80,12 @@ class SessionLost(NotFound):
     """The session's state is gone, through no doing of its owner."""
 
     reason = "session_lost"
+
+
+class Unsupported(ConveyorError):
+    """What was asked for is not offered here."""
+
+    reason = "unsupported"
 
 
 class NotStreamable(ConveyorError):

@@ -165,6 +165,11 @@ class Sequences:
         self._waiting = 0
         self._waiting_bytes = 0
 
+    @property
+    def waiting(self) -> int:
+        """How many steps wait for earlier ones of their sequences."""
+        return self._waiting
+
     def submit(self, step: Step, answer: Answer) -> Ticket:
         """Take a step. It is answered once, now or later, on this thread, unless it is abandoned.
 

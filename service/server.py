@@ -21,9 +21,11 @@ from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
 from service.restart import Restart
+from service.sequences import Sequences
 from service.settings import Settings
 from service.wire.conveyor import ConveyorServicer
 from service.wire.door import Places
+from service.wire.inference import InferenceServicer
 from service.wire.malformed import Reader
 
 log = structlog.get_logger()
@@ -60,10 +62,15 @@ class Server:
         self._restart = Restart(settings.sessions_file, self.operations, clock)
         self.port = 0
         self.metrics_port: int | None = None
-        self._servicer = ConveyorServicer(self.operations, settings, Places(settings.max_calls), clock)
+        self.sequences = Sequences(self.operations, settings.max_queued_rows, settings.max_queued_bytes, clock)
+        places = Places(settings.max_calls)
+        self._servicers = (
+            ConveyorServicer(self.operations, settings, places, clock),
+            InferenceServicer(self.operations, self.sequences, settings, places, clock),
+        )
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
-            interceptors=[Reader(ConveyorServicer.NAME)],
+            interceptors=[Reader(servicer.NAME) for servicer in self._servicers],
             options=[
                 # Two servers on one port would share its calls, and sessions with them.
                 ("grpc.so_reuseport", 0),
@@ -87,10 +94,11 @@ class Server:
             LoadError: if the repository cannot be read.
             OSError: if the address or port cannot be had.
         """
-        self._servicer.register(self._grpc)
+        for servicer in self._servicers:
+            servicer.register(self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection(
-            (ConveyorServicer.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc
+            (*(servicer.NAME for servicer in self._servicers), health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc
         )
         host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         await self._health.set("", _NOT_SERVING)
@@ -133,7 +141,8 @@ class Server:
             await asyncio.wait_for(self.operations.rest(), self.settings.drain_timeout_s)
         except TimeoutError:
             log.warning("drain timed out; what is left is cancelled")
-        self._servicer.end_streams()
+        for servicer in self._servicers:
+            servicer.end_streams()
 
     async def stop(self, grace_s: float = 2.0) -> bool:
         """End every call and free everything.

@@ -116,22 +116,34 @@ class Door:
             stream.end()
 
 
-def told(
+def told_always(
     method: Callable[[Self, Request, Context], Awaitable[Response]],
 ) -> Callable[[Self, Request, Context], Coroutine[Any, Any, Response]]:
-    """Give a method of a door a place, and turn what it raises into the call's status."""
+    """Turn what a method of a door raises into the call's status."""
 
     @functools.wraps(method)
     async def call(self: Self, request: Request, context: Context) -> Response:
         try:
             if isinstance(request, Malformed):
                 raise request.error
-            with self.places.one():
-                return await method(self, request, context)
+            return await method(self, request, context)
         except Exception as error:
             await abort(context, error)
 
     return call
+
+
+def told(
+    method: Callable[[Self, Request, Context], Awaitable[Response]],
+) -> Callable[[Self, Request, Context], Coroutine[Any, Any, Response]]:
+    """The same, for a call that needs a place."""
+
+    @functools.wraps(method)
+    async def call(self: Self, request: Request, context: Context) -> Response:
+        with self.places.one():
+            return await method(self, request, context)
+
+    return told_always(call)
 
 
 def owner(context: Context) -> bytes:

@@ -24,6 +24,7 @@ from service.errors import (
     PositionConflict,
     SessionExists,
     Unavailable,
+    Unsupported,
 )
 
 log = structlog.get_logger()
@@ -36,6 +37,7 @@ _LONGEST_MESSAGE = 2000
 _CODES: dict[type[ConveyorError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     NotFound: grpc.StatusCode.NOT_FOUND,
+    Unsupported: grpc.StatusCode.UNIMPLEMENTED,
     NotStreamable: grpc.StatusCode.FAILED_PRECONDITION,
     PositionConflict: grpc.StatusCode.ABORTED,
     EpochConflict: grpc.StatusCode.ABORTED,

@@ -6,8 +6,7 @@ A gate in front of the real engine holds a run for as long as a test wants; noth
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,59 +18,14 @@ from numpy.typing import NDArray
 
 from conveyor.v1 import conveyor_pb2 as pb
 from conveyor.v1 import conveyor_pb2_grpc as stubs
-from service.graph import Graph
-from service.manifest import Manifest
 from service.server import Server
 from tests.clock import Clock
 from tests.conftest import calling, running
 from tests.graphs import INPUT, expected
+from tests.wire.gate import Gate, until
 from tests.wire.native import Caller, array, chunk, streaming, tensor
 
 Array = NDArray[Any]
-
-
-class Gate:
-    """An engine that waits to be let through, and counts.
-
-    Attributes:
-        rows: how many rows each run had.
-        fail: what to raise instead of running, if anything.
-    """
-
-    def __init__(self, engine: Graph) -> None:
-        self.rows: list[int] = []
-        self.fail: Exception | None = None
-        self._engine = engine
-        self._open = threading.Semaphore(0)
-        self._entered = asyncio.Semaphore(0)
-        self._loop = asyncio.get_running_loop()
-
-    @property
-    def manifest(self) -> Manifest:
-        """The engine's."""
-        return self._engine.manifest
-
-    @property
-    def digest(self) -> str:
-        """The engine's."""
-        return self._engine.digest
-
-    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
-        """Wait, then run."""
-        self.rows.append(len(feeds["lengths"]))
-        self._loop.call_soon_threadsafe(self._entered.release)
-        assert self._open.acquire(timeout=60)
-        if self.fail is not None:
-            raise self.fail
-        return self._engine.run(feeds)
-
-    async def entered(self) -> None:
-        """Wait until a run waits at the gate."""
-        await self._entered.acquire()
-
-    def let(self, runs: int = 1) -> None:
-        """Let runs through."""
-        self._open.release(runs)
 
 
 class House:
@@ -99,13 +53,6 @@ class House:
     async def queued(self, rows: int) -> None:
         """Wait until so many rows are in the queue."""
         await until(lambda: self.server.repository.find("lstm").queued == rows)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Let the event loop go on until something holds."""
-    async with asyncio.timeout(30):
-        while not true():  # noqa: ASYNC110  what is waited for lies inside the server, which tells nobody
-            await asyncio.sleep(0.001)
 
 
 @pytest.fixture

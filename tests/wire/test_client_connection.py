@@ -16,7 +16,8 @@ from conveyor import AsyncClient, EpochConflict, InvalidRequest, StepsFailed
 from conveyor.v1 import conveyor_pb2 as pb
 from tests.conftest import running
 from tests.graphs import INPUT, expected
-from tests.wire.test_cancellation import House, built, until
+from tests.wire.gate import until
+from tests.wire.test_cancellation import House, built
 
 BOUND = 2e-6
 """Largest difference of float32 outputs from the float64 reference."""

@@ -22,8 +22,8 @@ from service.manifest import METADATA_KEY, Manifest, TensorSpec
 from service.server import Server
 from tests.conftest import calling, running
 from tests.graphs import INPUT, expected
+from tests.wire.gate import Gate
 from tests.wire.native import Caller, array, chunk, streaming, tensor
-from tests.wire.test_cancellation import Gate
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

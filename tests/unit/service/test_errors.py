@@ -19,6 +19,7 @@ EXPECTED = {
     "SessionUnknown": grpc.StatusCode.NOT_FOUND,
     "SessionExpired": grpc.StatusCode.NOT_FOUND,
     "SessionLost": grpc.StatusCode.NOT_FOUND,
+    "Unsupported": grpc.StatusCode.UNIMPLEMENTED,
     "NotStreamable": grpc.StatusCode.FAILED_PRECONDITION,
     "PositionConflict": grpc.StatusCode.ABORTED,
     "EpochConflict": grpc.StatusCode.ABORTED,

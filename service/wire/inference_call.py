@@ -1,0 +1,289 @@
+"""One ModelInferRequest on its way, through whichever call it came: a batch, or rows for sequences.
+
+Owns what a request asks of the server and what its reply is made of. Must not know scheduling, nor how the reply is
+sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from service.errors import ConveyorError, InvalidRequest, ModelUnknown, PositionConflict
+from service.manifest import Manifest
+from service.runner import Runner
+from service.sequences import Sequences, Step, Stepped, Ticket
+from service.wire.codec import Array, join
+from service.wire.door import Door
+from service.wire.inference_request import Request, SequenceRow, identities, read, split
+from service.wire.inference_stubs import inference_pb2 as pb
+from service.wire.inference_tensors import add_output
+
+Done = Callable[[pb.ModelInferResponse | Exception], None]
+
+
+class _Decoded(NamedTuple):
+    """A request's inputs, read for one model: each [N, T, ...], and how many steps of each row are valid."""
+
+    inputs: list[Array]
+    lengths: list[int]
+
+    def row(self, n: int) -> list[Array]:
+        """The inputs of one row, each [T_n, ...]."""
+        return [array[n, : self.lengths[n]] for array in self.inputs]
+
+
+class Inference:
+    """One request.
+
+    Attributes:
+        ids: of the sequences that it is for; empty for a batch.
+
+    Args:
+        door: through which it came.
+        sequences: those of the server.
+        owner: digest of the caller's key.
+        message: the request.
+        done: takes the reply, or why there is none; called once, on this thread, unless the request is abandoned.
+
+    Raises:
+        InvalidRequest: if it cannot be told which sequences it is for.
+    """
+
+    def __init__(
+        self, door: Door, sequences: Sequences, owner: bytes, message: pb.ModelInferRequest, done: Done
+    ) -> None:
+        self.ids = identities(message, door.settings.max_batch)
+        self._door = door
+        self._sequences = sequences
+        self._owner = owner
+        self._message = message
+        self._done: Done | None = done
+        self._batch: asyncio.Task[None] | None = None
+        self._tickets: list[Ticket] = []
+        self._decoded: dict[Runner, _Decoded] = {}
+        self._steps = 0
+
+    def begin(self, time_left_s: float | None = None) -> None:
+        """Ask for it.
+
+        Args:
+            time_left_s: until the caller stops waiting; None for never.
+        """
+        try:
+            request = read(self._message, self.ids)
+            limits = [limit for limit in (time_left_s, request.timeout_s) if limit is not None]
+            deadline = self._door.clock() + min(limits) if limits else None
+            if request.rows:
+                self._step(request, deadline)
+            else:
+                self._batch = asyncio.create_task(self._infer(request, deadline))
+        except Exception as error:
+            self._end(error)
+
+    def abandon(self) -> None:
+        """Give it up: nobody waits for it any more."""
+        self._done = None
+        if self._batch is not None:
+            self._batch.cancel()
+        for ticket in self._tickets:
+            self._sequences.abandon(ticket)
+
+    def _end(self, result: pb.ModelInferResponse | Exception) -> None:
+        self._decoded.clear()
+        if isinstance(result, ModelUnknown):
+            result = unknown(self._message.model_name, result)
+        if self._done is not None:
+            done, self._done = self._done, None
+            done(result)
+
+    # --- a batch ---
+
+    async def _infer(self, request: Request, deadline: float | None) -> None:
+        try:
+            self._end(await self._infer_batch(request, deadline))
+        except Exception as error:
+            self._end(error)
+
+    async def _infer_batch(self, request: Request, deadline: float | None) -> pb.ModelInferResponse:
+        operations = self._door.operations
+        runner = operations.repository.find(request.model, request.version)
+        manifest = runner.manifest
+        states_by_name = {name: index for index, s in enumerate(manifest.states) for name in (s.output, s.name)}
+        outputs_by_name = {spec.name: index for index, spec in enumerate(manifest.outputs)}
+        wanted = request.wanted or tuple(outputs_by_name)
+        _check_wanted(request, wanted, {**states_by_name, **outputs_by_name})
+        given = split(request, manifest)
+        codec = self._door.codec(runner)
+        inputs, lengths = codec.batch(given.inputs, given.lengths)
+        rows, steps = inputs[0].shape[:2]
+        states = codec.states(given.states, rows)
+        codec.check_reply(rows, steps, any(name not in outputs_by_name for name in wanted))
+        outputs, finals = await operations.infer(runner, inputs, lengths, states, deadline, request.priority)
+        response = self._response(runner.version)
+        for name in wanted:
+            if (index := outputs_by_name.get(name)) is not None:
+                add_output(response, name, _output(manifest, index, outputs, steps))
+            else:
+                index = states_by_name[name]
+                add_output(response, name, np.stack([row[index] for row in finals]))
+        return response
+
+    # --- sequences ---
+
+    def _step(self, request: Request, deadline: float | None) -> None:
+        """Hand each row to its sequence; what it is answered may come at once."""
+        results: dict[int, Stepped | ConveyorError] = {}
+        size = sum(len(tensor.data) for tensor in request.tensors) // len(request.rows)
+
+        def step(n: int, row: SequenceRow) -> Ticket:
+            def answered(result: Stepped | ConveyorError) -> None:
+                results[n] = result
+                if len(results) == len(request.rows):
+                    self._end(self._together(request, [results[n] for n in range(len(results))]))
+
+            return self._sequences.submit(
+                Step(
+                    self._owner,
+                    request.model,
+                    request.version,
+                    row.identity,
+                    row.start,
+                    row.end,
+                    lambda runner: self._read(request, runner).row(n),
+                    size,
+                    row.position,
+                    row.epoch,
+                    deadline,
+                    request.priority,
+                ),
+                answered,
+            )
+
+        for n, row in enumerate(request.rows):
+            self._tickets.append(step(n, row))
+
+    def _read(self, request: Request, runner: Runner) -> _Decoded:
+        """Read the inputs for the model that a row's sequence is on; once for all rows that are on the same."""
+        decoded = self._decoded.get(runner)
+        if decoded is None:
+            manifest = runner.manifest
+            if self._decoded and _form(manifest) != _form(next(iter(self._decoded)).manifest):
+                raise _unlike()
+            _check_wanted_of_sequence(request, manifest)
+            given = split(request, manifest)
+            if given.states:
+                raise InvalidRequest(
+                    f"input {given.states[0].name!r} is a state, and the server keeps those of sequences; "
+                    "send states with a batch"
+                )
+            codec = self._door.codec(runner)
+            inputs, lengths = codec.batch(given.inputs, given.lengths)
+            if len(lengths) != len(request.rows):
+                raise InvalidRequest(
+                    f"the inputs have {len(lengths)} rows for {len(request.rows)} sequences; expected one for each "
+                    "(several go into one request by sequence_ids)"
+                )
+            self._steps = inputs[0].shape[1]
+            codec.check_reply(len(lengths), self._steps)
+            decoded = self._decoded[runner] = _Decoded(inputs, lengths)
+        return decoded
+
+    def _together(
+        self, request: Request, results: Sequence[Stepped | ConveyorError]
+    ) -> pb.ModelInferResponse | ConveyorError:
+        """Make one reply of what the rows were answered."""
+        failed = [(n, result) for n, result in enumerate(results) if isinstance(result, ConveyorError)]
+        if failed:
+            return failed[0][1] if len(results) == 1 else _of_rows(request, failed)
+        stepped = [result for result in results if isinstance(result, Stepped)]
+        manifest = stepped[0].manifest
+        # A reply that was kept comes without a look at the request.
+        if any(_form(one.manifest) != _form(manifest) for one in stepped):
+            return _unlike()
+        try:
+            wanted = _check_wanted_of_sequence(request, manifest)
+        except InvalidRequest as error:
+            return error
+        response = self._response(stepped[0].version)
+        outputs = [one.reply.outputs for one in stepped]
+        steps = max(self._steps, *(one.reply.steps for one in stepped))
+        for name, index in wanted.items():
+            add_output(response, name, _output(manifest, index, outputs, steps))
+        parameters = response.parameters
+        if "sequence_id" in self._message.parameters and len(stepped) == 1:
+            parameters["sequence_position"].int64_param = stepped[0].position
+            parameters["sequence_epoch"].int64_param = stepped[0].epoch
+        else:
+            parameters["sequence_positions"].string_param = json.dumps([one.position for one in stepped])
+            parameters["sequence_epochs"].string_param = json.dumps([one.epoch for one in stepped])
+        return response
+
+    # --- what replies are made of ---
+
+    def _response(self, version: int) -> pb.ModelInferResponse:
+        response = pb.ModelInferResponse(
+            model_name=self._message.model_name, model_version=str(version), id=self._message.id
+        )
+        response.parameters["triton_final_response"].bool_param = True
+        return response
+
+
+def unknown(model: str, error: ModelUnknown) -> ModelUnknown:
+    """Say that a model is unknown as clients of the protocol expect it, and then why."""
+    return ModelUnknown(f"Request for unknown model: '{model[:128]}' is not found: {error}")
+
+
+def _output(manifest: Manifest, index: int, rows: Sequence[Sequence[Array]], steps: int) -> Array:
+    """Put one output of all rows together, as this door shows it."""
+    spec = manifest.outputs[index]
+    whole = join([row[index] for row in rows], spec, steps)
+    return whole[:, 0] if manifest.steps_per_run == 1 and spec.time_axis is not None else whole
+
+
+def _check_wanted(request: Request, wanted: Sequence[str], there: dict[str, int]) -> None:
+    for name in wanted:
+        if name not in there:
+            raise InvalidRequest(
+                f"output {name[:64]!r} is none of model {request.model!r}; there are: {', '.join(there)}"
+            )
+
+
+def _check_wanted_of_sequence(request: Request, manifest: Manifest) -> dict[str, int]:
+    """Return the outputs that are wanted, with their places among the model's."""
+    outputs = {spec.name: index for index, spec in enumerate(manifest.outputs)}
+    states = {name for spec in manifest.states for name in (spec.output, spec.name)} - outputs.keys()
+    if kept := [name for name in request.wanted if name in states]:
+        raise InvalidRequest(
+            f"output {kept[0]!r} is a state, and the server keeps those of sequences; ask for states with a batch"
+        )
+    _check_wanted(request, request.wanted, outputs)
+    return {name: outputs[name] for name in request.wanted} or outputs
+
+
+def _form(manifest: Manifest) -> object:
+    """What two versions of a model must have in common for their outputs to stand in one tensor."""
+    return manifest.steps_per_run, [(y.name, y.dtype, y.tail, y.time_axis is None) for y in manifest.outputs]
+
+
+def _unlike() -> InvalidRequest:
+    return InvalidRequest(
+        "the sequences of this request are on versions of the model whose outputs differ; send their rows apart"
+    )
+
+
+def _of_rows(request: Request, failed: Sequence[tuple[int, ConveyorError]]) -> ConveyorError:
+    """Say which of several rows failed first, and what became of the others."""
+    n, error = failed[0]
+    rest = "and the others were applied" if len(failed) < len(request.rows) else "and so none was applied"
+    text = (
+        f"{len(failed)} of {len(request.rows)} rows failed, {rest}; "
+        f"row {n} (sequence {request.rows[n].identity}): {error}"
+    )
+    if isinstance(error, PositionConflict):
+        return PositionConflict(text, error.position)
+    return type(error)(text)

@@ -1,0 +1,305 @@
+"""What a ModelInferRequest asks: its parameters and control tensors, each read and checked.
+
+Owns the names of the parameters, and which values they may have. What the model itself takes is the codec's to check.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from service.errors import InvalidRequest, Unsupported
+from service.manifest import Manifest
+from service.scheduler import USUAL
+from service.wire import inference_tensors
+from service.wire.codec import Tensor
+from service.wire.inference_stubs import inference_pb2 as pb
+
+T = TypeVar("T")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+_LAST_PRIORITY = 3
+_LARGEST = (1 << 63) - 1
+_PER_ROW = ("sequence_ids", "sequence_start", "sequence_end", "sequence_positions", "sequence_epochs")
+LENGTHS = "sequence_lengths"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRow:
+    """One row of a request, for a sequence whose state the server keeps.
+
+    Attributes:
+        identity: the sequence's id as text.
+        start: whether it begins with this row.
+        end: whether it ends with it.
+        position: where the row begins; None for where the sequence then is.
+        epoch: the life of the sequence; 0 for whichever there is.
+    """
+
+    identity: str
+    start: bool
+    end: bool
+    position: int | None
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request, read.
+
+    Attributes:
+        model: its name.
+        version: of it; 0 for the newest.
+        rows: for sequences, one a row; empty for a batch.
+        tensors: the inputs that are no controls.
+        wanted: names of outputs; empty for all of the model's.
+        timeout_s: seconds from now until it must be applied; None for no limit.
+        priority: 1 first, 2 as usual, 3 last.
+    """
+
+    model: str
+    version: int
+    rows: tuple[SequenceRow, ...]
+    tensors: tuple[Tensor, ...]
+    wanted: tuple[str, ...]
+    timeout_s: float | None
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A request's tensors, by what they are to a model.
+
+    Attributes:
+        inputs: what goes in.
+        lengths: steps of each row; empty for all that there are.
+        states: what to begin from.
+    """
+
+    inputs: list[Tensor]
+    lengths: list[int]
+    states: list[Tensor]
+
+
+def version_number(text: str) -> int:
+    """Read a version; empty for the newest, which is 0.
+
+    Raises:
+        InvalidRequest: if it is none.
+    """
+    if text and not _VERSION.fullmatch(text):
+        raise InvalidRequest(f"version {text[:64]!r} is none; expected a positive integer, or nothing for the newest")
+    return int(text or 0)
+
+
+def identities(message: pb.ModelInferRequest, max_rows: int) -> list[str]:
+    """Read which sequences a request is for, one a row; none for a batch.
+
+    Args:
+        message: the request.
+        max_rows: most rows of a request.
+
+    Raises:
+        InvalidRequest: if that cannot be told.
+    """
+    one = _parameter(message.parameters, "sequence_id", _identity, "an integer or a string")
+    many = _each_row(message, "sequence_ids", inference_tensors.texts_or_integers, (str, int))
+    if many is None:
+        return [one] if one else []
+    if one:
+        raise InvalidRequest("sequence_id and sequence_ids were given; expected one or the other")
+    if not 1 <= len(many) <= max_rows:
+        raise InvalidRequest(f"sequence_ids holds {len(many)} ids; this server takes 1 to {max_rows} in a request")
+    ids: dict[str, None] = {}
+    for row, value in enumerate(many):
+        identity = _identity(value)
+        if not identity:
+            raise InvalidRequest(f"row {row} has no sequence id (0, or an empty text); expected one for each row")
+        if identity in ids:
+            raise InvalidRequest(f"sequence {identity[:64]!r} stands twice in sequence_ids; expected each once")
+        ids[identity] = None
+    return [*ids]
+
+
+def read(message: pb.ModelInferRequest, ids: Sequence[str]) -> Request:
+    """Read a request.
+
+    Args:
+        message: the request.
+        ids: of its sequences, as ``identities`` gives them.
+
+    Raises:
+        InvalidRequest: if something in it is not as it should be.
+        Unsupported: if it asks for what is not offered.
+    """
+    parameters = message.parameters
+    timeout_us = _integer(parameters, "timeout", 0, _LARGEST) or 0
+    priority = _integer(parameters, "priority", 0, 2 * _LARGEST + 1) or USUAL
+    return Request(
+        message.model_name,
+        version_number(message.model_version),
+        _rows(message, ids),
+        tuple(
+            inference_tensors.tensor(message, index)
+            for index, one in enumerate(message.inputs)
+            if one.name not in _PER_ROW
+        ),
+        _wanted(message),
+        timeout_us * 1e-6 or None,
+        min(priority, _LAST_PRIORITY),
+    )
+
+
+def split(request: Request, manifest: Manifest) -> Given:
+    """Tell a request's tensors apart, for the model that is to take them.
+
+    A state may be named as the manifest names it, or as the graph names its input.
+
+    Raises:
+        InvalidRequest: if lengths are not as they should be.
+    """
+    given = Given([], [], [])
+    own = {spec.name for spec in manifest.inputs}
+    states = {name: spec.name for spec in manifest.states for name in (spec.input, spec.name)}
+    for tensor in request.tensors:
+        if tensor.name in own:
+            given.inputs.append(tensor)
+        elif tensor.name in (LENGTHS, manifest.lengths):
+            given.lengths.extend(inference_tensors.integers(tensor))
+        elif tensor.name in states:
+            given.states.append(tensor._replace(name=states[tensor.name]))
+        else:
+            given.inputs.append(tensor)
+    return given
+
+
+def _rows(message: pb.ModelInferRequest, ids: Sequence[str]) -> tuple[SequenceRow, ...]:
+    parameters = message.parameters
+    count = len(ids)
+    starts = _flags(message, "sequence_start", count)
+    ends = _flags(message, "sequence_end", count)
+    positions = _numbers(message, "sequence_position", count)
+    epochs = _numbers(message, "sequence_epoch", count)
+    if not ids:
+        if any(starts) or any(ends) or "sequence_position" in parameters or "sequence_epoch" in parameters:
+            raise InvalidRequest(
+                f"inference request to model '{message.model_name[:128]}' must specify a non-zero or non-empty "
+                "correlation ID: it says START, END, a position or an epoch, and no sequence_id"
+            )
+        return ()
+    return tuple(
+        SequenceRow(identity, start, end, position, epoch or 0)
+        for identity, start, end, position, epoch in zip(ids, starts, ends, positions, epochs, strict=True)
+    )
+
+
+def _flags(message: pb.ModelInferRequest, name: str, count: int) -> list[bool]:
+    """Read a flag of each row: from a tensor, or from a parameter for all of them."""
+    tensor = _tensor(message, name)
+    if tensor is not None:
+        return _as_many(name, inference_tensors.flags(tensor), count)
+    flag = _parameter(message.parameters, name, lambda value: value if isinstance(value, bool) else None, "a bool")
+    return [bool(flag)] * (count or 1)
+
+
+def _numbers(message: pb.ModelInferRequest, name: str, count: int) -> Sequence[int | None]:
+    """Read a number of each row: from a tensor or parameter with the plural name, or from a parameter for one row."""
+    one = _integer(message.parameters, name, 0, _LARGEST)
+    many = _each_row(message, f"{name}s", inference_tensors.integers, (int,))
+    if many is not None:
+        if one is not None:
+            raise InvalidRequest(f"{name} and {name}s were given; expected one or the other")
+        if any(not 0 <= number <= _LARGEST for number in many):
+            raise InvalidRequest(f"{name}s holds a number beyond its range; expected 0 to {_LARGEST}")
+        return _as_many(f"{name}s", many, count)
+    if one is not None and count > 1:
+        raise InvalidRequest(f"{name} is given for {count} rows; expected {name}s, with one for each row")
+    return [one] * count
+
+
+def _as_many(name: str, values: list[T], count: int) -> list[T]:
+    if len(values) != count:
+        raise InvalidRequest(f"{name} holds {len(values)} values for {count} sequence ids; expected one for each")
+    return values
+
+
+def _each_row(
+    message: pb.ModelInferRequest, name: str, from_tensor: Callable[[Tensor], list[Any]], kinds: tuple[type, ...]
+) -> list[Any] | None:
+    """Read one value a row, from a tensor or from a parameter that holds a JSON list; None if there is neither."""
+    tensor = _tensor(message, name)
+    if tensor is not None:
+        if name in message.parameters:
+            raise InvalidRequest(f"{name} is given as an input and as a parameter; expected one or the other")
+        return from_tensor(tensor)
+
+    def values(text: object) -> list[Any] | None:
+        if not isinstance(text, str):
+            return None
+        try:
+            parsed = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        fits = isinstance(parsed, list) and all(
+            isinstance(value, kinds) and not isinstance(value, bool) for value in parsed
+        )
+        return parsed if fits else None
+
+    what = " or ".join({str: "strings", int: "integers"}[kind] for kind in kinds)
+    return _parameter(message.parameters, name, values, f"a string with a JSON list of {what}")
+
+
+def _tensor(message: pb.ModelInferRequest, name: str) -> Tensor | None:
+    """Return the control tensor of that name."""
+    found = [index for index, one in enumerate(message.inputs) if one.name == name]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise InvalidRequest(f"input {name!r} stands {len(found)} times; expected it once")
+    return inference_tensors.tensor(message, found[0])
+
+
+def _wanted(message: pb.ModelInferRequest) -> tuple[str, ...]:
+    for output in message.outputs:
+        inference_tensors.refuse_shared_memory(output.parameters)
+        if _integer(output.parameters, "classification", 0, _LARGEST):
+            raise Unsupported("this server does not turn outputs into classes; ask for the output itself")
+    names = [output.name for output in message.outputs]
+    if len(set(names)) != len(names):
+        raise InvalidRequest("an output is asked for twice; expected each once")
+    return tuple(names)
+
+
+def _identity(value: object) -> str | None:
+    """An id as text; empty for none; None for what is no id."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    return str(value) if value != 0 else ""
+
+
+def _integer(parameters: Mapping[str, pb.InferParameter], name: str, lowest: int, highest: int) -> int | None:
+    number = _parameter(
+        parameters,
+        name,
+        lambda value: value if isinstance(value, int) and not isinstance(value, bool) else None,
+        "an integer",
+    )
+    if number is not None and not lowest <= number <= highest:
+        raise InvalidRequest(f"parameter {name!r} is {number}; expected {lowest} to {highest}")
+    return number
+
+
+def _parameter(
+    parameters: Mapping[str, pb.InferParameter], name: str, take: Callable[[object], T | None], expected: str
+) -> T | None:
+    """Read a parameter; None if it is not there."""
+    # Looking up a key of a map field would put it there.
+    if name not in parameters:
+        return None
+    choice = parameters[name].WhichOneof("parameter_choice")
+    value = None if choice is None else take(getattr(parameters[name], choice))
+    if value is None:
+        raise InvalidRequest(f"parameter {name!r} is {'empty' if choice is None else choice}; expected {expected}")
+    return value

@@ -1,0 +1,125 @@
+"""One ModelStreamInfer call: requests in, one reply each out.
+
+Owns that the replies of one sequence leave in the order of their requests, and how an error stands in-band. What a
+request means is the call's to know, how much may be unanswered the flow's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from service.errors import ConveyorError, PositionConflict
+from service.sequences import Sequences
+from service.wire.door import Door
+from service.wire.flow import Flow
+from service.wire.inference_call import Inference
+from service.wire.inference_stubs import inference_pb2 as pb
+from service.wire.status import code, detail
+
+Key: TypeAlias = tuple[str, str]
+
+
+class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, pb.ModelStreamInferResponse]):
+    """One call.
+
+    Args:
+        door: through which it came.
+        sequences: those of the server.
+        owner: digest of the caller's key.
+    """
+
+    def __init__(self, door: Door, sequences: Sequences, owner: bytes) -> None:
+        super().__init__(door.settings.max_stream_chunks, door.settings.max_message_bytes)
+        self._door = door
+        self._sequences = sequences
+        self._owner = owner
+        # The unanswered requests of each sequence, oldest first; one of several rows stands in several lines.
+        self._lines: dict[Key, deque[_Waiting]] = {}
+
+    def parts(self, request: pb.ModelInferRequest) -> Iterable[pb.ModelInferRequest]:
+        """A message is one request."""
+        return (request,)
+
+    def message(self) -> pb.ModelStreamInferResponse:
+        """A message is one reply: clients look for no more in it."""
+        taken = self.take()
+        assert taken is not None
+        return taken[0]
+
+    def accept(self, request: pb.ModelInferRequest) -> None:
+        """Begin a request."""
+        waiting = _Waiting(self, request)
+        try:
+            inference = Inference(self._door, self._sequences, self._owner, request, waiting.done)
+        except ConveyorError as error:
+            self.put(failure(request, error))
+            return
+        waiting.inference = inference
+        waiting.keys = [(request.model_name, identity) for identity in inference.ids]
+        for key in waiting.keys:
+            self._lines.setdefault(key, deque()).append(waiting)
+        self.wait(waiting, request.ByteSize())
+        inference.begin()
+
+    def release(self, first: _Waiting) -> None:
+        """Send a reply that is there, unless an earlier one of its sequences is not; then those behind it."""
+        ready = [first]
+        while ready:
+            waiting = ready.pop()
+            if waiting.reply is None or any(self._lines[key][0] is not waiting for key in waiting.keys):
+                continue
+            for key in waiting.keys:
+                line = self._lines[key]
+                line.popleft()
+                if line:
+                    ready.append(line[0])
+                else:
+                    del self._lines[key]
+            self.answered(waiting)
+            self.put(waiting.reply)
+            # It may stand in `ready` a second time, through another of its sequences.
+            waiting.reply = None
+
+
+class _Waiting:
+    """A request of this stream whose reply has not been sent."""
+
+    __slots__ = ("_request", "_stream", "inference", "keys", "reply")
+
+    def __init__(self, stream: InferenceStream, request: pb.ModelInferRequest) -> None:
+        self.inference: Inference | None = None
+        self.keys: list[Key] = []
+        self.reply: pb.ModelStreamInferResponse | None = None
+        self._stream = stream
+        self._request = request
+
+    def done(self, result: pb.ModelInferResponse | Exception) -> None:
+        if isinstance(result, Exception):
+            self.reply = failure(self._request, result)
+        else:
+            self.reply = pb.ModelStreamInferResponse(infer_response=result)
+        self._stream.release(self)
+
+    def abandon(self) -> None:
+        if self.inference is not None:
+            self.inference.abandon()
+
+
+def failure(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
+    """Return an error as it stands in-band, with its code and reason for programs."""
+    told = detail(error)
+    response = pb.ModelStreamInferResponse(
+        error_message=told.message,
+        infer_response=pb.ModelInferResponse(
+            model_name=request.model_name, model_version=request.model_version, id=request.id
+        ),
+    )
+    parameters = response.infer_response.parameters
+    parameters["triton_final_response"].bool_param = True
+    parameters["error_code"].string_param = code(error).name if isinstance(error, ConveyorError) else "INTERNAL"
+    parameters["error_reason"].string_param = told.reason
+    if isinstance(error, PositionConflict):
+        parameters["sequence_position"].int64_param = error.position
+    return response

@@ -1,0 +1,178 @@
+"""The tensors of the Open Inference Protocol: its messages to what the codec reads, and arrays to messages.
+
+Owns datatypes, raw and typed elements, and the tensors that hold one value a row: ids, flags, positions, lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from service.errors import InvalidRequest, Unsupported
+from service.wire.codec import Array, Tensor, little_endian, to_bytes
+from service.wire.inference_stubs import inference_pb2 as pb
+
+DATATYPES = {
+    "float32": "FP32",
+    "float16": "FP16",
+    "float64": "FP64",
+    "int64": "INT64",
+    "int32": "INT32",
+    "int8": "INT8",
+    "bool": "BOOL",
+}
+"""Of what models take, by NumPy's names."""
+
+_NAMES = {datatype: name for name, datatype in DATATYPES.items()} | {
+    "UINT64": "uint64",
+    "UINT32": "uint32",
+    "UINT16": "uint16",
+    "UINT8": "uint8",
+    "INT16": "int16",
+    "BYTES": "bytes",
+}
+_CONTENTS = {
+    "bool": "bool_contents",
+    "int8": "int_contents",
+    "int16": "int_contents",
+    "int32": "int_contents",
+    "int64": "int64_contents",
+    "uint8": "uint_contents",
+    "uint16": "uint_contents",
+    "uint32": "uint_contents",
+    "uint64": "uint64_contents",
+    "float32": "fp32_contents",
+    "float64": "fp64_contents",
+    "bytes": "bytes_contents",
+}
+_LENGTH_BYTES = 4
+"""Before each element of a BYTES tensor stands its length. Source: the protocol's binary tensor data extension."""
+
+
+def tensor(request: pb.ModelInferRequest, index: int) -> Tensor:
+    """Return one of a request's inputs as the codec reads it.
+
+    Raises:
+        InvalidRequest: if its elements are not where they should be.
+        Unsupported: if they are in shared memory.
+    """
+    message, raw = request.inputs[index], request.raw_input_contents
+    refuse_shared_memory(message.parameters)
+    dtype = _NAMES.get(message.datatype, "")
+    if not raw:
+        return Tensor(message.name, dtype, tuple(message.shape), _typed(message, dtype))
+    if len(raw) != len(request.inputs):
+        raise InvalidRequest(
+            f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs; expected one an input"
+        )
+    if message.HasField("contents") and message.contents.ByteSize():
+        raise InvalidRequest(
+            f"input {message.name[:64]!r} has contents beside raw_input_contents; expected one or the other"
+        )
+    return Tensor(message.name, dtype, tuple(message.shape), raw[index])
+
+
+def refuse_shared_memory(parameters: Mapping[str, pb.InferParameter]) -> None:
+    """Refuse tensors that are to be read from or written to shared memory.
+
+    Raises:
+        Unsupported: if one is.
+    """
+    if any(name.startswith("shared_memory") for name in parameters):
+        raise Unsupported("this server shares no memory with its clients; send tensors in the request")
+
+
+def add_output(response: pb.ModelInferResponse, name: str, array: Array) -> None:
+    """Put an array into a reply."""
+    response.outputs.add(name=name, datatype=DATATYPES[array.dtype.name], shape=array.shape)
+    response.raw_output_contents.append(to_bytes(array))
+
+
+def integers(tensor: Tensor, dtypes: Collection[str] = ("int64", "int32")) -> list[int]:
+    """Read one integer a row, from [N] or [N, 1].
+
+    Raises:
+        InvalidRequest: if it is something else.
+    """
+    _check_rows(tensor, dtypes)
+    values: list[int] = _array(tensor).tolist()
+    return values
+
+
+def flags(tensor: Tensor) -> list[bool]:
+    """Read one truth value a row, from [N] or [N, 1].
+
+    Raises:
+        InvalidRequest: if it is something else.
+    """
+    _check_rows(tensor, ("bool",))
+    return [value != 0 for value in _array(tensor).view(np.uint8).tolist()]
+
+
+def texts_or_integers(tensor: Tensor) -> list[str | int]:
+    """Read one text or integer a row, from [N] or [N, 1].
+
+    Raises:
+        InvalidRequest: if it is something else.
+    """
+    _check_rows(tensor, ("int64", "uint64", "int32", "uint32", "bytes"))
+    if tensor.dtype != "bytes":
+        return [*integers(tensor, (tensor.dtype,))]
+    texts: list[str | int] = []
+    at, data = 0, tensor.data
+    while at < len(data):
+        length = int.from_bytes(data[at : at + _LENGTH_BYTES], "little")
+        at += _LENGTH_BYTES + length
+        if at > len(data):
+            raise InvalidRequest(f"input {tensor.name!r} ends within an element; expected a length before each")
+        try:
+            texts.append(data[at - length : at].decode())
+        except UnicodeDecodeError:
+            raise InvalidRequest(f"input {tensor.name!r} holds an element that is not UTF-8") from None
+    if len(texts) != math.prod(tensor.shape):
+        raise InvalidRequest(f"input {tensor.name!r} holds {len(texts)} elements; expected {math.prod(tensor.shape)}")
+    return texts
+
+
+def _check_rows(tensor: Tensor, dtypes: Collection[str]) -> None:
+    if tensor.dtype not in dtypes:
+        raise InvalidRequest(
+            f"input {tensor.name!r} is {tensor.dtype or 'of no known dtype'}; expected {' or '.join(dtypes)}"
+        )
+    if len(tensor.shape) not in (1, 2) or tensor.shape[1:] not in ((), (1,)) or tensor.shape[0] < 0:
+        raise InvalidRequest(f"input {tensor.name!r} has shape {[*tensor.shape[:8]]}; expected [N], a value each row")
+
+
+def _array(tensor: Tensor) -> Array:
+    dtype = little_endian(tensor.dtype)
+    expected = math.prod(tensor.shape) * dtype.itemsize
+    if len(tensor.data) != expected:
+        raise InvalidRequest(f"input {tensor.name!r} holds {len(tensor.data)} bytes; expected {expected}")
+    array: Array = np.frombuffer(tensor.data, dtype)
+    return array
+
+
+def _typed(message: pb.ModelInferRequest.InferInputTensor, dtype: str) -> bytes:
+    """Return elements that stand in the field of their type as the bytes that they would be in raw_input_contents."""
+    name = message.name[:64]
+    if not dtype:
+        # Whoever reads it knows what the input should have been, and says so.
+        return b""
+    field = _CONTENTS.get(dtype)
+    if field is None:
+        raise InvalidRequest(f"input {name!r} is {message.datatype}, which has no typed contents; send it raw")
+    if others := [other.name for other, _ in message.contents.ListFields() if other.name != field]:
+        raise InvalidRequest(f"input {name!r} is {message.datatype} and holds {others[0]}; expected {field} alone")
+    values = getattr(message.contents, field)
+    if dtype == "bytes":
+        return b"".join(len(value).to_bytes(_LENGTH_BYTES, "little") + value for value in values)
+    wide = np.array(values, {"int_contents": np.int32, "uint_contents": np.uint32}.get(field, np.dtype(dtype)))
+    if wide.dtype.itemsize > np.dtype(dtype).itemsize and wide.size:
+        bounds = np.iinfo(dtype)
+        if wide.min() < bounds.min or wide.max() > bounds.max:
+            raise InvalidRequest(
+                f"input {name!r} holds a value beyond {message.datatype}; expected {bounds.min} to {bounds.max}"
+            )
+    return to_bytes(wide.astype(dtype))

@@ -1,0 +1,83 @@
+"""A gate in front of the real engine, which holds a run for as long as a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from numpy.typing import NDArray
+
+from service.graph import Graph
+from service.manifest import Manifest
+from service.server import Server
+
+Array = NDArray[Any]
+
+
+class Gate:
+    """An engine that waits to be let through, and counts.
+
+    Attributes:
+        rows: how many rows each run had.
+        fail: what to raise instead of running, if anything.
+    """
+
+    def __init__(self, engine: Graph) -> None:
+        self.rows: list[int] = []
+        self.fail: Exception | None = None
+        self._engine = engine
+        self._open = threading.Semaphore(0)
+        self._entered = asyncio.Semaphore(0)
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The engine's."""
+        return self._engine.manifest
+
+    @property
+    def digest(self) -> str:
+        """The engine's."""
+        return self._engine.digest
+
+    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+        """Wait, then run."""
+        self.rows.append(len(feeds["lengths"]))
+        self._loop.call_soon_threadsafe(self._entered.release)
+        assert self._open.acquire(timeout=60)
+        if self.fail is not None:
+            raise self.fail
+        return self._engine.run(feeds)
+
+    async def entered(self) -> None:
+        """Wait until a run waits at the gate."""
+        await self._entered.acquire()
+
+    async def until_queued(self, server: Server, rows: int, model: str = "lstm") -> None:
+        """Wait until so many rows wait behind the gate."""
+        await until(lambda: server.repository.find(model).queued == rows)
+
+    def let(self, runs: int = 1) -> None:
+        """Let runs through."""
+        self._open.release(runs)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Let the event loop go on until something holds."""
+    async with asyncio.timeout(30):
+        while not true():  # noqa: ASYNC110  what is waited for lies inside the server, which tells nobody
+            await asyncio.sleep(0.001)
+
+
+@contextmanager
+def gated(server: Server, model: str = "lstm") -> Iterator[Gate]:
+    """Put a gate in front of a model; at the end everything is let through."""
+    runner = server.repository.find(model)
+    runner.engine = gate = Gate(runner.engine)
+    try:
+        yield gate
+    finally:
+        gate.let(1000)
