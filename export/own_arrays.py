@@ -181,7 +181,7 @@ class _Direction:
         if len(gates) > 1 and self.source.gates is None:
             example = " ".join(GATES[self.source.cell])
             raise ExportError(
-                f'arrays.{part}: one array for all gates, but in which order? Say it, as gates: "{example}"'
+                f"arrays.{part}: gates is missing, the order in which {names!r} stacks them; {example}, for example"
             )
         return dict(zip(gates, np.split(read(part, names, len(gates)), len(gates)), strict=True))
 
