@@ -1,7 +1,8 @@
 """The models that are served: brought in, switched, taken out again.
 
-Owns which versions serve. What comes is loaded and warmed while the old goes on, and takes its
-place in one step on the event loop; what goes is freed once its last session has ended. Must not know grpc or sessions.
+Owns which versions serve, and the order of a change: what comes is loaded and warmed while the old goes on, and takes
+its place in one step on the event loop; what goes is freed once its last session has ended. Must not know grpc or
+sessions.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ class Repository(Catalogue):
         clock: Callable[[], float],
         on_change: Callable[[str], Awaitable[None]] = _tell_nobody,
     ) -> None:
+        super().__init__()
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
         self._on_change = on_change
-        super().__init__()
         self._closed = False
         # What the last look at the folder saw, and what of it was acted on.
         self._seen: Mapping[str, ModelFolder] = {}
@@ -65,8 +66,6 @@ class Repository(Catalogue):
         # One change of a model after the other; models do not wait for each other, but for room to load.
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._room = asyncio.Semaphore(_LOADS_AT_ONCE)
-
-    # --- change ---
 
     async def load(self, needed: Container[tuple[str, int]] = ()) -> None:
         """Bring in what is in the folder, at the start. What fails is noted, logged, and left out.
@@ -79,16 +78,13 @@ class Repository(Catalogue):
             LoadError: if the folder cannot be read, or nothing in it can be served and nothing else will come.
         """
         self._seen = seen = await in_thread(scan, self._settings.repository)
-        explicit = self._settings.model_control == "explicit"
+        self._note(seen)
         names = set(seen)
-        if explicit:
-            for found in (found for model in seen.values() for found in model.versions):
-                self._version(found)
-            asked = self._settings.load_models
-            names = names if "*" in asked else names.intersection(asked)
-            if missing := sorted({*asked} - {*seen, "*"}):
+        if self._settings.model_control == "explicit" and "*" not in self._settings.load_models:
+            names = set(self._settings.load_models)
+            if missing := sorted(names - seen.keys()):
                 log.error("models to load are not there", models=missing)
-        await asyncio.gather(*(self._act(name, seen[name]) for name in names))
+        await asyncio.gather(*(self._act(name, seen[name]) for name in names & seen.keys()))
         await asyncio.gather(
             *(
                 self._keep(found)
@@ -155,14 +151,15 @@ class Repository(Catalogue):
         """Free what has retired and is not used any more."""
         for name, versions in list(self._models.items()):
             for number, version in list(versions.items()):
-                if freed := await version.free():
-                    log.info("model freed", model=name, version=number, runners=freed)
-                    if not version.runners and not version.loading:
-                        self._metrics.forget(name, number)
-                if not version.there and not version.runners and not version.loading:
-                    versions.pop(number, None)
-            if not versions:
-                self._models.pop(name, None)
+                freed = await version.free()
+                if version.runners or version.loading:
+                    continue
+                if freed:
+                    self._metrics.forget(name, number)
+                if not version.there and versions.get(number) is version:
+                    del versions[number]
+            if not versions and self._models.get(name) is versions:
+                del self._models[name]
 
     def close(self) -> None:
         """Begin no changes any more, and give up those under way."""
@@ -187,8 +184,7 @@ class Repository(Catalogue):
         except LoadError as error:
             log.error("repository not read", reason=str(error))
             raise LoadFailed("the repository cannot be read; the server's log says why") from error
-        for found in (found for model in seen.values() for found in model.versions):
-            self._version(found)
+        self._note(seen)
         if name not in seen:
             raise ModelUnknown(f"no model {name[:128]!r} is in the repository; expected NAME/VERSION/model.onnx")
         if failures := await self._act(name, seen[name], again=True):
@@ -232,13 +228,15 @@ class Repository(Catalogue):
             if model.trouble:
                 raise LoadError(model.trouble)
             candidates, count = await in_thread(wanted, model, self._settings.latest_versions)
-        except LoadError as error:
+        except Exception as error:
             # What serves goes on: nobody can tell what should be instead.
-            log.error("model not loaded", model=model.path.name, reason=str(error))
+            failure = self._told(error, model=model.path.name)
             for version in there.values():
-                version.failure = self._told(error)
-                version.tried = None
-            return [self._told(error)]
+                version.tried, version.failure = None, failure
+            return [failure]
+        for version in there.values():
+            if version.tried is None:
+                version.failure = ""
         serving: list[int] = []
         failures: list[str] = []
         for found in candidates:
@@ -290,17 +288,13 @@ class Repository(Catalogue):
             async with self._room:
                 runner, loaded = await in_thread(self._make, found, asyncio.get_running_loop())
         except Exception as error:
-            if not isinstance(error, LoadError):
-                log.error("unexpected error", exc_info=error)
-                error = LoadError("unexpected error; the server's log has it")
-            version.failure = self._told(error)
-            log.error("model not loaded", model=found.name, version=found.version, reason=str(error))
+            version.failure = self._told(error, model=found.name, version=found.version)
+            if not version.runners:
+                self._metrics.forget(found.name, found.version)
             return None
         finally:
             version.loading = False
         version.failure = ""
-        for warning in loaded.warnings:
-            log.warning("model", model=found.name, version=found.version, warning=warning)
         log.info(
             "model loaded",
             model=found.name,
@@ -329,6 +323,12 @@ class Repository(Catalogue):
         except Exception as error:
             raise LoadError(f"the model does not run: {error}") from error
         return runner, loaded
+
+    def _note(self, seen: Mapping[str, ModelFolder]) -> None:
+        """Know of every version that is there, if only to say why it is not served."""
+        there = {self._version(found) for model in seen.values() for found in model.versions}
+        for version in self._every():
+            version.there = version in there
 
     def _version(self, found: Found) -> Version:
         version = self._models.setdefault(found.name, {}).setdefault(found.version, Version(found.name, found.version))
@@ -369,6 +369,10 @@ class Repository(Catalogue):
                 f"explicit model load / unload is not allowed: this server's --model-control is {control}"
             )
 
-    def _told(self, error: LoadError) -> str:
-        """What a caller may read of an error: not where the repository stands."""
+    def _told(self, error: Exception, **what: Any) -> str:
+        """Log why something did not load; return what a caller may read of it: not where the repository stands."""
+        if not isinstance(error, LoadError):
+            log.error("model not loaded", **what, exc_info=error)
+            return "unexpected error; the server's log has it"
+        log.error("model not loaded", **what, reason=str(error))
         return str(error).replace(f"{self._settings.repository}/", "")[:_LONGEST_REASON]

@@ -23,10 +23,10 @@ _PREFIX = "CONVEYOR_"
 _HELP = """\
 Serve recurrent models over gRPC: whole batches, and streaming sessions that keep their state between calls.
 
-  python -m service --repository models/                     serve what is in models/NAME/VERSION/model.onnx
-  python -m service --repository models/ --port 0            pick a free port; the log's "ready" line names it
+  python -m service --repository models/                       serve what is in models/NAME/VERSION/model.onnx
+  python -m service --repository models/ --port 0              pick a free port; the log's "ready" line names it
   python -m service --repository models/ --model-control poll  serve new versions as they are put there
-  CONVEYOR_PORT=9000 python -m service --config server.toml  settings from the environment and a file
+  CONVEYOR_PORT=9000 python -m service --config server.toml    settings from the environment and a file
 
 Each setting is a flag, an environment variable (CONVEYOR_ and the name in capitals, as CONVEYOR_MAX_SESSIONS) or a line
 in the --config file (max_sessions = 1000). A flag wins over the environment, that over the file, that over the default.

@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import structlog
+
 from service.folder import Signature
 from service.runner import Runner
 
 _FREE_TIMEOUT_S = 1.0
+
+log = structlog.get_logger()
 
 State: TypeAlias = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
 
@@ -70,10 +74,11 @@ class Version:
 
     def retire(self, why: str) -> None:
         """Take no new work."""
+        self.idle_because = why
         if self.serving is not None:
+            log.info("model retired", model=self.name, version=self.number, reason=why, in_use=self.serving.pool.taken)
             self.retiring.append(self.serving)
             self.serving = None
-        self.idle_because = why
 
     @property
     def refusal(self) -> str:
@@ -84,18 +89,19 @@ class Version:
             return f"is being unloaded ({self.idle_because}); sessions that it has go on"
         return f"is not served: {self.idle_because}"
 
-    async def free(self) -> int:
+    async def free(self) -> bool:
         """Stop the retiring runners that nobody uses any more, and let go of them.
 
         Returns:
-            How many they were.
+            Whether there were any.
         """
         unused = [runner for runner in self.retiring if not runner.pool.taken]
         # Before the first wait, so that nobody frees one twice or counts on it.
         self.retiring = [runner for runner in self.retiring if runner not in unused]
         for runner in unused:
             await runner.stop(_FREE_TIMEOUT_S)
-        return len(unused)
+            log.info("model freed", model=self.name, version=self.number)
+        return bool(unused)
 
     def entry(self) -> Entry:
         """Tell how it stands."""

@@ -370,7 +370,8 @@ async def test_a_policy_that_changes(tmp_path: Path) -> None:
             (tmp_path / "lstm/model.yaml").write_text(f"versions: {text}")
             await look(repository)
             assert repository.versions("lstm") == versions
-            said = {reason for state, reason in told(repository).values() if state == "READY"}
+            assert [entry.state for entry in repository.index()].count("READY") == len(versions)
+            said = {reason for _, reason in told(repository).values()}
             assert any("model.yaml is not valid" in reason for reason in said) == (text == "nonsense")
         assert repository.find("lstm").digest == runner.digest
 
@@ -553,9 +554,10 @@ async def test_what_is_unloaded_is_freed(tmp_path: Path) -> None:
         del runner
         assert b'model="lstm"' in generate_latest(metrics.registry)
         await repository.unload_model("lstm")
+        # The thread that loaded it and the one that ran it are at their ends, but may not have got there.
         for thread in threading.enumerate():
-            if thread is not threading.current_thread():
-                thread.join(5 if "lstm" in thread.name else 0)
+            if thread.name.startswith(("background-", "engine-lstm-")):
+                thread.join(5)
         await asyncio.sleep(0)
         assert [reference() for reference in held] == [None, None, None]
         assert not any("lstm" in thread.name for thread in threading.enumerate())
