@@ -60,6 +60,11 @@ class Replies:
         self._ended_bytes = 0
         self._ended: OrderedDict[tuple[bytes, str], Ended] = OrderedDict()
 
+    @property
+    def held(self) -> int:
+        """Bytes of all replies, and of those to come."""
+        return self._live_bytes + self._ended_bytes
+
     def reserve(self, size: int, last: Reply | None) -> None:
         """Hold room for the reply of a chunk.
 
@@ -108,9 +113,7 @@ class Replies:
             self.forget(next(iter(self._ended)))
 
     def _make_room(self) -> None:
-        while self._ended and (
-            len(self._ended) > _REMEMBERED or self._live_bytes + self._ended_bytes > self._limit_bytes
-        ):
+        while self._ended and (len(self._ended) > _REMEMBERED or self.held > self._limit_bytes):
             self.forget(next(iter(self._ended)))
 
 

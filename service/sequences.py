@@ -357,6 +357,8 @@ class Sequences:
     def _finish(self, ticket: Ticket, result: Stepped | ConveyorError) -> None:
         line = self._lines[ticket.key]
         del line.tickets[ticket]
+        # Whoever keeps the ticket must not keep the model by it.
+        ticket.session = ticket.start = ticket.pending = None
         try:
             ticket.tell(result)
         except Exception:
@@ -366,6 +368,8 @@ class Sequences:
 
 
 def _check(step: Step) -> None:
+    if not step.identity:
+        raise InvalidRequest("the sequence has no id; expected a number other than 0, or a text")
     check_id(step.identity, "sequence")
     if step.position is not None and step.position < 0:
         raise InvalidRequest(f"the position is {step.position}; expected 0 or more")

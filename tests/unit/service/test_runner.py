@@ -1,59 +1,23 @@
-"""A model at work, with a graph of a few lines of NumPy in the engine's place, so that runs can fail or be held.
-
-The graph adds up: y_t = s + x_0 + ... + x_t, and its state s is the last y. What a row should give is plain to see.
-"""
+"""A model at work, with a graph of a few lines of NumPy in the engine's place, so that runs can fail or be held."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from service.errors import Cancelled, Draining, EngineFailed, Full, Late
-from service.manifest import Manifest, StateSpec, TensorSpec
 from service.metrics import Metrics
 from service.runner import Runner
 from service.scheduler import Limits, Phase, Row, Track
 from tests.clock import Clock
+from tests.sums import POISON, Sums
 
 Array = NDArray[np.generic]
-
-POISON = 666.0
-
-
-class Sums:
-    """The graph.
-
-    Attributes:
-        digest: of no file.
-        manifest: x [T, N] and lengths in, y [T, N] out, state s [N].
-        runs: the rows of each run.
-        before: called inside each run with its x.
-    """
-
-    def __init__(self) -> None:
-        self.digest = ""
-        self.manifest = Manifest(
-            inputs=(TensorSpec(name="x", dtype="float64", shape=(None, None), batch_axis=1, time_axis=0),),
-            lengths="lengths",
-            outputs=(TensorSpec(name="y", dtype="float64", shape=(None, None), batch_axis=1, time_axis=0),),
-            states=(StateSpec(name="s", input="s0", output="sT", dtype="float64", shape=(None,), batch_axis=0),),
-            streamable=True,
-        )
-        self.runs: list[int] = []
-        self.before: Callable[[Array], None] = lambda x: None
-
-    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
-        """Add up."""
-        x, lengths = feeds["x"], feeds["lengths"]
-        self.runs.append(x.shape[1])
-        self.before(x)
-        y = feeds["s0"] + np.cumsum(x, axis=0)
-        return [y], [y[lengths.astype(np.intp) - 1, np.arange(len(lengths))]]
 
 
 class Bench:
