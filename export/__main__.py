@@ -1,7 +1,7 @@
 """The command line: export a model, or verify a file again. ``python -m export --help`` tells all.
 
-Owns output and exit codes: 0 done, 1 verification failed, 2 it could not be done as asked. Must not know how
-anything is done.
+Owns output and exit codes: 0 done, 1 verification failed, 2 it could not be done as asked, 3 the user has to decide.
+Must not know how anything is done.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from export.arguments import export_parser, from_weights_parser, verify_parser
+from export.arguments import export_parser, from_weights_parser, inspect_parser, verify_parser
 from export.errors import ExportError, VerificationFailed
 
 if TYPE_CHECKING:
@@ -116,10 +116,19 @@ def verify(options: argparse.Namespace, console: Console) -> None:
     console.print(f"[green]verified[/] {options.file}", highlight=False)
 
 
+def inspect(options: argparse.Namespace, console: Console) -> int:
+    """Look into a file, and print what is found."""
+    with console.status("importing"):
+        from export.inspect import inspect as look_into
+
+    return 0 if look_into(options.file, options.write, console) else 3
+
+
 Command = Callable[[argparse.Namespace, Console], int | None]
 
 COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Command]] = {
     "from-weights": (from_weights_parser, from_weights),
+    "inspect": (inspect_parser, inspect),
     "verify": (verify_parser, verify),
 }
 """What the first argument can name; anything else is a model to export."""

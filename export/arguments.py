@@ -24,6 +24,8 @@ commands:
       the same for weights from Keras, torch, NumPy or anywhere: SPEC.yaml says which array is what
   python -m export verify FILE [--data FILE.npz] [--max-error E]
       verify an exported file again, from the file alone
+  python -m export inspect FILE [--write]
+      look into any .onnx file: what it holds, where it would run, the model.yaml that it needs to be served
 
 examples:
   python -m export my_package.my_module:build_model --repository models-dir --name digits
@@ -105,6 +107,20 @@ def verify_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="an .onnx file that was exported here")
     _add_verification(parser, "its precision's, or what the file was exported with where that is tighter")
+    return parser
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    """The arguments of an inspection."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export inspect",
+        description="Look into an .onnx file from anywhere: inputs and outputs, recurrent nodes and where onnxruntime "
+        "would run them, sizes that are baked in; and propose the model.yaml that it needs to be served. What the "
+        "graph does not tell for certain is left for you to decide.",
+        epilog="exit codes: 0 done; 2 it could not be done as asked; 3 the proposal needs your decision",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="an .onnx file")
+    parser.add_argument("--write", action="store_true", help="write the proposal: NAME/model.yaml of NAME/VERSION/FILE")
     return parser
 
 

@@ -1,0 +1,120 @@
+"""A model.yaml for a graph, as far as the graph says what must stand in it.
+
+Owns the text. What is not certain stands in it as a comment that begins with ``decide:``, and is left out otherwise, so
+that the server refuses the file until somebody has decided.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import yaml
+
+from export.anatomy import Anatomy
+from export.roles import Axes, Roles, assign
+
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TAKEN = re.compile(r"(?i:yes|no|on|off|true|false|null)")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A model.yaml to begin with.
+
+    Attributes:
+        text: the file's.
+        evidence: how each state's pair is known, one sentence each.
+        decisions: what was left open, one sentence each; the server refuses the file until none is.
+    """
+
+    text: str
+    evidence: list[str]
+    decisions: list[str]
+
+
+def propose(anatomy: Anatomy) -> Proposal:
+    """Say what can be said of a graph."""
+    roles = assign(anatomy)
+    evidence = [pair.evidence for pair in roles.states]
+    text = "\n".join([*_inputs(roles), *_states(roles), *_outputs(roles), *_streamable(anatomy, roles)]) + "\n"
+    mark = "  # decide: "
+    decisions = [line.removeprefix(mark) for line in text.splitlines() if line.startswith(mark)]
+    return Proposal(text, evidence, decisions)
+
+
+def _inputs(roles: Roles) -> Iterator[str]:
+    yield "inputs:"
+    if not roles.sequences and not roles.either:
+        yield "  # decide: no input of the graph looks like a sequence"
+    for name in roles.sequences:
+        yield from _with_axes(name, roles.axes[name])
+    for name in sorted(roles.either):
+        yield f"  # decide: whether {quoted(name)} is a sequence, as here, or a state, as under states"
+        yield f"  # {quoted(name)}: {_axes(roles.axes[name])}"
+    for name in roles.lengths:
+        yield f"  {quoted(name)}: {{role: lengths}}"
+    for name, compared in roles.constants.items():
+        known = f"; the graph compares it with {', '.join(map(str, compared))}" if compared else ""
+        yield f"  # decide: the value of {quoted(name)}, the same in every run{known}"
+        yield f"  {quoted(name)}: {{role: constant, value: null}}"
+
+
+def _states(roles: Roles) -> Iterator[str]:
+    if roles.states or roles.open:
+        yield "states:"
+    for pair in roles.states:
+        axes = roles.axes[pair.input]
+        if axes.unclear:
+            yield f"  # decide: batch_axis of {quoted(pair.input)}: {axes.unclear}"
+            yield f"  # {_state(pair.input, pair.output, axes)}"
+        else:
+            yield f"  {_state(pair.input, pair.output, axes)}"
+    for name, candidates in roles.open.items():
+        ends = " or ".join(map(quoted, candidates))
+        yield f"  # decide: whether {quoted(name)} ends as {ends}; a swapped pair gives wrong numbers and no error"
+        for candidate in candidates:
+            yield f"  # {_state(name, candidate, roles.axes[name])}"
+
+
+def _outputs(roles: Roles) -> Iterator[str]:
+    yield "outputs:"
+    for name in roles.outputs:
+        yield from _with_axes(name, roles.axes[name])
+    for name in roles.maybe:
+        yield f"  # {quoted(name)}: {_axes(roles.axes[name])}  # if no state ends as it"
+
+
+def _streamable(anatomy: Anatomy, roles: Roles) -> Iterator[str]:
+    has_time = any(roles.axes[name].time is not None for name in roles.sequences)
+    if anatomy.backward and has_time:
+        yield "streamable: false  # it reads sequences from the end, too"
+    elif anatomy.hidden and has_time:
+        yield "streamable: false  # it has states that no input carries, so that every chunk would begin anew"
+
+
+def _with_axes(name: str, axes: Axes) -> Iterator[str]:
+    if axes.unclear:
+        yield f"  # decide: {quoted(name)}: {axes.unclear}"
+        yield f"  # {quoted(name)}: {{batch_axis: , time_axis: }}"
+    else:
+        yield f"  {quoted(name)}: {_axes(axes)}"
+
+
+def _axes(axes: Axes) -> str:
+    pairs = (("time_axis", axes.time), ("batch_axis", axes.batch))
+    return "{" + ", ".join(f"{key}: {axis}" for key, axis in pairs if axis is not None) + "}"
+
+
+def _state(begin: str, end: str, axes: Axes) -> str:
+    batch = "" if axes.batch is None else f", batch_axis: {axes.batch}"
+    return f"- {{input: {quoted(begin)}, output: {quoted(end)}{batch}}}"
+
+
+def quoted(name: str) -> str:
+    """A name as it can stand in YAML and in a terminal: one line, nothing that is not printed."""
+    if _PLAIN.fullmatch(name) and not _TAKEN.fullmatch(name):
+        return name
+    text: str = yaml.safe_dump(name, default_style='"', width=float("inf"))
+    return text.strip()

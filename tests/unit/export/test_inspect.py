@@ -1,0 +1,458 @@
+"""What ``inspect`` finds in files from elsewhere: recurrent nodes wherever they are, and what is certain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from export import dataflow
+from export.__main__ import main
+from export.anatomy import dissect
+from export.proposal import Proposal, propose
+from service.description import parse
+from service.errors import LoadError
+from service.manifest import Manifest
+from service.onnx_file import OnnxFile
+from service.presented import present
+from tests import graphs
+from tests.unit.export.foreign import (
+    FLOAT,
+    INT32,
+    INT64,
+    H,
+    I,
+    body,
+    lstm,
+    node,
+    tensor,
+    unsaid,
+    weights,
+    write,
+    write_cell,
+    write_lstm,
+    write_packed,
+)
+
+
+def proposed(path: Path) -> Proposal:
+    """The proposal for a file."""
+    return propose(dissect(OnnxFile(path)))
+
+
+def accepted(path: Path, text: str) -> Manifest:
+    """What the server makes of a file and a model.yaml."""
+    file = OnnxFile(path)
+    return present(parse(text), file.signature, path.parent, file.initializer)
+
+
+def check_open(path: Path, proposal: Proposal) -> None:
+    """There is something to decide, and the server refuses the proposal as it stands."""
+    assert proposal.decisions
+    with pytest.raises(LoadError):
+        accepted(path, proposal.text)
+
+
+def test_an_lstm_with_h_and_c(tmp_path: Path) -> None:
+    """Of two states of one shape the operator's own inputs and outputs tell which is which, not names."""
+    path = write_lstm(tmp_path / "a.onnx", names=("a", "b", "c", "d"))
+    proposal = proposed(path)
+    assert proposal.evidence == [
+        "a reaches initial_h of LSTM 'lstm'; c is its Y_h",
+        "b reaches initial_c of LSTM 'lstm'; d is its Y_c",
+    ]
+    assert proposal.decisions == []
+    manifest = accepted(path, proposal.text)
+    assert [(state.input, state.output, state.batch_axis) for state in manifest.states] == [
+        ("a", "c", 1),
+        ("b", "d", 1),
+    ]
+    (x,), (y,) = manifest.inputs, manifest.outputs
+    assert (x.time_axis, x.batch_axis, y.time_axis, y.batch_axis) == (0, 1, 0, 1)
+
+
+def test_names_that_mislead(tmp_path: Path) -> None:
+    """Names that say the opposite of the dataflow are not believed."""
+    path = write_lstm(tmp_path / "a.onnx", names=("c_in", "h_in", "h_out", "c_out"))
+    pairs = [(state.input, state.output) for state in accepted(path, proposed(path).text).states]
+    assert pairs == [("c_in", "h_out"), ("h_in", "c_out")]
+
+
+def test_batch_first_states_without_layers(tmp_path: Path) -> None:
+    """States [N, H], batch-first sequences and lengths, through Transpose and Unsqueeze."""
+    path = write(
+        tmp_path / "a.onnx",
+        [
+            node("Transpose", ["audio"], ["x"], perm=[1, 0, 2]),
+            node("Unsqueeze", ["state", "zero"], ["h"]),
+            node(
+                "GRU", ["x", "W", "R", "", "how_many", "h"], ["Y", "Y_h"], "gru", hidden_size=H, linear_before_reset=1
+            ),
+            node("Squeeze", ["Y", "one"], ["steps"]),
+            node("Transpose", ["steps"], ["y"], perm=[1, 0, 2]),
+            node("Squeeze", ["Y_h", "zero"], ["next"]),
+        ],
+        [tensor("audio", "a", "b", I), tensor("how_many", "a", dtype=INT32), tensor("state", "a", H)],
+        [tensor("y", "a", "b", H), tensor("next", "a", H)],
+        weights(3, more={"zero": [0], "one": [1]}),
+    )
+    proposal = proposed(path)
+    assert proposal.decisions == []
+    assert proposal.evidence == ["state reaches initial_h of GRU 'gru'; next is its Y_h"]
+    manifest = accepted(path, proposal.text)
+    assert (manifest.lengths, manifest.inputs[0].batch_axis, manifest.inputs[0].time_axis) == ("how_many", 0, 1)
+    assert (manifest.outputs[0].batch_axis, manifest.outputs[0].time_axis) == (0, 1)
+    assert manifest.states[0].batch_axis == 0
+
+
+def test_layers_in_one_state(tmp_path: Path) -> None:
+    """States [L, N, H] of h and c, sliced for each layer and put together again, are still told apart."""
+    path = write(
+        tmp_path / "a.onnx",
+        [
+            node("Split", ["s1"], ["h1", "h2"], axis=0),
+            node("Split", ["s2"], ["c1", "c2"], axis=0),
+            lstm(["x", "W1", "R", "", "", "h1", "c1"], ["Y1", "h1_", "c1_"], "first"),
+            node("Squeeze", ["Y1", "one"], ["between"]),
+            lstm(["between", "W2", "R", "", "", "h2", "c2"], ["Y2", "h2_", "c2_"], "second"),
+            node("Squeeze", ["Y2", "one"], ["y"]),
+            node("Concat", ["h1_", "h2_"], ["t2"], axis=0),
+            node("Concat", ["c1_", "c2_"], ["t1"], axis=0),
+        ],
+        [tensor("x", None, None, I), tensor("s1", 2, None, H), tensor("s2", 2, None, H)],
+        [tensor("y", None, None, H), tensor("t1", 2, None, H), tensor("t2", 2, None, H)],
+        {
+            "W1": weights()["W"],
+            "W2": weights(input_size=H)["W"],
+            "R": weights()["R"],
+            "one": np.array([1]),
+        },
+    )
+    proposal = proposed(path)
+    assert proposal.decisions == []
+    manifest = accepted(path, proposal.text)
+    assert [(state.input, state.output) for state in manifest.states] == [("s1", "t2"), ("s2", "t1")]
+
+
+@pytest.mark.parametrize("sizes", [(None, None), ("N", "N"), (1, 1)])
+def test_the_signature_of_speech_activity_models(tmp_path: Path, sizes: tuple[Any, Any]) -> None:
+    """Packed h and c, nodes inside If; free, named and fixed batch: only the rate is to be decided."""
+    path = write_packed(tmp_path / "a.onnx", sizes)
+    anatomy = dissect(OnnxFile(path))
+    nodes = [(each.operator, each.path) for each in anatomy.recurrences]
+    assert nodes == [("If", "rates"), ("LSTM", "rates/else_branch/slow"), ("LSTM", "rates/then_branch/fast")]
+    proposal = propose(anatomy)
+    assert proposal.decisions == ["the value of sr, the same in every run; the graph compares it with 16000"]
+    check_open(path, proposal)
+    manifest = accepted(path, proposal.text.replace("value: null", "value: 16000"))
+    assert [(state.input, state.output, state.batch_axis) for state in manifest.states] == [("state", "stateN", 1)]
+    assert manifest.inputs[0].batch_axis == 0
+    assert manifest.rows_per_run == (1 if sizes == (1, 1) else None)
+
+
+def test_a_state_with_a_batch_of_one(tmp_path: Path) -> None:
+    """[1, 2, H, 2] with a batch fixed at 1: the only tensor of its shape, and called a state."""
+    path = write(
+        tmp_path / "a.onnx",
+        [node("Add", ["state_in", "x"], ["state_out"]), node("ReduceMean", ["state_out"], ["y"], axes=[1, 2, 3])],
+        [tensor("x", 1, 1, 1, 1), tensor("state_in", 1, 2, H, 2)],
+        [tensor("y", 1, 1, 1, 1), tensor("state_out", 1, 2, H, 2)],
+    )
+    proposal = proposed(path)
+    assert proposal.decisions == []
+    manifest = accepted(path, proposal.text)
+    assert manifest.rows_per_run == 1
+    assert manifest.states[0].batch_axis == 0
+
+
+def test_h_and_c_that_nothing_tells_apart(tmp_path: Path) -> None:
+    """Two states of one shape in a cell of ordinary operators: all pairs are listed, none is chosen, none is served."""
+    path = write_cell(tmp_path / "a.onnx")
+    proposal = proposed(path)
+    check_open(path, proposal)
+    assert proposal.decisions == [
+        "whether h_in ends as h_out or c_out; a swapped pair gives wrong numbers and no error",
+        "whether c_in ends as c_out or h_out; a swapped pair gives wrong numbers and no error",
+    ]
+    decided = proposal.text
+    for state in ("h", "c"):
+        line = f"- {{input: {state}_in, output: {state}_out, batch_axis: 0}}"
+        assert f"  # {line}\n" in decided
+        decided = decided.replace(f"# {line}", line)
+    pairs = [(state.input, state.output) for state in accepted(path, decided).states]
+    assert pairs == [("h_in", "h_out"), ("c_in", "c_out")]
+
+
+def test_an_input_that_could_be_a_state(tmp_path: Path) -> None:
+    """Where an input comes back in its own shape and no name says what it is, that is left open."""
+    path = write(
+        tmp_path / "a.onnx",
+        [node("Add", ["p", "q"], ["r"]), node("Mul", ["p", "q"], ["s"])],
+        [tensor("p", "N", H), tensor("q", "N", H)],
+        [tensor("r", "N", H), tensor("s", "N", H)],
+    )
+    proposal = proposed(path)
+    check_open(path, proposal)
+    assert "whether p is a sequence, as here, or a state, as under states" in proposal.decisions
+
+
+def test_axes_that_nothing_tells(tmp_path: Path) -> None:
+    """Two free axes without a name, and no recurrent node that takes them: batch and time are left open."""
+    path = write(
+        tmp_path / "a.onnx", [node("Relu", ["x"], ["y"])], [tensor("x", None, None, I)], [tensor("y", None, None, I)]
+    )
+    proposal = proposed(path)
+    check_open(path, proposal)
+    assert proposal.decisions[0] == "x: which of its free axes 0, 1 is batch, and which time"
+
+
+def test_inside_a_loop(tmp_path: Path) -> None:
+    """A GRU inside a Loop that carries its state: found, with its path, and the pair is certain."""
+    inside = body(
+        [
+            node("Identity", ["go"], ["going"]),
+            node("GRU", ["x", "W", "R", "", "", "h"], ["", "h_next"], "gru", hidden_size=H),
+        ],
+        [tensor("i", dtype=INT64), tensor("go", dtype=onnx.TensorProto.BOOL), unsaid("h")],
+        [tensor("going", dtype=onnx.TensorProto.BOOL), unsaid("h_next")],
+    )
+    path = write(
+        tmp_path / "a.onnx",
+        [node("Loop", ["times", "", "first"], ["second"], "repeat", body=inside), node("Squeeze", ["second"], ["y"])],
+        [tensor("x", 1, "N", I), tensor("first", 1, "N", H)],
+        [unsaid("y"), tensor("second", 1, "N", H)],
+        weights(3, more={"times": 2}),
+    )
+    anatomy = dissect(OnnxFile(path))
+    assert [each.path for each in anatomy.recurrences] == ["repeat", "repeat/body/gru"]
+    gru = anatomy.recurrences[1]
+    assert (gru.cuda.runs_on, gru.cpu.runs_on) == ("cpu", "cpu")
+    assert gru.cuda.reason is not None
+    assert "linear_before_reset=0" in gru.cuda.reason
+    (evidence,) = propose(anatomy).evidence
+    assert evidence.startswith("first reaches ")
+    assert "second is its " in evidence
+
+
+def test_inside_a_scan_and_a_function(tmp_path: Path) -> None:
+    """A Scan's carried value pairs its state, time is what it scans, and a node inside a function has its path."""
+    step = body(
+        [node("Add", ["h", "x_t"], ["sum"]), node("Tanh", ["sum"], ["h_t"]), node("Identity", ["h_t"], ["y_t"])],
+        [unsaid("h"), unsaid("x_t")],
+        [unsaid("h_t"), unsaid("y_t")],
+    )
+    function = helper.make_function(
+        "mine",
+        "Twice",
+        ["a"],
+        ["b"],
+        [lstm(["a", "W_", "R_"], ["b"], "deep")],
+        [helper.make_opsetid("", 17)],
+    )
+    path = write(
+        tmp_path / "a.onnx",
+        [
+            node("Scan", ["p", "q"], ["r", "s"], "scan", body=step, num_scan_inputs=1),
+            helper.make_node("Twice", ["s"], ["z"], domain="mine"),
+        ],
+        [tensor("q", "k", "rows", H), tensor("p", "rows", H)],
+        [tensor("s", "k", "rows", H), tensor("r", "rows", H)],
+        functions=[function],
+    )
+    anatomy = dissect(OnnxFile(path))
+    assert [each.path for each in anatomy.recurrences] == ["scan", "mine.Twice/deep"]
+    proposal = propose(anatomy)
+    assert proposal.evidence == ["p reaches carried value 0 of Scan 'scan'; r is its carried value 0"]
+    x = accepted(path, proposal.text).inputs[0]
+    assert (x.name, x.time_axis, x.batch_axis) == ("q", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("made", "on_cuda", "names"),
+    [
+        (lstm(["x", "W", "R", "", "", "", "", "P"], ["Y"]), "cpu", "peepholes"),
+        (lstm(["x", "W", "R"], ["Y"], activations=["Sigmoid", "Relu", "Tanh"]), "cpu", "activations=Sigmoid,Relu,Tanh"),
+        (lstm(["x", "W", "R"], ["Y"], clip=1.0), "cpu", "clip"),
+        (lstm(["x", "W", "R"], ["Y"], layout=1), None, "layout=1"),
+        (lstm(["x", "W", "R"], ["Y"]), "cuda", None),
+    ],
+)
+def test_where_nodes_run(tmp_path: Path, made: Any, on_cuda: str | None, names: str | None) -> None:
+    """What falls back, or is refused, says which attribute is why."""
+    path = write(
+        tmp_path / "a.onnx",
+        [made],
+        [tensor("x", "T", "N", I)],
+        [unsaid("Y")],
+        weights(more={"P": np.zeros((1, 3 * H), np.float32)}),
+    )
+    (found,) = dissect(OnnxFile(path)).recurrences
+    assert found.cuda.runs_on == on_cuda
+    assert names is None or names in str(found.cuda.reason)
+    assert found.cpu.runs_on == (None if names == "layout=1" else "cpu")
+
+
+def test_a_state_that_stays_inside(tmp_path: Path) -> None:
+    """An LSTM that begins with zeros in every run is named, and its proposal does not let streams be cut."""
+    path = write(
+        tmp_path / "a.onnx",
+        [lstm(["x", "W", "R"], ["Y"]), node("Squeeze", ["Y", "one"], ["y"])],
+        [tensor("x", "T", "N", I)],
+        [tensor("y", "T", "N", H)],
+        weights(more={"one": [1]}),
+    )
+    anatomy = dissect(OnnxFile(path))
+    assert anatomy.hidden == ["LSTM 'lstm'"]
+    assert not accepted(path, propose(anatomy).text).streamable
+
+
+def test_both_directions(tmp_path: Path) -> None:
+    """A graph that reads from the end too is not streamable."""
+    two = {name: np.concatenate([array, array]) for name, array in weights().items()}
+    path = write(
+        tmp_path / "a.onnx",
+        [lstm(["x", "W", "R", "", "", "h", "c"], ["Y", "h_out", "c_out"], direction="bidirectional")],
+        [tensor("x", "T", "N", I), tensor("h", 2, "N", H), tensor("c", 2, "N", H)],
+        [tensor("Y", "T", 2, "N", H), tensor("h_out", 2, "N", H), tensor("c_out", 2, "N", H)],
+        two,
+    )
+    assert not accepted(path, proposed(path).text).streamable
+
+
+def test_sizes_that_are_baked_in(tmp_path: Path) -> None:
+    """An initial state of one row, and a Reshape to fixed sizes, are found where the inputs' own axes are free."""
+    path = write(
+        tmp_path / "a.onnx",
+        [
+            node("Reshape", ["flat", "shape"], ["x"], "to_steps"),
+            lstm(["flat", "W", "R", "", "", "h", "h"], ["Y"]),
+        ],
+        [tensor("flat", "T", "N", I)],
+        [unsaid("Y"), unsaid("x")],
+        weights(more={"shape": [7, 2, I], "h": np.zeros((1, 2, H), np.float32)}),
+    )
+    assert dissect(OnnxFile(path)).baked == [
+        "initial_h of LSTM 'lstm' is a constant of shape [1, 2, 4]: a batch of 2 is baked in",
+        "initial_c of LSTM 'lstm' is a constant of shape [1, 2, 4]: a batch of 2 is baked in",
+        "Reshape 'to_steps' makes [7, 2, 3] of what comes in: no size is free there",
+    ]
+
+
+def test_names_that_yaml_would_misread(tmp_path: Path) -> None:
+    """Tensors called like numbers, bools or worse are quoted; nothing of a name is taken for a comment or a command."""
+    names = ('x: {}\n# decide: "', "no", "\x1b[31mred", "1", "null", "[]")
+    path = write_lstm(tmp_path / "a.onnx", names=names[1:5])
+    proposal = proposed(path)
+    assert proposal.decisions == []
+    assert proposal.text.isascii()
+    assert all(line.isprintable() for line in proposal.text.splitlines())
+    pairs = [(state.input, state.output) for state in accepted(path, proposal.text).states]
+    assert pairs == [("no", "1"), ("\x1b[31mred", "null")]
+
+    path = write_cell(tmp_path / "b.onnx", names=(names[0], "h_in", "c_in", names[5], "h_out", "c_out"))
+    assert len(proposed(path).decisions) == 2
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tables and proposal are printed; with --write the proposal stands where the server looks, and only once."""
+    path = write_lstm(tmp_path / "models/tagger/3/model.onnx")
+    assert main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "[T, N, 3]",
+        "hidden_size=4",
+        "runs",
+        "ai.onnx 17",
+        "h0 reaches initial_h of LSTM 'lstm'; hT is its Y_h",
+    ):
+        assert words in printed
+    assert "\x1b" not in printed
+    assert main(["inspect", str(path), "--write"]) == 0
+    text = (tmp_path / "models/tagger/model.yaml").read_text()
+    assert len(accepted(path, text).states) == 2
+    capsys.readouterr()
+    assert main(["inspect", str(path), "--write"]) == 2
+    assert "model.yaml is there already" in capsys.readouterr().err
+
+
+def test_the_command_leaves_decisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 3 where something is to be decided; what the server would refuse for another reason is said too."""
+    assert main(["inspect", str(write_cell(tmp_path / "a.onnx"))]) == 3
+    assert "# decide: whether h_in ends as h_out or c_out" in capsys.readouterr().out
+    baked = write_lstm(tmp_path / "b.onnx", state=(1, 4, H))
+    main(["inspect", str(baked)])
+    assert "4" in capsys.readouterr().out
+
+
+def test_a_file_that_was_exported_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its manifest is shown, and no model.yaml is proposed or written."""
+    path = graphs.write_lstm(tmp_path)
+    assert main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "h0 -> hT" in printed
+    assert "none is needed" in printed
+    assert "inputs:" not in printed
+    assert main(["inspect", str(path), "--write"]) == 2
+    assert not (path.parents[1] / "model.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "is not a file"),
+        (b"", "holds no nodes"),
+        (b"\xff" * 100, "is not an onnx file"),
+        (b"hello", "is not an onnx file"),
+    ],
+)
+def test_what_is_no_onnx_file(
+    tmp_path: Path, content: bytes | None, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence and exit code 2."""
+    path = tmp_path / "a.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["inspect", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_files_that_were_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever single bytes of a file become, there is an answer and no traceback."""
+    whole = write_packed(tmp_path / "whole.onnx").read_bytes()
+    random = np.random.default_rng(0)
+    path = tmp_path / "a.onnx"
+    for _ in range(50):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[random.integers(0, len(whole), 3)] = random.integers(0, 256, 3)
+        path.write_bytes(damaged.tobytes())
+        assert main(["inspect", str(path)]) in (0, 2, 3)
+        capsys.readouterr()
+
+
+def test_functions_that_multiply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions that each call the next one twice, 40 deep, are followed up to a limit, and by nobody else further."""
+    monkeypatch.setattr(dataflow, "MAX_NODES", 1_000)
+    functions = [
+        helper.make_function(
+            "mine",
+            f"f{k}",
+            ["a"],
+            ["b"],
+            [helper.make_node(f"f{k + 1}", [v], [w], domain="mine") for v, w in (("a", "m"), ("m", "b"))],
+            [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)],
+        )
+        for k in range(40)
+    ]
+    path = write(
+        tmp_path / "a.onnx",
+        [helper.make_node("f0", ["x"], ["y"], domain="mine")],
+        [tensor("x", "N", I, dtype=FLOAT)],
+        [unsaid("y")],
+        functions=functions,
+    )
+    assert not dissect(OnnxFile(path)).flow.whole
