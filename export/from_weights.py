@@ -6,6 +6,7 @@ over. Must not know how one layer's arrays are laid out, nor torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,14 +41,12 @@ def read_model(path: Path) -> tuple[ModelSpec, dict[str, Array]]:
         for number, each in enumerate(source.layers):
             with _at(f"layers[{number}]"):
                 read, their = read_layers(each, arrays)
+                if layers and (below := layers[-1].output_size) != read[0].input_size:
+                    raise ExportError(f"takes {read[0].input_size} values, the layer below gives {below}")
                 for index, layer in enumerate(read):
                     here = select(their, f"layers.{index}.")
                     weights |= {f"layers.{len(layers)}.{name}": array for name, array in here.items()}
                     layers.append(layer)
-                if len(layers) > len(read) and read[0].input_size != layers[-1 - len(read)].output_size:
-                    raise ExportError(
-                        f"takes {read[0].input_size} values, the layer below gives {layers[-1 - len(read)].output_size}"
-                    )
         if source.embedding is not None:
             with _at("embedding"):
                 weights["embedding"] = read_embedding(source.embedding, layers[0].input_size, arrays)
@@ -80,10 +79,11 @@ def read_layers(source: LayerSource, arrays: NamedArrays) -> tuple[list[Layer], 
         layers, weights = [layer], {f"layers.0.{name}": array for name, array in own.items()}
     else:
         layers, weights = read_library_arrays(source, arrays)
+    _check_said(source, "input_size", layers[0].input_size)
     for index, layer in enumerate(layers):
-        for name in ("input_size", "hidden_size", "bidirectional", "bias", "reset"):
-            _check_said(source, layer, name, getattr(layer, name), skip=name == "input_size" and index > 0)
-        _check_said(source, layer, "peepholes", layer.has_peepholes)
+        for name in ("hidden_size", "bidirectional", "bias", "reset"):
+            _check_said(source, name, getattr(layer, name))
+        _check_said(source, "peepholes", layer.has_peepholes)
         if source.inverted_update:
             here = f"layers.{index}."
             weights |= {here + name: array for name, array in invert_update(layer, select(weights, here)).items()}
@@ -196,10 +196,10 @@ def _head_places(source: HeadSource, arrays: NamedArrays, parts: tuple[str, str]
     return found
 
 
-def _check_said(source: LayerSource, layer: Layer, name: str, found: object, skip: bool = False) -> None:
+def _check_said(source: LayerSource, name: str, found: object) -> None:
     said = getattr(source, name)
-    if said is not None and said != found and not skip:
-        raise ExportError(f"{name}: the spec says {said}, the arrays are those of a layer with {found}")
+    if said is not None and said != found:
+        raise ExportError(f"{name}: {json.dumps(said)} in the spec, {json.dumps(found)} by the arrays")
 
 
 def _check_last_of_keras(source: WeightsSpec, top: Layer) -> None:

@@ -42,8 +42,8 @@ class NamedArrays:
             if twice := sorted(arrays.keys() & self._arrays.keys()):
                 raise ExportError(f"weights: {path.name} has {twice[0]!r}, and so has a file before it")
             self._arrays |= arrays
-        # Counters and the seeds of random generators stand in files too, and are the weights of nothing.
-        self.names = [name for name, array in self._arrays.items() if array.dtype.kind == "f"]
+        # Counters, learning rates and the seeds of random generators stand in files too, and are weights of nothing.
+        self.names = [name for name, array in self._arrays.items() if array.dtype.kind == "f" and array.ndim]
 
     def take(self, name: str) -> Array:
         """One array, in float64, in which it is itself to the bit.

@@ -15,6 +15,7 @@ import torch
 from export.__main__ import main
 from export.describe import initial_state, read_manifest
 from export.from_weights import read_model
+from export.given_outputs import check_outputs
 from models.layouts import convert
 from models.reference import run_model
 from models.spec import Layer
@@ -330,6 +331,39 @@ ignore: model_weights/dense_1/*
     reverse, *_ = textbook.run(textbook.gru_after, v, X[::-1], zeros, zeros)
     expected = np.concatenate([hs, reverse[::-1]], axis=1) @ dense["kernel:0"].astype(float) + dense["bias:0"]
     np.testing.assert_allclose(y[0], expected, rtol=0, atol=1e-12)
+
+
+KERAS_FILES = {
+    "stack.weights.h5": """
+layers:
+  - {cell: gru, layout: keras, prefix: layers/gru}
+  - {cell: gru, layout: keras, prefix: layers/gru_1}
+head: {layout: keras, prefix: layers/dense}
+""",
+    "both.h5": """
+layers:
+  - {cell: lstm, layout: keras, prefix: model_weights/bidirectional}
+  - {cell: lstm, layout: keras, prefix: model_weights/bidirectional_1, bidirectional: true}
+head: {layout: keras, prefix: model_weights/dense_1}
+""",
+    "trained.weights.h5": """
+layers:
+  - {cell: rnn, layout: keras, prefix: layers/simple_rnn, activation: relu}
+head: {layout: keras, prefix: layers/dense}
+output: last
+ignore: optimizer/*
+""",
+}
+
+
+@pytest.mark.parametrize(("file", "spec"), KERAS_FILES.items(), ids=KERAS_FILES.keys())
+def test_files_that_keras_wrote(file: str, spec: str, tmp_path: Path) -> None:
+    """Files of Keras itself, read by prefixes alone, are models that give what Keras gave."""
+    folder = Path(__file__).parent / "from_keras"
+    model, weights = read_model(write(tmp_path, f"weights: {folder / file}{spec}"))
+    with np.load(folder / "outputs.npz") as outputs:
+        data = {"x": outputs["x"], "y": outputs[file.partition(".")[0]]}
+    assert check_outputs(model, weights, data) < 1e-6
 
 
 LIBRARIES: dict[str, tuple[Any, Layer, str]] = {

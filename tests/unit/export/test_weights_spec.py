@@ -103,7 +103,7 @@ ARRAYS: dict[str, tuple[str, Arrays, str]] = {
     "the other product": (
         f"layers: [{OWN}]",
         GOOD | {"W": GOOD["W"].T},
-        "'W' has shape [16, 3], expected [3, 16], [I, 4 * H] with product x @ W; it would fit product: W @ x",
+        "'W' has shape [16, 3], expected [3, 16] with product x @ W; it would fit product: W @ x",
     ),
     "a shape": (
         f"layers: [{OWN}]",
@@ -115,7 +115,7 @@ ARRAYS: dict[str, tuple[str, Arrays, str]] = {
     "joined the other way": (
         "layers: [{cell: lstm, product: W @ x, gates: i f c o, arrays: {W_xh: W}}]",
         {"W": np.zeros((I + H, 4 * H), np.float32)},
-        "layers[0]: arrays.W_xh: ",
+        "arrays.W_xh: the shape is [7, 16], expected [H, I + H] for each gate with product W @ x",
     ),
     "a size that was said": (
         f"layers: [{OWN[:-1]}, hidden_size: 5}}]",
@@ -125,7 +125,7 @@ ARRAYS: dict[str, tuple[str, Arrays, str]] = {
     "a direction that was said": (
         f"layers: [{OWN[:-1]}, bidirectional: true}}]",
         GOOD,
-        "layers[0]: bidirectional: the spec says True, the arrays are those of a layer with False",
+        "layers[0]: bidirectional: true in the spec, false by the arrays",
     ),
     "no order of gates": (
         f"layers: [{OWN.replace('gates: i f c o, ', '')}]",
@@ -156,7 +156,7 @@ ARRAYS: dict[str, tuple[str, Arrays, str]] = {
     "peepholes that are missing": (
         f"layers: [{OWN.replace('cell: lstm', 'cell: lstm_peephole')}]",
         GOOD,
-        "layers[0]: the weights are not those expected: missing ['V']",
+        "layers[0]: arrays.V: gate i is missing, expected i f o",
     ),
     "no reset": (f"layers: [{GRU.replace('reset: before, ', '')}]", GOOD_GRU, "layers[0]: reset is missing"),
     "layers that do not fit": (
