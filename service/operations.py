@@ -248,6 +248,15 @@ class Operations:
         if self.runner(session).cancel(pending.row):
             pending.row.on_end(pending.row)
 
+    def expire(self) -> int:
+        """End the sessions that have been idle for too long, and forget what is kept of those that ended long ago.
+
+        Returns:
+            How many sessions they were.
+        """
+        self.replies.expire()
+        return self.sessions.expire()
+
     # --- sessions in the place of others ---
 
     def start(

@@ -175,7 +175,7 @@ class Server:
         pause_s = min(5.0, self.settings.idle_timeout_s / 4)
         while True:
             await asyncio.sleep(pause_s)
-            if count := self.operations.sessions.expire():
+            if count := self.operations.expire():
                 log.info("sessions expired", count=count, open=len(self.operations.sessions))
             await self.repository.free()
 

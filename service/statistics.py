@@ -3,9 +3,10 @@
 Plain counters. Written from the event loop and from the model's thread, read from anywhere. Must not know anything else
 of the server.
 
-A request is what a caller sent and the server accepted: a chunk, a step of a sequence, or a batch. It is counted once,
-when it ends. A row is a chunk, a step, or one sequence of a batch. The times of a run are counted for each of its rows
-in full, since each of them waits for the whole run: the time divided by the count is what a row has seen.
+A request is what a caller sent and the server accepted, which is to say, queued for a run: a chunk, a step of a
+sequence, or a batch. It is counted once, when it ends; what is answered with a reply that was kept is none. A row is a
+chunk, a step, or one sequence of a batch. The times of a run are counted for each of its rows in full, since each of
+them waits for the whole run: the time divided by the count is what a row has seen.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -14,23 +16,33 @@ from service.errors import Cancelled, Draining, EngineFailed, Full, Late
 from service.metrics import Metrics
 from service.runner import Runner
 from service.scheduler import Limits, Phase, Row, Track
+from service.statistics import Spent
 from tests.clock import Clock
 from tests.sums import POISON, Sums
 
 Array = NDArray[np.generic]
 
 
+LIMITS = Limits(queued_rows=20, tick_rows=16, tick_steps=1000)
+
+
 class Bench:
     """A runner of the graph, and rows for it."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self) -> None:
         self.graph = Sums()
         self.clock = Clock()
         self.metrics = Metrics()
-        loop = asyncio.get_running_loop()
-        self.runner = Runner("sums", 1, self.graph, limits, 100, self.metrics, self.clock, loop)
+        self.runner = self.another()
         self.ended: list[Row] = []
         self._news = asyncio.Event()
+
+    def another(self) -> Runner:
+        """A runner of the same name and version."""
+        loop = asyncio.get_running_loop()
+        return Runner(
+            "sums", 1, self.graph, LIMITS, 100, self.metrics, self.clock, loop, calendar=lambda: 1_800_000_000.5
+        )
 
     def row(self, *x: float, track: Track | None = None, position: int = 0, deadline: float | None = None) -> Row:
         """A row of those steps."""
@@ -67,7 +79,7 @@ class Bench:
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
     """A runner that has started, and is stopped in the end."""
-    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=1000))
+    bench = Bench()
     bench.runner.start()
     yield bench
     await bench.runner.stop(30)
@@ -265,7 +277,7 @@ async def test_stop_finishes_the_run_and_refuses_what_waits(bench: Bench) -> Non
 
 async def test_warm_up_leaves_nothing_behind() -> None:
     """It runs the graph at several sizes, and every slot it took is free and in its initial state afterwards."""
-    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=1000))
+    bench = Bench()
     bench.graph.before = lambda x: np.copyto(x, 1)
     bench.runner.warm_up()
     assert len(bench.graph.runs) > 1
@@ -276,7 +288,7 @@ async def test_warm_up_leaves_nothing_behind() -> None:
 
 async def test_warm_up_says_what_the_engine_says() -> None:
     """A graph that does not run is found before it is served."""
-    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=1000))
+    bench = Bench()
 
     def fail(x: Array) -> None:
         raise RuntimeError("no kernel")
@@ -295,3 +307,79 @@ async def test_what_is_counted(bench: Bench) -> None:
     assert bench.counted("conveyor_rows_total", outcome="refused") == 1
     assert bench.counted("conveyor_tick_rows_sum") == 2
     assert bench.counted("conveyor_tick_seconds_count") == 1
+
+
+async def test_what_is_measured(bench: Bench) -> None:
+    """Rows applied, runs, and where the time went: each row has seen the whole of its run, each run counts once."""
+
+    def take_time(x: Array) -> None:
+        bench.clock.now += 0.25
+
+    bench.graph.before = take_time
+    await bench.run(bench.row(1), bench.row(2, 3), bench.row(4, deadline=bench.clock.now + 0.125))
+    await bench.run(bench.row(1))
+    counts = bench.runner.statistics.snapshot()
+    assert (counts.inference_count, counts.execution_count) == (3, 2)
+    assert counts.last_inference_ms == 1_800_000_000_500
+    assert counts.queue == Spent(4, 0)
+    assert counts.compute_infer == Spent(4, 1_000_000_000)
+    assert (counts.compute_input, counts.compute_output) == (Spent(4, 0), Spent(4, 0))
+    assert {rows: runs.compute_infer for rows, runs in counts.runs.items()} == {
+        1: Spent(1, 250_000_000),
+        3: Spent(1, 250_000_000),
+    }
+
+
+async def test_what_waits_is_measured(bench: Bench) -> None:
+    """A row that came while another ran has waited for the end of that."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(x: Array) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    bench.graph.before = hold
+    bench.runner.submit([bench.row(1)])
+    assert await asyncio.to_thread(inside.wait, 30)
+    bench.runner.submit([bench.row(2), bench.row(3)])
+    bench.clock.now += 2
+    go_on.set()
+    await bench.all_ended(3)
+    assert bench.runner.statistics.snapshot().queue == Spent(3, 4_000_000_000)
+
+
+async def test_runs_that_fail_are_not_measured(bench: Bench) -> None:
+    """Of a tick that is cut in halves only the runs that succeeded count, each with the rows that it had."""
+
+    def refuse(x: Array) -> None:
+        if (x == POISON).any():
+            raise RuntimeError("no")
+
+    bench.graph.before = refuse
+    await bench.run(bench.row(1), bench.row(2), bench.row(3), bench.row(POISON))
+    counts = bench.runner.statistics.snapshot()
+    assert (counts.inference_count, counts.execution_count, list(counts.runs)) == (3, 2, [1, 2])
+
+
+async def test_a_stopped_runner_is_let_go_of(bench: Bench) -> None:
+    """The metrics show its queue no more, and nothing holds it or its graph."""
+    runner = bench.another()
+    runner.start()
+    assert bench.counted("conveyor_queued_rows") == 0
+    await runner.stop(30)
+    assert bench.counted("conveyor_queued_rows") is None
+    gone = weakref.ref(runner)
+    del runner
+    gc.collect()
+    assert gone() is None
+
+
+async def test_a_runner_that_stops_does_not_take_its_successor_along(bench: Bench) -> None:
+    """Of two of one name and version the metrics show the one that began last, whichever was made or stops first."""
+    later = bench.another()
+    assert later.queued == 0
+    later.start()
+    await bench.runner.stop(30)
+    assert bench.counted("conveyor_queued_rows") == 0
+    await later.stop(30)
+    assert bench.counted("conveyor_queued_rows") is None

@@ -26,9 +26,11 @@ def scheduler(
     return Scheduler(Limits(queued_rows, tick_rows, tick_steps, ragged, queued_bytes))
 
 
-def row(steps: int = 1, track: Track | None = None, position: int = 0, deadline: float | None = None) -> Row:
+def row(
+    steps: int = 1, track: Track | None = None, position: int = 0, deadline: float | None = None, priority: int = 2
+) -> Row:
     """A row of a track of its own, unless one is given."""
-    return Row(track or Track(0), position, steps, (), lambda row: None, deadline)
+    return Row(track or Track(0), position, steps, (), lambda row: None, deadline, priority)
 
 
 def follow(track: Track, *steps: int) -> list[Row]:
@@ -215,6 +217,63 @@ def test_a_late_row_does_not_run(deadline: float | None, runs: bool) -> None:
         assert isinstance(second.error, PositionConflict)
 
 
+# --- priorities ---
+
+
+def test_higher_priorities_run_first() -> None:
+    """1 before 2 before 3; among equals in the order of arrival, also in one tick."""
+    queue = scheduler(tick_rows=2)
+    last, usual, first, second = row(priority=3), row(), row(priority=1), row(priority=1)
+    queue.submit([last, usual, first, second])
+    assert ticks(queue) == [[first, second], [usual, last]]
+
+
+def test_a_priority_leads_and_others_join() -> None:
+    """What is first decides the lengths of the tick; rows of lower priority fill it."""
+    queue = scheduler()
+    long, short, first = row(9), row(1), row(8, priority=1)
+    queue.submit([long, short, first])
+    assert ticks(queue) == [[first, long], [short]]
+
+
+def test_no_priority_overtakes_an_earlier_row_of_its_track() -> None:
+    """A later chunk waits behind an earlier one of a lower priority, and is not refused for it."""
+    queue = scheduler(tick_rows=1)
+    track = Track(0)
+    early, late = row(1, track, 0, priority=3), row(1, track, 1, priority=1)
+    other = row()
+    queue.submit([early, late, other])
+    assert ticks(queue) == [[other], [early], [late]]
+    after = row(1, track, 2, priority=1)
+    queue.submit([row(), after])
+    assert queue.cut(NOW)[0] == [after]
+
+
+def test_no_row_waits_for_ever() -> None:
+    """However many of a higher priority come, one tick in eight is led by the row that has waited longest."""
+    queue = scheduler(tick_rows=1)
+    low = [row(priority=3), row(priority=2), row(priority=3)]
+    queue.submit(low)
+    led = []
+    for _ in range(24):
+        queue.submit([row(priority=1), row(priority=1)])
+        led.append(queue.cut(NOW)[0][0])
+    assert [led.index(each) for each in low] == [7, 15, 23]
+
+
+def test_what_was_cancelled_does_not_lead() -> None:
+    """The oldest row of those that still wait does; one that is late is refused on the way."""
+    queue = scheduler(tick_rows=1)
+    cancelled, late, low = row(priority=3), row(priority=3, deadline=NOW), row(priority=3)
+    queue.submit([cancelled, late, low])
+    queue.cancel(cancelled)
+    for _ in range(7):
+        queue.submit([row(priority=1)])
+        queue.cut(NOW)
+    queue.submit([row(priority=1)])
+    assert queue.cut(NOW) == ([low], [late])
+
+
 # --- the end of a row ---
 
 
@@ -288,13 +347,13 @@ def test_cancel_twice() -> None:
 
 
 def test_clear_refuses_what_waits() -> None:
-    """Every row that waits ends with the given error, once; cancelled ones are not ended again."""
+    """Every row that waits ends with the given error, once, the oldest first; cancelled ones are not ended again."""
     queue = scheduler(tick_rows=1)
-    running, waiting, cancelled = row(), row(), row()
-    queue.submit([running, waiting, cancelled])
+    running, low, waiting, cancelled = row(), row(priority=3), row(), row()
+    queue.submit([running, low, waiting, cancelled])
     tick, _ = queue.cut(NOW)
     queue.cancel(cancelled)
-    assert queue.clear(Draining("stopping")) == [waiting]
+    assert queue.clear(Draining("stopping")) == [low, waiting]
     assert (type(waiting.error), type(cancelled.error), queue.queued) == (Draining, Cancelled, 0)
     assert queue.seal(tick, NOW) == [0]
     assert queue.cut(NOW) == ([], [])
@@ -318,7 +377,7 @@ def test_random_traffic_ends_every_row_once_and_in_order(data: st.DataObject) ->
             steps = data.draw(st.integers(1, 20))
             deadline = data.draw(st.none() | st.floats(now - 1, now + 3))
             start = data.draw(st.sampled_from([ends[which], tracks[which].position]))
-            new = row(steps, tracks[which], start, deadline)
+            new = row(steps, tracks[which], start, deadline, data.draw(st.integers(1, 3)))
             try:
                 queue.submit([new])
             except Full:

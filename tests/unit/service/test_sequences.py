@@ -137,8 +137,8 @@ class House:
 
     def ask(self, *x: float, identity: str = "5", **more: Any) -> Asked:
         """Submit a step."""
-        more = {"owner": b"", "model": "sums", "version": 0, "start": False, "end": False, "size": 8 * len(x)} | more
-        asked = Asked(Step(identity=identity, read=lambda runner: [np.array(x)], **more), x)
+        usual: dict[str, Any] = {"owner": b"", "model": "sums", "version": 0, "start": False, "end": False}
+        asked = Asked(Step(identity=identity, read=lambda runner: [np.array(x)], size=8 * len(x), **(usual | more)), x)
 
         def answer(result: Stepped | ConveyorError) -> None:
             asked.heard.append(result)
@@ -621,8 +621,8 @@ async def test_a_drain_finishes_what_waits(house: House) -> None:
     asked = [house.ask(1, start=True), house.ask(2, end=True), house.ask(3, start=True), house.ask(4)]
     house.operations.draining = True
     rest = asyncio.create_task(house.operations.rest())
-    for more in ({}, {"identity": "6", "start": True}):
-        assert isinstance(house.ask(9, **more).error, Draining)
+    for late in (house.ask(9), house.ask(9, identity="6", start=True)):
+        assert isinstance(late.error, Draining)
     for _ in asked:
         await asyncio.sleep(0)
         assert not rest.done()
