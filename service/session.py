@@ -221,7 +221,9 @@ class Session:
         if row in self.orphans:
             self.orphans.discard(row)
         else:
-            waiters = self.pending.pop(row.position).waiters
+            pending = self.pending.pop(row.position)
+            # Each waiter knows what it waits for: in a circle they would hold the model until the collector comes by.
+            waiters, pending.waiters = pending.waiters, []
         if self.at_rest and self._idle is not None:
             self._idle.set_result(None)
             self._idle = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,4 +99,18 @@ def write_lstm(repository: Path, name: str = "lstm", version: int = 1, seed: int
     path = repository / name / str(version) / "model.onnx"
     path.parent.mkdir(parents=True)
     onnx.save(model, path)
+    return path
+
+
+def replace_lstm(repository: Path, name: str, version: int, seed: int) -> Path:
+    """Put the model of another seed under a number that is taken; return the file."""
+    shutil.rmtree(repository / name / str(version))
+    return write_lstm(repository, name, version, seed)
+
+
+def write_broken(repository: Path, name: str, version: int) -> Path:
+    """Write a file that is no model, also over one that is; return it."""
+    path = repository / name / str(version) / "model.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"not a model")
     return path

@@ -22,7 +22,7 @@ from service.metrics import Metrics
 from service.repository import Repository
 from service.settings import Settings
 from tests.clock import Clock
-from tests.graphs import write_lstm
+from tests.graphs import replace_lstm, write_broken, write_lstm
 
 
 def repository_of(folder: Path, **settings: Any) -> Repository:
@@ -39,20 +39,6 @@ async def loaded(folder: Path, **settings: Any) -> AsyncIterator[Repository]:
         yield repository
     finally:
         assert await repository.stop(30)
-
-
-def write_broken(folder: Path, name: str, version: int) -> Path:
-    """A file that is no model."""
-    path = folder / name / str(version) / "model.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"not a model")
-    return path
-
-
-def replace(folder: Path, name: str, version: int, seed: int) -> None:
-    """Put another model under the same number."""
-    shutil.rmtree(folder / name / str(version))
-    write_lstm(folder, name, version, seed)
 
 
 async def look(repository: Repository, times: int = 2) -> None:
@@ -309,7 +295,7 @@ async def test_a_broken_version_disturbs_nobody_and_is_tried_once(tmp_path: Path
             write_lstm(tmp_path, "other")
             await look(repository, times=3)
             assert gate.begun == ["lstm 1", "lstm 2", "other 1"]
-            replace(tmp_path, "lstm", 2, seed=2)
+            replace_lstm(tmp_path, "lstm", 2, seed=2)
             await look(repository)
             assert repository.find("lstm").version == 2
             assert told(repository)["lstm", 2] == ("READY", "")
@@ -320,11 +306,11 @@ async def test_a_file_replaced_under_its_number(tmp_path: Path) -> None:
     write_lstm(tmp_path, "lstm", 1, seed=1)
     async with loaded(tmp_path, model_control="poll") as repository:
         first = repository.find("lstm")
-        replace(tmp_path, "lstm", 1, seed=1)
+        replace_lstm(tmp_path, "lstm", 1, seed=1)
         await look(repository)
         assert repository.find("lstm") is first
         slot = first.pool.allocate()
-        replace(tmp_path, "lstm", 1, seed=2)
+        replace_lstm(tmp_path, "lstm", 1, seed=2)
         await look(repository)
         second = repository.find("lstm", 1)
         assert second.digest != first.digest
@@ -572,7 +558,7 @@ async def test_what_takes_over_keeps_its_metrics(tmp_path: Path) -> None:
     metrics = Metrics()
     repository = Repository(Settings(repository=tmp_path, threads=1, model_control="poll"), metrics, Clock())
     await repository.load()
-    replace(tmp_path, "lstm", 1, seed=2)
+    replace_lstm(tmp_path, "lstm", 1, seed=2)
     await look(repository)
     assert len(list(repository)) == 1
     assert b'conveyor_queued_rows{model="lstm",version="1"} 0.0' in generate_latest(metrics.registry)
