@@ -10,7 +10,14 @@ import pytest
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/guarantees.md", "docs/models.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/guarantees.md",
+    "docs/models.md",
+    "docs/weights.md",
+]
 UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30}
 
 
