@@ -1,19 +1,20 @@
 """What a ModelInferRequest asks: its parameters and control tensors, each read and checked.
 
-Owns the names of the parameters, and which values they may have. What the model itself takes is the codec's to check.
+Owns the names of the parameters, and what they mean together. What the model itself takes is the codec's to check.
 """
 
 from __future__ import annotations
 
-import json
+import base64
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from service.errors import InvalidRequest, Unsupported
-from service.manifest import Manifest
+from service.manifest import ConstantSpec, Manifest
 from service.scheduler import USUAL
+from service.wire import inference_parameters as parameters
 from service.wire import inference_tensors
 from service.wire.codec import Tensor
 from service.wire.inference_stubs import inference_pb2 as pb
@@ -104,7 +105,7 @@ def identities(message: pb.ModelInferRequest, max_rows: int) -> list[str]:
     Raises:
         InvalidRequest: if that cannot be told.
     """
-    one = _parameter(message.parameters, "sequence_id", _identity, "an integer or a string")
+    one = parameters.identity(message.parameters, "sequence_id")
     many = _each_row(message, "sequence_ids", inference_tensors.texts_or_integers, (str, int))
     if many is None:
         return [one] if one else []
@@ -114,7 +115,7 @@ def identities(message: pb.ModelInferRequest, max_rows: int) -> list[str]:
         raise InvalidRequest(f"sequence_ids holds {len(many)} ids; this server takes 1 to {max_rows} in a request")
     ids: dict[str, None] = {}
     for row, value in enumerate(many):
-        identity = _identity(value)
+        identity = parameters.as_identity(value)
         if not identity:
             raise InvalidRequest(f"row {row} has no sequence id (0, or an empty text); expected one for each row")
         if identity in ids:
@@ -134,9 +135,8 @@ def read(message: pb.ModelInferRequest, ids: Sequence[str]) -> Request:
         InvalidRequest: if something in it is not as it should be.
         Unsupported: if it asks for what is not offered.
     """
-    parameters = message.parameters
-    timeout_us = _integer(parameters, "timeout", 0, _LARGEST) or 0
-    priority = _integer(parameters, "priority", 0, 2 * _LARGEST + 1) or USUAL
+    timeout_us = parameters.integer(message.parameters, "timeout", 0, _LARGEST) or 0
+    priority = parameters.integer(message.parameters, "priority", 0, 2 * _LARGEST + 1) or USUAL
     return Request(
         message.model_name,
         version_number(message.model_version),
@@ -158,9 +158,10 @@ def split(request: Request, manifest: Manifest) -> Given:
     A state may be named as the manifest names it, or as the graph names its input.
 
     Raises:
-        InvalidRequest: if lengths are not as they should be.
+        InvalidRequest: if lengths are not as they should be, or a constant has another value.
     """
     given = Given([], [], [])
+    constants = {spec.name: spec for spec in manifest.constants}
     own = {spec.name for spec in manifest.inputs}
     states = {name: spec.name for spec in manifest.states for name in (spec.input, spec.name)}
     for tensor in request.tensors:
@@ -168,6 +169,8 @@ def split(request: Request, manifest: Manifest) -> Given:
             given.inputs.append(tensor)
         elif tensor.name in (LENGTHS, manifest.lengths):
             given.lengths.extend(inference_tensors.integers(tensor))
+        elif tensor.name in constants:
+            _check_constant(tensor, constants[tensor.name])
         elif tensor.name in states:
             given.states.append(tensor._replace(name=states[tensor.name]))
         else:
@@ -175,15 +178,25 @@ def split(request: Request, manifest: Manifest) -> Given:
     return given
 
 
+def _check_constant(tensor: Tensor, constant: ConstantSpec) -> None:
+    """Let clients send a constant that the server has anyway, once or for each row."""
+    value = base64.b64decode(constant.value)
+    if tensor.dtype != constant.dtype or tensor.data != value * (len(tensor.data) // max(len(value), 1) or 1):
+        raise InvalidRequest(f"input {tensor.name!r} is a constant of this model; leave it out, or send its value")
+
+
 def _rows(message: pb.ModelInferRequest, ids: Sequence[str]) -> tuple[SequenceRow, ...]:
-    parameters = message.parameters
     count = len(ids)
     starts = _flags(message, "sequence_start", count)
     ends = _flags(message, "sequence_end", count)
     positions = _numbers(message, "sequence_position", count)
     epochs = _numbers(message, "sequence_epoch", count)
     if not ids:
-        if any(starts) or any(ends) or "sequence_position" in parameters or "sequence_epoch" in parameters:
+        if (
+            any(starts)
+            or any(ends)
+            or any(f"sequence_{number}" in message.parameters for number in ("position", "epoch"))
+        ):
             raise InvalidRequest(
                 f"inference request to model '{message.model_name[:128]}' must specify a non-zero or non-empty "
                 "correlation ID: it says START, END, a position or an epoch, and no sequence_id"
@@ -200,13 +213,12 @@ def _flags(message: pb.ModelInferRequest, name: str, count: int) -> list[bool]:
     tensor = _tensor(message, name)
     if tensor is not None:
         return _as_many(name, inference_tensors.flags(tensor), count)
-    flag = _parameter(message.parameters, name, lambda value: value if isinstance(value, bool) else None, "a bool")
-    return [bool(flag)] * (count or 1)
+    return [parameters.flag(message.parameters, name)] * (count or 1)
 
 
 def _numbers(message: pb.ModelInferRequest, name: str, count: int) -> Sequence[int | None]:
     """Read a number of each row: from a tensor or parameter with the plural name, or from a parameter for one row."""
-    one = _integer(message.parameters, name, 0, _LARGEST)
+    one = parameters.integer(message.parameters, name, 0, _LARGEST)
     many = _each_row(message, f"{name}s", inference_tensors.integers, (int,))
     if many is not None:
         if one is not None:
@@ -235,20 +247,7 @@ def _each_row(
             raise InvalidRequest(f"{name} is given as an input and as a parameter; expected one or the other")
         return from_tensor(tensor)
 
-    def values(text: object) -> list[Any] | None:
-        if not isinstance(text, str):
-            return None
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError):
-            return None
-        fits = isinstance(parsed, list) and all(
-            isinstance(value, kinds) and not isinstance(value, bool) for value in parsed
-        )
-        return parsed if fits else None
-
-    what = " or ".join({str: "strings", int: "integers"}[kind] for kind in kinds)
-    return _parameter(message.parameters, name, values, f"a string with a JSON list of {what}")
+    return parameters.many(message.parameters, name, kinds)
 
 
 def _tensor(message: pb.ModelInferRequest, name: str) -> Tensor | None:
@@ -264,42 +263,9 @@ def _tensor(message: pb.ModelInferRequest, name: str) -> Tensor | None:
 def _wanted(message: pb.ModelInferRequest) -> tuple[str, ...]:
     for output in message.outputs:
         inference_tensors.refuse_shared_memory(output.parameters)
-        if _integer(output.parameters, "classification", 0, _LARGEST):
+        if parameters.integer(output.parameters, "classification", 0, _LARGEST):
             raise Unsupported("this server does not turn outputs into classes; ask for the output itself")
     names = [output.name for output in message.outputs]
     if len(set(names)) != len(names):
         raise InvalidRequest("an output is asked for twice; expected each once")
     return tuple(names)
-
-
-def _identity(value: object) -> str | None:
-    """An id as text; empty for none; None for what is no id."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return None
-    return str(value) if value != 0 else ""
-
-
-def _integer(parameters: Mapping[str, pb.InferParameter], name: str, lowest: int, highest: int) -> int | None:
-    number = _parameter(
-        parameters,
-        name,
-        lambda value: value if isinstance(value, int) and not isinstance(value, bool) else None,
-        "an integer",
-    )
-    if number is not None and not lowest <= number <= highest:
-        raise InvalidRequest(f"parameter {name!r} is {number}; expected {lowest} to {highest}")
-    return number
-
-
-def _parameter(
-    parameters: Mapping[str, pb.InferParameter], name: str, take: Callable[[object], T | None], expected: str
-) -> T | None:
-    """Read a parameter; None if it is not there."""
-    # Looking up a key of a map field would put it there.
-    if name not in parameters:
-        return None
-    choice = parameters[name].WhichOneof("parameter_choice")
-    value = None if choice is None else take(getattr(parameters[name], choice))
-    if value is None:
-        raise InvalidRequest(f"parameter {name!r} is {'empty' if choice is None else choice}; expected {expected}")
-    return value

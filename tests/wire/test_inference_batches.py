@@ -82,8 +82,10 @@ async def test_a_timeout(lstm_repository: Path) -> None:
     clock = Clock()
     async with running(lstm_repository, clock) as server, calling(server) as stub:
         with gated(server) as gate:
-            late, soon = stub.ModelInfer(request(x, timeout=1_000_000)), stub.ModelInfer(request(x, timeout=0))
+            late = stub.ModelInfer(request(x, timeout=1_000_000))
             await gate.entered()
+            soon = stub.ModelInfer(request(x, timeout=0))
+            await gate.until_queued(server, 2)
             clock.now += 1.0
             gate.let(2)
             status, text = await refusal(late)
