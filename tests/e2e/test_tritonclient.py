@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -151,3 +152,16 @@ def test_load_and_unload(tmp_path: Path) -> None:
     assert seen["no such model"][0] == "StatusCode.NOT_FOUND"
     assert seen["with a configuration"][0] == "StatusCode.UNIMPLEMENTED"
     close(seen["again"], y)
+
+
+def test_the_example_in_the_documents(tmp_path: Path) -> None:
+    """What docs/protocol.md shows works as it stands there."""
+    write_lstm(tmp_path, "digits")
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs/protocol.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert '"127.0.0.1:8500"' in example
+    with ServerProcess(tmp_path) as server:
+        command = [sys.executable, "-c", example.replace("127.0.0.1:8500", server.target)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ DOCUMENTS = [
     "docs/guarantees.md",
     "docs/models.md",
     "docs/weights.md",
+    "docs/protocol.md",
 ]
 UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30}
 
