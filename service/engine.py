@@ -179,9 +179,11 @@ def _check(signature: Signature, manifest: Manifest) -> None:
                 raise LoadError(f"{kind} {name!r} is {port.dtype} in the manifest and {dtype} in the graph")
             if kind == "output" and not shape:
                 continue  # its axes are not in the file
-            # What the graph gives may have axes it has no size for; those the manifest fixes.
+            # What the graph gives may have axes it has no size for; those the manifest fixes. Where the manifest has
+            # none, the graph's is that of the example it was exported with: each run's are checked.
             if len(shape) != len(port.shape) or any(
-                a is not None and a != b for a, b in zip(shape, port.shape, strict=True)
+                a is not None and a != b and (kind == "input" or b is not None)
+                for a, b in zip(shape, port.shape, strict=True)
             ):
                 raise LoadError(f"{kind} {name!r} has shape {port.shape} in the manifest and {shape} in the graph")
 

@@ -147,7 +147,9 @@ class _Presenter:
     def _rows_per_run(self, lengths: Port | None) -> int | None:
         going_in = [tensor.size(tensor.batch_axis) for tensor in (*self._inputs, *self._states)]
         going_in += [] if lengths is None else [lengths.shape[0]]
-        for tensor in (*self._inputs, *self._states, *self._outputs):
+        # Exporters write their example's sizes into outputs although a run gives others; each run's are checked.
+        told = self._outputs if any(going_in) else []
+        for tensor in (*self._inputs, *self._states, *told):
             if (tensor.size(tensor.batch_axis) or 1) > 1:
                 raise _wrong(
                     f"{tensor.where}.batch_axis",
@@ -157,10 +159,11 @@ class _Presenter:
         for y in self._outputs:
             if y.batch_axis is None and not any(going_in):
                 raise _wrong(y.where, "batch_axis is left out, although what goes into the graph has a batch")
-        return 1 if any(going_in) or any(y.size(y.batch_axis) for y in self._outputs) else None
+        return 1 if any(going_in) or any(y.size(y.batch_axis) == 1 for y in self._outputs) else None
 
     def _steps_per_run(self) -> int | None:
-        for tensor in (*self._inputs, *self._outputs):
+        told = self._outputs if any(x.size(x.time_axis) for x in self._inputs) else []
+        for tensor in (*self._inputs, *told):
             size = tensor.size(tensor.time_axis)
             if size is not None and size > 1:
                 raise _wrong(
@@ -174,7 +177,7 @@ class _Presenter:
             raise LoadError(f"{NAME}: {free} have a time axis and the other inputs have none; expected all, or none")
         steps = next(iter(sizes.values()))
         for y in self._outputs:
-            if steps is None and y.time_axis is not None and y.size(y.time_axis) is not None:
+            if steps is None and y.time_axis is not None and y.size(y.time_axis) == 1:
                 raise _wrong(
                     f"{y.where}.time_axis",
                     f"{y.name!r} has one step, the inputs have any number; leave time_axis out if it is the last",
