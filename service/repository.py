@@ -32,7 +32,7 @@ _LONGEST_REASON = 1000
 log = structlog.get_logger()
 
 
-async def _tell_nobody(name: str) -> None:
+async def _tell_nobody(name: str, ready: bool) -> None:
     pass
 
 
@@ -43,7 +43,7 @@ class Repository(Catalogue):
         settings: of the server.
         metrics: what is counted.
         clock: tells the time, in seconds; for runners.
-        on_change: told the name of each model whose readiness may have changed.
+        on_change: told the name of each model that may have begun or ceased to take new work, and whether it does.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Repository(Catalogue):
         settings: Settings,
         metrics: Metrics,
         clock: Callable[[], float],
-        on_change: Callable[[str], Awaitable[None]] = _tell_nobody,
+        on_change: Callable[[str, bool], Awaitable[None]] = _tell_nobody,
     ) -> None:
         super().__init__()
         self._settings = settings
@@ -336,7 +336,8 @@ class Repository(Catalogue):
         return version
 
     async def _changed(self, name: str) -> None:
-        await self._on_change(name)
+        if self._started:
+            await self._on_change(name, self.ready(name))
         await self.free()
 
     def _begin(self, work: Callable[..., Coroutine[Any, Any, T]], *given: Any) -> asyncio.Task[T]:

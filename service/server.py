@@ -6,6 +6,7 @@ Owns the gRPC server, its health, and the order of start and end. Must not know 
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 import time
 from collections.abc import Callable
@@ -50,7 +51,9 @@ class Server:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.repository = Repository(settings, self.metrics, clock, self._tell_health)
+        self._health = health.aio.HealthServicer()
+        # Not a method: in a circle, what gRPC holds would be freed by the collector, at a time when it may not be.
+        self.repository = Repository(settings, self.metrics, clock, functools.partial(_tell, self._health))
         self.operations = Operations(
             self.repository,
             settings.max_sessions,
@@ -68,7 +71,6 @@ class Server:
             ConveyorServicer(self.operations, settings, places, clock),
             InferenceServicer(self.operations, self.sequences, settings, places, clock),
         )
-        self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
             interceptors=[Reader(servicer.NAME) for servicer in self._servicers],
             options=[
@@ -125,7 +127,7 @@ class Server:
         # What was loaded for sessions that are not there after all.
         await self.repository.free()
         for name in {entry.name for entry in self.repository.index()}:
-            await self._tell_health(name)
+            await _tell(self._health, name, self.repository.ready(name))
         await self._health.set("", _SERVING)
         self._routines.append(asyncio.create_task(self._sweep()))
         if self.settings.model_control == "poll":
@@ -184,10 +186,10 @@ class Server:
             await asyncio.sleep(self.settings.poll_interval_s)
             await self.repository.poll()
 
-    async def _tell_health(self, name: str) -> None:
-        """Tell who asks for a model's health; while the server is starting, there is none to tell."""
-        if self.operations.ready:
-            await self._health.set(name, _SERVING if self.repository.ready(name) else _NOT_SERVING)
+
+async def _tell(servicer: health.aio.HealthServicer, model: str, ready: bool) -> None:
+    """Tell who asks for a model's health."""
+    await servicer.set(model, _SERVING if ready else _NOT_SERVING)
 
 
 async def serve(settings: Settings) -> int:

@@ -125,6 +125,7 @@ async def test_reflection(lstm_repository: Path) -> None:
             "conveyor.v1.ConveyorService",
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
+            "inference.GRPCInferenceService",
         }
         symbol = "conveyor.v1.ConveyorService"
         await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol))
