@@ -1,4 +1,6 @@
-"""Cancellation, deadlines and failures, queued and running: the state moves only for who is answered.
+"""Cancellation, deadlines and drains through the native door, where they meet what only it has, or several streams.
+
+What holds through both doors is in test_promises.py.
 
 A gate in front of the real engine holds a run for as long as a test wants; nothing here waits for time to pass.
 """
@@ -84,37 +86,6 @@ def assert_close(y: Array, reference: Array) -> None:
 x = np.random.default_rng(0).standard_normal((8, INPUT)).astype(np.float32)
 
 
-async def test_a_cancelled_chunk_that_is_queued_never_runs(house: House) -> None:
-    """It costs no tick, moves nothing, and the one that runs meanwhile is not disturbed."""
-    busy, idle = await house.caller.open(), await house.caller.open()
-    await house.caller.send(chunk(busy, 0, x[:2]))
-    await house.gate.entered()
-    async with streaming(house.stub) as other:
-        await other.send(chunk(idle, 0, x[:1]))
-        await until(lambda: house.pending(idle) == 1)
-    await until(lambda: house.pending(idle) == 0)
-    house.gate.let(2)
-    result = await house.caller.result()
-    assert_close(array(result.outputs[0]), expected(x[:2]))
-    (result,) = await house.caller.step(chunk(idle, 0, x[:3]))
-    assert_close(array(result.outputs[0]), expected(x[:3]))
-    assert house.gate.rows == [1, 1]
-
-
-async def test_a_chunk_cancelled_while_it_runs_is_not_applied(house: House) -> None:
-    """The run goes on, its result is thrown away, and the session is where it was."""
-    session = await house.caller.open()
-    async with streaming(house.stub) as other:
-        await other.send(chunk(session, 0, x[:1]))
-        await house.gate.entered()
-    await until(lambda: house.pending(session) == 0)
-    house.gate.let(2)
-    # Other steps than the cancelled ones: had those been applied, this would be refused, or give other numbers.
-    (result,) = await house.caller.step(chunk(session, 0, x[4:7]))
-    assert_close(array(result.outputs[0]), expected(x[4:7]))
-    assert await house.caller.position(session) == 3
-
-
 @pytest.mark.parametrize("applied", [False, True])
 async def test_a_chunk_sent_again_after_it_was_cancelled_gets_its_reply(house: House, applied: bool) -> None:
     """Whether the cancelled run could still be stopped or not, the repetition is applied once and answered."""
@@ -169,54 +140,6 @@ async def test_a_repetition_keeps_a_chunk_alive(house: House) -> None:
     assert house.gate.rows == [1]
 
 
-async def test_a_late_chunk_is_dropped_while_queued(house: House) -> None:
-    """Its deadline passes behind another tick: it is told so, costs no tick, and its session is where it was."""
-    busy, late = await house.caller.open(), await house.caller.open()
-    await house.caller.send(chunk(busy, 0, x[:1]))
-    await house.gate.entered()
-    await house.caller.send(chunk(late, 0, x[:1], timeout_us=1_000_000))
-    await house.queued(1)
-    house.clock.now += 1.5
-    house.gate.let(1)
-    results = {result.session_id: result for result in [await house.caller.result(), await house.caller.result()]}
-    assert not results[busy].HasField("error")
-    assert results[late].error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
-    assert house.gate.rows == [1]
-    assert await house.caller.position(late) == 0
-
-
-async def test_a_chunk_that_is_late_when_its_run_ends_is_not_applied(house: House) -> None:
-    """An answer that says "too late" and a state that has not moved go together."""
-    session = await house.caller.open()
-    await house.caller.send(chunk(session, 0, x[:1], timeout_us=1_000_000))
-    await house.gate.entered()
-    house.clock.now += 1.5
-    house.gate.let(2)
-    result = await house.caller.result()
-    assert result.error.reason == "late"
-    (result,) = await house.caller.step(chunk(session, 0, x[2:4]))
-    assert_close(array(result.outputs[0]), expected(x[2:4]))
-
-
-@pytest.mark.parametrize("phase", ["queued", "running"])
-async def test_a_cancelled_batch_gives_everything_back(house: House, phase: str) -> None:
-    """A batch that is cancelled while it waits or runs frees its slots, and the next one is right."""
-    session = await house.caller.open()
-    if phase == "queued":
-        await house.caller.send(chunk(session, 0, x[:1]))
-        await house.gate.entered()
-    call = house.stub.Infer(pb.InferRequest(model="lstm", inputs=[tensor(np.stack([x, x, x]))]))
-    await (house.queued(3) if phase == "queued" else house.gate.entered())
-    assert house.slots == 4
-    call.cancel()
-    await until(lambda: house.server.repository.find("lstm").queued == 0)
-    house.gate.let(3)
-    await until(lambda: house.slots == 1)
-    reply = await house.stub.Infer(pb.InferRequest(model="lstm", inputs=[tensor(x[None])]))
-    assert_close(array(reply.outputs[0])[0], expected(x))
-    assert sum(house.gate.rows) == (2 if phase == "queued" else 4)
-
-
 async def test_a_batch_whose_deadline_passes_gives_everything_back(house: House) -> None:
     """The caller is told DEADLINE_EXCEEDED, and the slots come back when the run ends."""
     call = house.stub.Infer(pb.InferRequest(model="lstm", inputs=[tensor(x[None])]), timeout=0.1)
@@ -265,20 +188,6 @@ async def test_a_close_that_is_cancelled_leaves_the_session_open(house: House) -
     await house.caller.result()
     (result,) = await house.caller.step(chunk(session, 1, x[1:2]))
     assert not result.HasField("error")
-
-
-async def test_an_engine_that_raises_fails_its_tick_alone(house: House) -> None:
-    """The caller is told INTERNAL without internals, the state has not moved, and the next run succeeds."""
-    session = await house.caller.open()
-    house.gate.fail = RuntimeError("secret: address 0xdeadbeef")
-    house.gate.let(1)
-    (result,) = await house.caller.step(chunk(session, 0, x[:1]))
-    assert result.error.code == grpc.StatusCode.INTERNAL.value[0]
-    assert "secret" not in result.error.message
-    house.gate.fail = None
-    house.gate.let(1)
-    (result,) = await house.caller.step(chunk(session, 0, x[:2]))
-    assert_close(array(result.outputs[0]), expected(x[:2]))
 
 
 async def test_sessions_that_step_while_the_engine_is_busy_share_the_next_tick(house: House) -> None:
