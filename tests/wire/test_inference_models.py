@@ -215,19 +215,3 @@ async def test_what_is_not_offered_says_so(lstm_repository: Path) -> None:
             status, text = await refusal(getattr(stub, name)(message))
             assert status is grpc.StatusCode.UNIMPLEMENTED
             assert text.startswith("this server")
-
-
-async def test_the_door_is_in_the_reflection(lstm_repository: Path) -> None:
-    """Tools that ask what a server speaks are told."""
-    from grpc_reflection.v1alpha import reflection_pb2 as asked
-    from grpc_reflection.v1alpha import reflection_pb2_grpc
-
-    async with (
-        running(lstm_repository) as server,
-        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
-    ):
-        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-            iter([asked.ServerReflectionRequest(list_services="")])
-        )
-        told = await call.read()
-        assert "inference.GRPCInferenceService" in {one.name for one in told.list_services_response.service}
