@@ -232,10 +232,20 @@ def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_tells_all(capsys: pytest.CaptureFixture[str]) -> None:
-    """Both commands and every option of an export stand on one page."""
+    """All commands and every option of an export stand on one page."""
     with pytest.raises(SystemExit) as done:
         main(["--help"])
     assert done.value.code == 0
     page = capsys.readouterr().out
-    for word in ("verify FILE", "--repository", "--lowering", "--precision", "--data", "--max-error", "exit codes"):
+    for word in (
+        "from-weights SPEC.yaml",
+        "verify FILE",
+        "inspect FILE",
+        "--repository",
+        "--lowering",
+        "--precision",
+        "--data",
+        "--max-error",
+        "exit codes",
+    ):
         assert word in page

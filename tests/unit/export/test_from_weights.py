@@ -170,7 +170,7 @@ CASES = {
         """,
         file="w.weights.h5",
         arrays={f"layers/lstm/cell/vars/{place}": array for place, array in enumerate(KERAS.values())}
-        | {"layers/lstm/cell/seed_generator/vars/0": np.zeros(2, np.uint32)},
+        | {"layers/lstm/cell/seed_generator/vars/0": np.zeros(2, np.uint32), "optimizer/vars/1": np.array(1e-3)},
     ),
 }
 
