@@ -13,7 +13,7 @@ DESCRIPTION = """\
 Make ONNX files that Conveyor can serve out of recurrent models, and verify that they compute the same.
 
   python -m export MODEL ...                   from a model in torch, with the arguments below
-  python -m export from-weights SPEC.yaml ...  from arrays of Keras, torch, NumPy or others: SPEC.yaml says which is what
+  python -m export from-weights SPEC.yaml ...  from arrays of Keras, torch, NumPy or others: the spec says which is what
   python -m export verify FILE ...             verify an exported file again, from the file alone
   python -m export inspect FILE ...            look into any .onnx file: what it holds, the model.yaml that it needs
 
