@@ -19,6 +19,11 @@ from service.manifest import Manifest, StateSpec, TensorSpec
 Array = NDArray[np.generic]
 Spec = TypeVar("Spec", TensorSpec, StateSpec)
 
+MOST_TENSORS = 1024
+"""In one request: to look at each of the millions that fit into a message would hold everybody up."""
+MOST_AXES = 32
+"""Whatever has more is of the wrong shape, however many they are."""
+
 _LARGEST_SIZE = 2**31
 
 

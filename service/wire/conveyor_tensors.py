@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from conveyor.v1 import conveyor_pb2 as pb
-from service.wire.codec import Array, Tensor, to_bytes
+from service.errors import InvalidRequest
+from service.wire.codec import MOST_AXES, MOST_TENSORS, Array, Tensor, to_bytes
 
 DATA_TYPES: dict[str, pb.DataType] = {
     "float32": pb.DATA_TYPE_FLOAT32,
@@ -19,10 +20,16 @@ DATA_TYPES: dict[str, pb.DataType] = {
 _NAMES = {value: name for name, value in DATA_TYPES.items()}
 
 
-def decode(messages: Iterable[pb.Tensor]) -> list[Tensor]:
-    """Return messages as the codec reads them."""
+def decode(messages: Sequence[pb.Tensor]) -> list[Tensor]:
+    """Return messages as the codec reads them.
+
+    Raises:
+        InvalidRequest: if they are too many.
+    """
+    if len(messages) > MOST_TENSORS:
+        raise InvalidRequest(f"there are {len(messages)} tensors; a request has up to {MOST_TENSORS}")
     return [
-        Tensor(message.name, _NAMES.get(message.data_type, ""), tuple(message.shape), message.data)
+        Tensor(message.name, _NAMES.get(message.data_type, ""), tuple(message.shape[: MOST_AXES + 1]), message.data)
         for message in messages
     ]
 

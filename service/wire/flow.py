@@ -109,7 +109,8 @@ class Flow(ABC, Generic[Request, Part, Reply]):
                 await abort(context, error)
         finally:
             reader.cancel()
-            for waiting in list(self._waiting):
+            # The newest first: giving up what waits behind something must not be preceded by its turn.
+            for waiting in reversed(list(self._waiting)):
                 waiting.abandon()
             # Nobody reads them any more: do not hold them until the collector comes by.
             self._waiting.clear()

@@ -75,7 +75,7 @@ class Inference:
             time_left_s: until the caller stops waiting; None for never.
         """
         try:
-            request = read(self._message, self.ids)
+            request = read(self._message, self.ids, self._door.settings.max_batch)
             limits = [limit for limit in (time_left_s, request.timeout_s) if limit is not None]
             deadline = self._door.clock() + min(limits) if limits else None
             if request.rows:
@@ -117,7 +117,7 @@ class Inference:
         outputs_by_name = {spec.name: index for index, spec in enumerate(manifest.outputs)}
         wanted = request.wanted or tuple(outputs_by_name)
         _check_wanted(request, wanted, {**states_by_name, **outputs_by_name})
-        given = split(request, manifest)
+        given = split(request, manifest, self._door.settings.max_batch)
         codec = self._door.codec(runner)
         inputs, lengths = codec.batch(given.inputs, given.lengths)
         rows, steps = inputs[0].shape[:2]
@@ -175,7 +175,7 @@ class Inference:
             if self._decoded and _form(manifest) != _form(next(iter(self._decoded)).manifest):
                 raise _unlike()
             _check_wanted_of_sequence(request, manifest)
-            given = split(request, manifest)
+            given = split(request, manifest, self._door.settings.max_batch)
             if given.states:
                 raise InvalidRequest(
                     f"input {given.states[0].name!r} is a state, and the server keeps those of sequences; "

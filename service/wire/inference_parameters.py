@@ -16,6 +16,9 @@ from service.wire.inference_stubs import inference_pb2 as pb
 T = TypeVar("T")
 Parameters: TypeAlias = Mapping[str, pb.InferParameter]
 
+_LONGEST_VALUE = 1024
+"""Characters in a list for one value; an id has up to 128."""
+
 
 def flag(parameters: Parameters, name: str) -> bool:
     """Read a truth value."""
@@ -42,21 +45,21 @@ def as_identity(value: Any) -> str | None:
     return (str(value) if value else "") if _is_integer(value) else None
 
 
-def many(parameters: Parameters, name: str, kinds: tuple[type, ...]) -> list[Any] | None:
+def many(parameters: Parameters, name: str, kinds: tuple[type, ...], most: int) -> list[Any] | None:
     """Read a JSON list of strings or integers."""
 
     def values(text: Any) -> list[Any] | None:
         try:
-            parsed = json.loads(text) if isinstance(text, str) else None
+            # One that is longer than any such list is not parsed, so that it holds nobody up.
+            parsed = json.loads(text) if isinstance(text, str) and len(text) <= most * _LONGEST_VALUE else None
         except (ValueError, RecursionError):
             return None
-        fits = isinstance(parsed, list) and all(
-            isinstance(value, kinds) and not isinstance(value, bool) for value in parsed
-        )
-        return parsed if fits else None
+        if not isinstance(parsed, list) or len(parsed) > most:
+            return None
+        return parsed if all(isinstance(value, kinds) and not isinstance(value, bool) for value in parsed) else None
 
     what = " or ".join({str: "strings", int: "integers"}[kind] for kind in kinds)
-    return _read(parameters, name, values, f"a string with a JSON list of {what}")
+    return _read(parameters, name, values, f"a string with a JSON list of up to {most} {what}")
 
 
 def _read(parameters: Parameters, name: str, take: Callable[[Any], T | None], expected: str) -> T | None:

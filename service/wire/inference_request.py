@@ -105,14 +105,15 @@ def identities(message: pb.ModelInferRequest, max_rows: int) -> list[str]:
     Raises:
         InvalidRequest: if that cannot be told.
     """
+    inference_tensors.check_counts(message)
     one = parameters.identity(message.parameters, "sequence_id")
-    many = _each_row(message, "sequence_ids", inference_tensors.texts_or_integers, (str, int))
+    many = _each_row(message, "sequence_ids", max_rows, inference_tensors.texts_or_integers, (str, int))
     if many is None:
         return [one] if one else []
     if one:
         raise InvalidRequest("sequence_id and sequence_ids were given; expected one or the other")
-    if not 1 <= len(many) <= max_rows:
-        raise InvalidRequest(f"sequence_ids holds {len(many)} ids; this server takes 1 to {max_rows} in a request")
+    if not many:
+        raise InvalidRequest("sequence_ids holds no ids; expected one for each row")
     ids: dict[str, None] = {}
     for row, value in enumerate(many):
         identity = parameters.as_identity(value)
@@ -124,12 +125,13 @@ def identities(message: pb.ModelInferRequest, max_rows: int) -> list[str]:
     return [*ids]
 
 
-def read(message: pb.ModelInferRequest, ids: Sequence[str]) -> Request:
+def read(message: pb.ModelInferRequest, ids: Sequence[str], max_rows: int) -> Request:
     """Read a request.
 
     Args:
         message: the request.
         ids: of its sequences, as ``identities`` gives them.
+        max_rows: most rows of a request.
 
     Raises:
         InvalidRequest: if something in it is not as it should be.
@@ -140,7 +142,7 @@ def read(message: pb.ModelInferRequest, ids: Sequence[str]) -> Request:
     return Request(
         message.model_name,
         version_number(message.model_version),
-        _rows(message, ids),
+        _rows(message, ids, max_rows),
         tuple(
             inference_tensors.tensor(message, index)
             for index, one in enumerate(message.inputs)
@@ -152,10 +154,15 @@ def read(message: pb.ModelInferRequest, ids: Sequence[str]) -> Request:
     )
 
 
-def split(request: Request, manifest: Manifest) -> Given:
+def split(request: Request, manifest: Manifest, max_rows: int) -> Given:
     """Tell a request's tensors apart, for the model that is to take them.
 
     A state may be named as the manifest names it, or as the graph names its input.
+
+    Args:
+        request: the request.
+        manifest: of the model.
+        max_rows: most rows of a request.
 
     Raises:
         InvalidRequest: if lengths are not as they should be, or a constant has another value.
@@ -168,7 +175,7 @@ def split(request: Request, manifest: Manifest) -> Given:
         if tensor.name in own:
             given.inputs.append(tensor)
         elif tensor.name in (LENGTHS, manifest.lengths):
-            given.lengths.extend(inference_tensors.integers(tensor))
+            given.lengths.extend(inference_tensors.integers(tensor, max_rows))
         elif tensor.name in constants:
             _check_constant(tensor, constants[tensor.name])
         elif tensor.name in states:
@@ -185,18 +192,15 @@ def _check_constant(tensor: Tensor, constant: ConstantSpec) -> None:
         raise InvalidRequest(f"input {tensor.name!r} is a constant of this model; leave it out, or send its value")
 
 
-def _rows(message: pb.ModelInferRequest, ids: Sequence[str]) -> tuple[SequenceRow, ...]:
+def _rows(message: pb.ModelInferRequest, ids: Sequence[str], max_rows: int) -> tuple[SequenceRow, ...]:
     count = len(ids)
-    starts = _flags(message, "sequence_start", count)
-    ends = _flags(message, "sequence_end", count)
-    positions = _numbers(message, "sequence_position", count)
-    epochs = _numbers(message, "sequence_epoch", count)
+    starts = _flags(message, "sequence_start", count, max_rows)
+    ends = _flags(message, "sequence_end", count, max_rows)
+    positions = _numbers(message, "sequence_position", count, max_rows)
+    epochs = _numbers(message, "sequence_epoch", count, max_rows)
     if not ids:
-        if (
-            any(starts)
-            or any(ends)
-            or any(f"sequence_{number}" in message.parameters for number in ("position", "epoch"))
-        ):
+        numbered = any(name in message.parameters for name in ("sequence_position", "sequence_epoch"))
+        if numbered or any(starts) or any(ends):
             raise InvalidRequest(
                 f"inference request to model '{message.model_name[:128]}' must specify a non-zero or non-empty "
                 "correlation ID: it says START, END, a position or an epoch, and no sequence_id"
@@ -208,18 +212,18 @@ def _rows(message: pb.ModelInferRequest, ids: Sequence[str]) -> tuple[SequenceRo
     )
 
 
-def _flags(message: pb.ModelInferRequest, name: str, count: int) -> list[bool]:
+def _flags(message: pb.ModelInferRequest, name: str, count: int, max_rows: int) -> list[bool]:
     """Read a flag of each row: from a tensor, or from a parameter for all of them."""
     tensor = _tensor(message, name)
     if tensor is not None:
-        return _as_many(name, inference_tensors.flags(tensor), count)
+        return _as_many(name, inference_tensors.flags(tensor, max_rows), count)
     return [parameters.flag(message.parameters, name)] * (count or 1)
 
 
-def _numbers(message: pb.ModelInferRequest, name: str, count: int) -> Sequence[int | None]:
+def _numbers(message: pb.ModelInferRequest, name: str, count: int, max_rows: int) -> Sequence[int | None]:
     """Read a number of each row: from a tensor or parameter with the plural name, or from a parameter for one row."""
     one = parameters.integer(message.parameters, name, 0, _LARGEST)
-    many = _each_row(message, f"{name}s", inference_tensors.integers, (int,))
+    many = _each_row(message, f"{name}s", max_rows, inference_tensors.integers, (int,))
     if many is not None:
         if one is not None:
             raise InvalidRequest(f"{name} and {name}s were given; expected one or the other")
@@ -238,16 +242,19 @@ def _as_many(name: str, values: list[T], count: int) -> list[T]:
 
 
 def _each_row(
-    message: pb.ModelInferRequest, name: str, from_tensor: Callable[[Tensor], list[Any]], kinds: tuple[type, ...]
+    message: pb.ModelInferRequest,
+    name: str,
+    max_rows: int,
+    from_tensor: Callable[[Tensor, int], list[Any]],
+    kinds: tuple[type, ...],
 ) -> list[Any] | None:
     """Read one value a row, from a tensor or from a parameter that holds a JSON list; None if there is neither."""
     tensor = _tensor(message, name)
     if tensor is not None:
         if name in message.parameters:
             raise InvalidRequest(f"{name} is given as an input and as a parameter; expected one or the other")
-        return from_tensor(tensor)
-
-    return parameters.many(message.parameters, name, kinds)
+        return from_tensor(tensor, max_rows)
+    return parameters.many(message.parameters, name, kinds, max_rows)
 
 
 def _tensor(message: pb.ModelInferRequest, name: str) -> Tensor | None:

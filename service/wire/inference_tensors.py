@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from service.errors import InvalidRequest, Unsupported
-from service.wire.codec import Array, Tensor, little_endian, to_bytes
+from service.wire.codec import MOST_AXES, MOST_TENSORS, Array, Tensor, little_endian, to_bytes
 from service.wire.inference_stubs import inference_pb2 as pb
 
 DATATYPES = {
@@ -51,6 +51,17 @@ _LENGTH_BYTES = 4
 """Before each element of a BYTES tensor stands its length. Source: the protocol's binary tensor data extension."""
 
 
+def check_counts(request: pb.ModelInferRequest) -> None:
+    """Refuse a request of more tensors than any has.
+
+    Raises:
+        InvalidRequest: if it has.
+    """
+    for what in ("inputs", "outputs"):
+        if (count := len(getattr(request, what))) > MOST_TENSORS:
+            raise InvalidRequest(f"there are {count} {what}; a request has up to {MOST_TENSORS}")
+
+
 def tensor(request: pb.ModelInferRequest, index: int) -> Tensor:
     """Return one of a request's inputs as the codec reads it.
 
@@ -60,9 +71,9 @@ def tensor(request: pb.ModelInferRequest, index: int) -> Tensor:
     """
     message, raw = request.inputs[index], request.raw_input_contents
     refuse_shared_memory(message.parameters)
-    dtype = _NAMES.get(message.datatype, "")
+    dtype, shape = _NAMES.get(message.datatype, ""), tuple(message.shape[: MOST_AXES + 1])
     if not raw:
-        return Tensor(message.name, dtype, tuple(message.shape), _typed(message, dtype))
+        return Tensor(message.name, dtype, shape, _typed(message, dtype, shape))
     if len(raw) != len(request.inputs):
         raise InvalidRequest(
             f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs; expected one an input"
@@ -71,7 +82,7 @@ def tensor(request: pb.ModelInferRequest, index: int) -> Tensor:
         raise InvalidRequest(
             f"input {message.name[:64]!r} has contents beside raw_input_contents; expected one or the other"
         )
-    return Tensor(message.name, dtype, tuple(message.shape), raw[index])
+    return Tensor(message.name, dtype, shape, raw[index])
 
 
 def refuse_shared_memory(parameters: Mapping[str, pb.InferParameter]) -> None:
@@ -80,7 +91,7 @@ def refuse_shared_memory(parameters: Mapping[str, pb.InferParameter]) -> None:
     Raises:
         Unsupported: if one is.
     """
-    if any(name.startswith("shared_memory") for name in parameters):
+    if "shared_memory_region" in parameters:
         raise Unsupported("this server shares no memory with its clients; send tensors in the request")
 
 
@@ -90,39 +101,39 @@ def add_output(response: pb.ModelInferResponse, name: str, array: Array) -> None
     response.raw_output_contents.append(to_bytes(array))
 
 
-def integers(tensor: Tensor, dtypes: Collection[str] = ("int64", "int32")) -> list[int]:
+def integers(tensor: Tensor, most: int, dtypes: Collection[str] = ("int64", "int32")) -> list[int]:
     """Read one integer a row, from [N] or [N, 1].
 
     Raises:
         InvalidRequest: if it is something else.
     """
-    _check_rows(tensor, dtypes)
+    _check_rows(tensor, most, dtypes)
     values: list[int] = _array(tensor).tolist()
     return values
 
 
-def flags(tensor: Tensor) -> list[bool]:
+def flags(tensor: Tensor, most: int) -> list[bool]:
     """Read one truth value a row, from [N] or [N, 1].
 
     Raises:
         InvalidRequest: if it is something else.
     """
-    _check_rows(tensor, ("bool",))
+    _check_rows(tensor, most, ("bool",))
     return [value != 0 for value in _array(tensor).view(np.uint8).tolist()]
 
 
-def texts_or_integers(tensor: Tensor) -> list[str | int]:
+def texts_or_integers(tensor: Tensor, most: int) -> list[str | int]:
     """Read one text or integer a row, from [N] or [N, 1].
 
     Raises:
         InvalidRequest: if it is something else.
     """
-    _check_rows(tensor, ("int64", "uint64", "int32", "uint32", "bytes"))
+    _check_rows(tensor, most, ("int64", "uint64", "int32", "uint32", "bytes"))
     if tensor.dtype != "bytes":
-        return [*integers(tensor, (tensor.dtype,))]
+        return [*integers(tensor, most, (tensor.dtype,))]
     texts: list[str | int] = []
     at, data = 0, tensor.data
-    while at < len(data):
+    while at < len(data) and len(texts) <= tensor.shape[0]:
         length = int.from_bytes(data[at : at + _LENGTH_BYTES], "little")
         at += _LENGTH_BYTES + length
         if at > len(data):
@@ -131,18 +142,20 @@ def texts_or_integers(tensor: Tensor) -> list[str | int]:
             texts.append(data[at - length : at].decode())
         except UnicodeDecodeError:
             raise InvalidRequest(f"input {tensor.name!r} holds an element that is not UTF-8") from None
-    if len(texts) != math.prod(tensor.shape):
-        raise InvalidRequest(f"input {tensor.name!r} holds {len(texts)} elements; expected {math.prod(tensor.shape)}")
+    if len(texts) != tensor.shape[0]:
+        raise InvalidRequest(f"input {tensor.name!r} does not hold the {tensor.shape[0]} elements that its shape says")
     return texts
 
 
-def _check_rows(tensor: Tensor, dtypes: Collection[str]) -> None:
+def _check_rows(tensor: Tensor, most: int, dtypes: Collection[str]) -> None:
     if tensor.dtype not in dtypes:
         raise InvalidRequest(
             f"input {tensor.name!r} is {tensor.dtype or 'of no known dtype'}; expected {' or '.join(dtypes)}"
         )
     if len(tensor.shape) not in (1, 2) or tensor.shape[1:] not in ((), (1,)) or tensor.shape[0] < 0:
         raise InvalidRequest(f"input {tensor.name!r} has shape {[*tensor.shape[:8]]}; expected [N], a value each row")
+    if tensor.shape[0] > most:
+        raise InvalidRequest(f"input {tensor.name!r} has {tensor.shape[0]} rows; this server takes up to {most}")
 
 
 def _array(tensor: Tensor) -> Array:
@@ -154,7 +167,7 @@ def _array(tensor: Tensor) -> Array:
     return array
 
 
-def _typed(message: pb.ModelInferRequest.InferInputTensor, dtype: str) -> bytes:
+def _typed(message: pb.ModelInferRequest.InferInputTensor, dtype: str, shape: tuple[int, ...]) -> bytes:
     """Return elements that stand in the field of their type as the bytes that they would be in raw_input_contents."""
     name = message.name[:64]
     if not dtype:
@@ -166,6 +179,10 @@ def _typed(message: pb.ModelInferRequest.InferInputTensor, dtype: str) -> bytes:
     if others := [other.name for other, _ in message.contents.ListFields() if other.name != field]:
         raise InvalidRequest(f"input {name!r} is {message.datatype} and holds {others[0]}; expected {field} alone")
     values = getattr(message.contents, field)
+    if len(values) != (expected := math.prod(shape)):
+        raise InvalidRequest(
+            f"input {name!r} holds {len(values)} elements in {field}; expected {expected} for its shape"
+        )
     if dtype == "bytes":
         return b"".join(len(value).to_bytes(_LENGTH_BYTES, "little") + value for value in values)
     wide = np.array(values, {"int_contents": np.int32, "uint_contents": np.uint32}.get(field, np.dtype(dtype)))

@@ -523,3 +523,12 @@ async def test_bytes_that_are_no_message(lstm_repository: Path) -> None:
         for error in (unary.value, ended.value):
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert error.details() == "the 3 bytes that were sent are not the message that this call takes"
+
+
+async def test_more_tensors_than_any_request_has(lstm_repository: Path) -> None:
+    """They are counted and refused, not looked at one by one."""
+    async with running(lstm_repository) as server, calling(server) as stub:
+        request = pb.InferRequest(model="lstm", inputs=[pb.Tensor()] * 1025)
+        with pytest.raises(grpc.aio.AioRpcError, match="there are 1025 tensors; a request has up to 1024") as caught:
+            await stub.Infer(request)
+        assert caught.value.code() is INVALID

@@ -158,10 +158,18 @@ CASES = [
     Bad("too many steps", one, entry(0, np.zeros((1, 9, 3), np.float32)), ("9 steps", "up to 8")),
     Bad("not finite", one, entry(0, np.full((1, 4, 3), math.nan, np.float32)), ("input 'x' holds NaN or infinity",)),
     Bad("typed: field", one, typed("FP32", int_contents=[1] * 12), ("holds int_contents; expected fp32_contents",)),
-    Bad("typed: count", one, typed("FP32", fp32_contents=[1.0]), ("input 'x' holds 4 bytes; expected 48",)),
-    Bad("typed: FP16", one, typed("FP16", fp32_contents=[1.0]), ("no typed contents; send it raw",)),
-    Bad("typed: range", one, typed("INT8", int_contents=[128]), ("beyond INT8; expected -128 to 127",)),
-    Bad("typed: nothing", one, typed("FP32"), ("input 'x' holds 0 bytes; expected 48",)),
+    Bad(
+        "typed: count",
+        one,
+        typed("FP32", fp32_contents=[1.0]),
+        ("input 'x' holds 1 elements in fp32_contents; expected 12",),
+    ),
+    Bad("typed: FP16", one, typed("FP16", fp32_contents=[1.0] * 12), ("no typed contents; send it raw",)),
+    Bad("typed: range", one, typed("INT8", int_contents=[128] * 12), ("beyond INT8; expected -128 to 127",)),
+    Bad("typed: nothing", one, typed("FP32"), ("input 'x' holds 0 elements in fp32_contents; expected 12",)),
+    Bad("axes", one, lambda m: m.inputs[0].shape.extend([1] * 100_000), ("input 'x' has shape [1, 4, 3, 1",)),
+    Bad("too many inputs", one, lambda m: m.inputs.extend([m.inputs[0]] * 1024), ("1025 inputs", "up to 1024")),
+    Bad("too many outputs", one, lambda m: m.outputs.extend([m.outputs[0]] * 1024), ("1025 outputs", "up to 1024")),
     # What belongs to a batch.
     Bad("lengths: count", batch, entry(1, np.array([1], np.int32)), ("1 lengths for 2 rows",)),
     Bad("lengths: range", batch, entry(1, np.array([5, 1], np.int32)), ("row 0 has length 5; expected 1 to 4",)),
@@ -213,8 +221,8 @@ CASES = [
     Bad("ids: tensor and parameter", many, given("sequence_ids", "[5, 6]"), ("as an input and as a parameter",)),
     Bad("ids: twice", many, entry(1, np.array([5, 5])), ("sequence '5' stands twice",)),
     Bad("ids: none", many, entry(1, np.array([5, 0])), ("row 1 has no sequence id",)),
-    Bad("ids: empty", many, entry(1, np.array([], np.int64)), ("holds 0 ids; this server takes 1 to 3",)),
-    Bad("ids: too many", many, entry(1, np.arange(1, 5)), ("holds 4 ids; this server takes 1 to 3",)),
+    Bad("ids: empty", many, entry(1, np.array([], np.int64)), ("holds no ids",)),
+    Bad("ids: too many", many, entry(1, np.arange(1, 5)), ("'sequence_ids' has 4 rows; this server takes up to 3",)),
     Bad("ids: count", many, entry(1, np.array([5])), ("sequence_start holds 2 values for 1 sequence ids",)),
     Bad("ids: dtype", many, entry(1, np.array([5.0, 6.0])), ("'sequence_ids' is float64", "bytes")),
     Bad("ids: cut short", many, entry(1, np.array([5, 6]), "BYTES"), ("'sequence_ids'",)),
@@ -253,13 +261,18 @@ async def test_bad_input(served: tuple[Server, Stub], case: Bad) -> None:
     np.testing.assert_allclose(output(await stub.ModelInfer(case.good()))[0], expected(x[0]), atol=2e-6)
 
 
-@pytest.mark.parametrize("text", ["", "5", "[5, true]", "[5, 6.5]", "[" * 100_000, '{"a": 5}', "[null]", "[NaN]"])
+@pytest.mark.parametrize(
+    "text", ["", "5", "[5, true]", "[5, 6.5]", "[" * 100_000, '{"a": 5}', "[null]", "[NaN]", "[1, 2, 3, 4]"]
+)
 async def test_lists_that_are_none(served: tuple[Server, Stub], text: str) -> None:
     """A parameter that should hold a JSON list and does not is told so."""
     _, stub = served
     status, said = await refusal(stub.ModelInfer(request(x, sequence_ids=text, sequence_start=True)))
     assert status is INVALID
-    assert "parameter 'sequence_ids' is string_param; expected a string with a JSON list of strings or integers" in said
+    assert (
+        "parameter 'sequence_ids' is string_param; expected a string with a JSON list of up to 3 strings or integers"
+        in said
+    )
 
 
 async def test_a_reply_that_is_too_large(lstm_repository: Path) -> None:
