@@ -26,10 +26,15 @@ _MAX_INFERRED_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its size where it is fixed, else the name that the file gives it; neither where it says nothing."""
+    """One axis: its size where it is fixed, else the name that the file gives it; neither where it says nothing.
+
+    A size of an output is only claimed where nothing but the file's word for it is known. Exporters write the sizes of
+    their example there, also of axes that are free.
+    """
 
     size: int | None = None
     name: str | None = None
+    claimed: bool = False
 
     def __str__(self) -> str:
         return str(self.size if self.size is not None else self.name or "?")
@@ -97,12 +102,11 @@ def dissect(file: OnnxFile) -> Anatomy:
     model = file.model
     flow = follow(model)
     _name_axes(model)
+    said = {value.name: _axes(value) for value in model.graph.output}
     # The inference puts functions in the place of their calls, as often as they are called: it has no limit of its own.
-    if flow.whole and file.path.stat().st_size <= _MAX_INFERRED_BYTES:
-        # onnx raises whatever it meets. Without the inference less is known, and nothing is wrong.
-        with suppress(Exception):
-            model = shape_inference.infer_shapes(model, data_prop=True)
-    inferred = _known_axes(model)
+    told = _infer(model) if flow.whole and file.path.stat().st_size <= _MAX_INFERRED_BYTES else None
+    inferred = _known_axes(model.graph if told is None else told.graph, said, told is not None)
+    model = told or model
     given = {tensor.name for tensor in model.graph.initializer}
     inputs = [_tensor(value, inferred) for value in model.graph.input if value.name not in given]
     constants = dict(_small_constants(model.graph))
@@ -110,7 +114,8 @@ def dissect(file: OnnxFile) -> Anatomy:
     dtypes = {value.name: _tensor(value, {}).dtype for value in (*model.graph.value_info, *model.graph.input)}
     recurrences = [_recurrence(node, dtypes) for node in nodes]
     free = [tensor.name for tensor in inputs if tensor.axes is None or any(axis.size is None for axis in tensor.axes)]
-    dependent = set().union(*(flow.depends(("", name)) for name in free))
+    varied = set().union(*(flow.depends(("", name)) for name in free))
+    given = set().union(*(flow.depends(("", tensor.name)) for tensor in inputs))
     return Anatomy(
         opsets={each.domain or "ai.onnx": each.version for each in model.opset_import},
         producer=" ".join(filter(None, [model.producer_name, model.producer_version])),
@@ -120,7 +125,11 @@ def dissect(file: OnnxFile) -> Anatomy:
         inputs=inputs,
         outputs=[_tensor(value, inferred) for value in model.graph.output],
         recurrences=recurrences,
-        baked=[*_baked_states(flow, inferred, dependent), *_baked_shapes(model.graph, constants, inferred, dependent)],
+        baked=[
+            *_baked_outputs(said, inferred),
+            *_baked_states(flow, inferred, given),
+            *_baked_shapes(model.graph, constants, inferred, varied),
+        ],
         hidden=list(_hidden(flow, inputs)),
         backward=any(each.attributes.get("direction") in ("reverse", "bidirectional") for each in recurrences),
         constants=constants,
@@ -137,11 +146,44 @@ def _name_axes(model: Any) -> None:
                 axis.dim_param = f"{value.name}.{number}"
 
 
-def _known_axes(model: Any) -> dict[str, tuple[Axis, ...]]:
-    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+def _infer(model: Any) -> Any:
+    """The model with the axes of its tensors, outputs too, as far as the graph tells them; None where onnx cannot."""
+    said = [type(value).FromString(value.SerializeToString()) for value in model.graph.output]
+    for value in model.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    try:
+        return shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # onnx raises whatever it meets; without the inference less is known, and nothing is wrong
+        return None
+    finally:
+        del model.graph.output[:]
+        model.graph.output.extend(said)
+
+
+def _known_axes(
+    graph: Any, said: Mapping[str, tuple[Axis, ...] | None], outputs_are_inferred: bool
+) -> dict[str, tuple[Axis, ...]]:
+    values = [*graph.value_info, *graph.input, *(graph.output if outputs_are_inferred else ())]
     axes = {value.name: _axes(value) for value in values}
-    axes |= {tensor.name: tuple(Axis(size) for size in tensor.dims) for tensor in model.graph.initializer}
+    # The inference makes names up for sizes that it cannot tell.
+    given = {axis.name for value in graph.input for axis in axes[value.name] or ()}
+    for name, known in axes.items():
+        axes[name] = known and tuple(axis if axis.size or axis.name in given else Axis() for axis in known)
+    axes |= {tensor.name: tuple(Axis(size) for size in tensor.dims) for tensor in graph.initializer}
+    axes |= {name: _merged(axes.get(name), theirs) for name, theirs in said.items()}
     return {name: known for name, known in axes.items() if known is not None}
+
+
+def _merged(known: tuple[Axis, ...] | None, said: tuple[Axis, ...] | None) -> tuple[Axis, ...] | None:
+    """What is known of an output, and where nothing is, what the file says."""
+    if said is None or (known is not None and len(known) != len(said)):
+        return known
+    known = known or tuple(Axis() for _ in said)
+    return tuple(
+        ours if ours != Axis() else Axis(theirs.size, theirs.name, claimed=theirs.size is not None)
+        for ours, theirs in zip(known, said, strict=True)
+    )
 
 
 def _axes(value: Any) -> tuple[Axis, ...] | None:
@@ -201,9 +243,22 @@ def _bytes(tensor: Any) -> int:
     return size
 
 
-def _baked_states(flow: Dataflow, inferred: Mapping[str, tuple[Axis, ...]], dependent: set[Value]) -> Iterator[str]:
+def _baked_outputs(
+    said: Mapping[str, tuple[Axis, ...] | None], inferred: Mapping[str, tuple[Axis, ...]]
+) -> Iterator[str]:
+    for name, axes in said.items():
+        known = inferred.get(name, ())
+        if (
+            axes
+            and len(axes) == len(known)
+            and any(a.size and a.size != b.size for a, b in zip(axes, known, strict=True))
+        ):
+            yield f"output {name!r} is said to be {shape_text(axes)}; the graph gives {shape_text(known)}"
+
+
+def _baked_states(flow: Dataflow, inferred: Mapping[str, tuple[Axis, ...]], given: set[Value]) -> Iterator[str]:
     for memory in flow.memories:
-        if not memory.recurrent or memory.entry is None or memory.entry in dependent or memory.entry[0]:
+        if not memory.recurrent or memory.entry is None or memory.entry in given or memory.entry[0]:
             continue
         axes = inferred.get(memory.entry[1], ())
         if len(axes) == 3 and axes[1].size is not None:
@@ -214,14 +269,14 @@ def _baked_states(flow: Dataflow, inferred: Mapping[str, tuple[Axis, ...]], depe
 
 
 def _baked_shapes(
-    graph: Any, constants: Mapping[str, list[int]], inferred: Mapping[str, tuple[Axis, ...]], dependent: set[Value]
+    graph: Any, constants: Mapping[str, list[int]], inferred: Mapping[str, tuple[Axis, ...]], varied: set[Value]
 ) -> Iterator[str]:
     for index, node in enumerate(graph.node):
         if node.op_type not in ("Reshape", "Expand") or len(node.input) != 2:
             continue
         wanted, now = constants.get(node.input[1], []), inferred.get(node.input[0])
         fixed = now is not None and all(axis.size is not None for axis in now)
-        if len(wanted) < 2 or min(wanted) < 1 or fixed or ("", node.input[0]) not in dependent:
+        if len(wanted) < 2 or min(wanted) < 1 or fixed or ("", node.input[0]) not in varied:
             continue
         if node.op_type == "Reshape" or max(wanted) > 1:
             name = node.name or f"{node.op_type}[{index}]"

@@ -188,7 +188,7 @@ def _where(placement: Placement, device: str) -> str:
 
 
 def _print_proposal(proposal: Proposal, console: Console) -> None:
-    _print_lines((f"certain: {line}" for line in proposal.evidence), console)
+    _print_lines((f"paired: {line}" for line in proposal.evidence), console)
     console.print(f"\nA {NAME} for it:\n")
     console.print(proposal.text, markup=False, highlight=False, soft_wrap=True)
 

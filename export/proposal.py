@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import yaml
 
 from export.anatomy import Anatomy
-from export.roles import Axes, Roles, assign
+from export.axes import Axes, find_axes
+from export.roles import Roles, assign
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TAKEN = re.compile(r"(?i:yes|no|on|off|true|false|null)")
@@ -38,21 +39,28 @@ def propose(anatomy: Anatomy) -> Proposal:
     """Say what can be said of a graph."""
     roles = assign(anatomy)
     evidence = [pair.evidence for pair in roles.states]
-    text = "\n".join([*_inputs(roles), *_states(roles), *_outputs(roles), *_streamable(anatomy, roles)]) + "\n"
+    axes = find_axes(anatomy, roles)
+    lines = [
+        *_inputs(roles, axes),
+        *_states(roles, axes),
+        *_outputs(roles, axes),
+        *_streamable(anatomy, roles, axes),
+    ]
+    text = "\n".join(lines) + "\n"
     mark = "  # decide: "
     decisions = [line.removeprefix(mark) for line in text.splitlines() if line.startswith(mark)]
     return Proposal(text, evidence, decisions)
 
 
-def _inputs(roles: Roles) -> Iterator[str]:
+def _inputs(roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
     yield "inputs:"
     if not roles.sequences and not roles.either:
         yield "  # decide: no input of the graph looks like a sequence"
     for name in roles.sequences:
-        yield from _with_axes(name, roles.axes[name])
+        yield from _with_axes(name, axes)
     for name in sorted(roles.either):
-        yield f"  # decide: whether {quoted(name)} is a sequence, as here, or a state, as under states"
-        yield f"  # {quoted(name)}: {_axes(roles.axes[name])}"
+        yield f"  # decide: whether {quoted(name)} is a sequence, as here, or a state, as below"
+        yield f"  # {quoted(name)}: {_axes(axes[name])}"
     for name in roles.lengths:
         yield f"  {quoted(name)}: {{role: lengths}}"
     for name, compared in roles.constants.items():
@@ -61,54 +69,56 @@ def _inputs(roles: Roles) -> Iterator[str]:
         yield f"  {quoted(name)}: {{role: constant, value: null}}"
 
 
-def _states(roles: Roles) -> Iterator[str]:
+def _states(roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
     if roles.states or roles.open:
         yield "states:"
     for pair in roles.states:
-        axes = roles.axes[pair.input]
-        if axes.unclear:
-            yield f"  # decide: batch_axis of {quoted(pair.input)}: {axes.unclear}"
-            yield f"  # {_state(pair.input, pair.output, axes)}"
-        else:
-            yield f"  {_state(pair.input, pair.output, axes)}"
+        if axes[pair.input].unclear:
+            yield f"  # decide: batch_axis of {quoted(pair.input)}: {axes[pair.input].unclear}"
+        yield f"  {_state(pair.input, pair.output, axes[pair.input])}"
     for name, candidates in roles.open.items():
         ends = " or ".join(map(quoted, candidates))
-        yield f"  # decide: whether {quoted(name)} ends as {ends}; a swapped pair gives wrong numbers and no error"
+        if name not in roles.either:
+            yield f"  # decide: whether {quoted(name)} ends as {ends}; a swapped pair gives wrong numbers and no error"
         for candidate in candidates:
-            yield f"  # {_state(name, candidate, roles.axes[name])}"
+            yield f"  # {_state(name, candidate, axes[name])}"
 
 
-def _outputs(roles: Roles) -> Iterator[str]:
+def _outputs(roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
     yield "outputs:"
     for name in roles.outputs:
-        yield from _with_axes(name, roles.axes[name])
+        yield from _with_axes(name, axes)
     for name in roles.maybe:
-        yield f"  # {quoted(name)}: {_axes(roles.axes[name])}  # if no state ends as it"
+        yield f"  # {quoted(name)}: {_axes(axes[name])}  # if no state ends as it"
 
 
-def _streamable(anatomy: Anatomy, roles: Roles) -> Iterator[str]:
-    has_time = any(roles.axes[name].time is not None for name in roles.sequences)
+def _streamable(anatomy: Anatomy, roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
+    has_time = any(axes[name].time is not None for name in roles.sequences)
     if anatomy.backward and has_time:
         yield "streamable: false  # it reads sequences from the end, too"
     elif anatomy.hidden and has_time:
         yield "streamable: false  # it has states that no input carries, so that every chunk would begin anew"
 
 
-def _with_axes(name: str, axes: Axes) -> Iterator[str]:
-    if axes.unclear:
-        yield f"  # decide: {quoted(name)}: {axes.unclear}"
-        yield f"  # {quoted(name)}: {{batch_axis: , time_axis: }}"
-    else:
-        yield f"  {quoted(name)}: {_axes(axes)}"
+def _with_axes(name: str, axes: dict[str, Axes]) -> Iterator[str]:
+    one = axes[name]
+    if one.unclear:
+        like = f"; {quoted(one.like)} has {_axes(axes[one.like])}" if one.like else ""
+        yield f"  # decide: {quoted(name)}: {one.unclear}{like}"
+    yield f"  {quoted(name)}: {_axes(one)}"
 
 
 def _axes(axes: Axes) -> str:
+    """The keys of a tensor's axes; words that the server refuses where they are not known."""
+    if axes.unclear:
+        return "{time_axis: decide, batch_axis: decide}"
     pairs = (("time_axis", axes.time), ("batch_axis", axes.batch))
     return "{" + ", ".join(f"{key}: {axis}" for key, axis in pairs if axis is not None) + "}"
 
 
 def _state(begin: str, end: str, axes: Axes) -> str:
     batch = "" if axes.batch is None else f", batch_axis: {axes.batch}"
+    batch = ", batch_axis: decide" if axes.unclear else batch
     return f"- {{input: {quoted(begin)}, output: {quoted(end)}{batch}}}"
 
 

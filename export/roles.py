@@ -17,18 +17,8 @@ _STATES = re.compile(r"(^|_)(h|c|hx|cx|hc|hh|cc)(_|$)|state|hidden|cell|cache|me
 _SEQUENCES = re.compile(
     r"^(x|inputs?|data|src|source|tokens?|(input_)?ids)$|audio|signal|wav|speech|pcm|feat|frame|sample"
 )
-_BATCHES = re.compile(r"^(n|b|bs|bsz|batch.*)$")
-_TIMES = re.compile(r"^(t|time.*|seq.*|steps?|(num_?)?frames|len|length)$")
+_LISTED = 4
 _MARKS = r"(in|input|out|output|new|next|prev|previous|old|init|initial|last|final|n|t|\d+)"
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Where a tensor has batch and time; None where it has none. ``unclear`` says what could not be told."""
-
-    batch: int | None = None
-    time: int | None = None
-    unclear: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,6 @@ class Roles:
         either: of those, the ones that could be sequences just as well.
         outputs: what is served.
         maybe: outputs that could be a state's just as well.
-        axes: of all these inputs and outputs.
     """
 
     sequences: list[str] = field(default_factory=list)
@@ -64,7 +53,6 @@ class Roles:
     either: set[str] = field(default_factory=set)
     outputs: list[str] = field(default_factory=list)
     maybe: list[str] = field(default_factory=list)
-    axes: dict[str, Axes] = field(default_factory=dict)
 
 
 def assign(anatomy: Anatomy) -> Roles:
@@ -90,41 +78,40 @@ def assign(anatomy: Anatomy) -> Roles:
     unsure = {name for names in roles.open.values() for name in names}
     roles.outputs = [tensor.name for tensor in anatomy.outputs if tensor.name not in ended | unsure]
     roles.maybe = [tensor.name for tensor in anatomy.outputs if tensor.name in unsure - ended]
-    _find_axes(anatomy, roles)
     return roles
 
 
 def _pair_by_flow(anatomy: Anatomy, inputs: list[Tensor], roles: Roles) -> None:
     flow = anatomy.flow
-    tensors = {x.name: x for x in inputs}
+    tensors = {tensor.name: tensor for tensor in (*anatomy.outputs, *inputs)}
     begins = {x.name: _numbers(anatomy, flow.carries(("", x.name)), "entry") for x in inputs}
     carried = {memory.exit: flow.carries(memory.exit) for memory in flow.memories if memory.exit}
     carried |= {memory.every: flow.carries(memory.every) for memory in flow.memories if memory.every}
 
-    def ends(x: Tensor, how: str) -> list[tuple[str, int]]:
-        found = []
+    def ends(x: Tensor, how: str) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
         for y in anatomy.outputs:
             for number in sorted(begins[x.name]):
                 value = getattr(flow.memories[number], how)
                 if _alike(x, y) and value and ("", y.name) in carried[value]:
-                    found.append((y, number))
-                    break
+                    found.setdefault(y.name, []).append(number)
         # One whose axes are said, and fit, comes before one of which nothing is known.
-        said = [(y.name, number) for y, number in found if y.axes is not None]
-        return said or [(y.name, number) for y, number in found]
+        said = {name: numbers for name, numbers in found.items() if tensors[name].axes is not None}
+        return said or found
 
     # Y holds h after every step, and the last of them is a state; but only where no Y_h says so.
     ended = {x.name: ends(x, "exit") or ends(x, "every") for x in inputs if begins[x.name]}
     for name, found in ended.items():
-        shared = [other for other, theirs in ended.items() if {y for y, _ in theirs} & {y for y, _ in found}]
+        shared = [other for other, theirs in ended.items() if theirs.keys() & found.keys()]
         if len(found) == 1 and shared == [name]:
-            output, number = found[0]
-            memory = flow.memories[number]
-            what = memory.ends if ends(tensors[name], "exit") else "last step of Y"
-            evidence = f"{name} reaches {memory.begins} of {memory.node}; {output} is its {what}"
-            roles.states.append(Pair(name, output, evidence))
+            ((output, numbers),) = found.items()
+            memories = [flow.memories[number] for number in numbers]
+            last = ends(tensors[name], "exit")
+            begun = _listed(f"{memory.begins} of {memory.node}" for memory in memories)
+            become = _listed(memory.ends if last else "last step of Y" for memory in memories)
+            roles.states.append(Pair(name, output, f"{name} reaches {begun}; {output} is its {become}"))
         elif found:
-            roles.open[name] = _by_name(name, (y for y, _ in found))
+            roles.open[name] = _by_name(name, found)
 
 
 def _pair_by_shape(anatomy: Anatomy, inputs: list[Tensor], outputs: list[Tensor], roles: Roles) -> None:
@@ -137,7 +124,7 @@ def _pair_by_shape(anatomy: Anatomy, inputs: list[Tensor], outputs: list[Tensor]
         rivals = [other for other, theirs in fits.items() if set(theirs) & set(candidates)]
         named = _STATES.search(name.lower()) or _stem(name) == _stem(candidates[0])
         if len(candidates) == 1 and rivals == [name] and named:
-            only = f"{candidates[0]} alone has the shape and dtype of {name}, and their names say state"
+            only = f"{candidates[0]} alone has the shape and dtype of {name}, and by name they are a state"
             roles.states.append(Pair(name, candidates[0], only))
         else:
             roles.open[name] = _by_name(name, candidates)
@@ -158,77 +145,6 @@ def _is_sequence(anatomy: Anatomy, x: Tensor) -> bool:
     return not _STATES.search(x.name.lower()) and any(value in depends for value in anatomy.flow.features)
 
 
-def _find_axes(anatomy: Anatomy, roles: Roles) -> None:
-    tensors = {tensor.name: tensor for tensor in (*anatomy.inputs, *anatomy.outputs)}
-    states = [pair.input for pair in roles.states] + [name for name in roles.open if name not in roles.either]
-    batches, times = _evident_names(anatomy)
-    for name in states:
-        # A state's only free axis is its batch: nothing else of it may change from run to run.
-        free = _free(tensors[name])
-        if len(free) == 1:
-            batches.add(str(free[0][1].name))
-    batches, times = batches - times, times - batches
-    rows_are_free = any(_free(tensors[name]) for name in states)
-    steps_are_free = any(axis.name in times for name in roles.sequences for _, axis in _free(tensors[name]))
-    entries = {memory.entry for memory in anatomy.flow.memories if memory.recurrent}
-    for name in (*states, *roles.either, *roles.sequences, *roles.outputs, *roles.maybe):
-        tensor = tensors[name]
-        direct = ("", name) in entries
-        one_free = rows_are_free and (name in roles.sequences or not steps_are_free)
-        roles.axes[name] = _axes_of(tensor, batches, times, one_free, direct)
-
-
-def _evident_names(anatomy: Anatomy) -> tuple[set[str], set[str]]:
-    """The names of sizes that are batch or time by what the operators take, else by what they are called."""
-    flow = anatomy.flow
-    batches: set[str | None] = set()
-    times: set[str | None] = set()
-    for value in flow.features:
-        axes = anatomy.inferred.get(value[1], ()) if not value[0] else ()
-        if len(axes) == 3:
-            times.add(axes[0].name)
-            batches.add(axes[1].name)
-    for value in flow.scanned:
-        axes = anatomy.inferred.get(value[1], ()) if not value[0] else ()
-        times |= {axis.name for axis in axes[:1]}
-    for value in flow.lengths:
-        axes = anatomy.inferred.get(value[1], ()) if not value[0] else ()
-        batches |= {axis.name for axis in axes[:1]}
-    called = {
-        str(axis.name) for tensor in (*anatomy.inputs, *anatomy.outputs) for _, axis in _free(tensor) if axis.name
-    }
-    by_flow = batches | times
-    batches |= {name for name in called - by_flow if _BATCHES.match(name.lower())}
-    times |= {name for name in called - by_flow if _TIMES.match(name.lower())}
-    return {name for name in batches if name}, {name for name in times if name}
-
-
-def _axes_of(tensor: Tensor, batches: set[str], times: set[str], one_free_is_batch: bool, direct: bool) -> Axes:
-    if tensor.axes is None:
-        return Axes(unclear="the file does not say its axes")
-    free = _free(tensor)
-    if not free:
-        ones = [number for number, axis in enumerate(tensor.axes) if axis.size == 1]
-        # The operators' own states are [directions, N, H].
-        return Axes(1 if direct and 1 in ones else ones[0] if ones else None)
-    batch = [number for number, axis in free if axis.name in batches]
-    time = [number for number, axis in free if axis.name in times]
-    if len(batch) <= 1 and len(time) <= 1 and len(free) == len(batch) + len(time):
-        if not batch:
-            ones = [number for number, axis in enumerate(tensor.axes) if axis.size == 1]
-            batch = ones[:1]
-        return Axes(batch[0] if batch else None, time[0] if time else None)
-    if len(free) == 1 and one_free_is_batch:
-        return Axes(free[0][0])
-    return Axes(
-        unclear=f"which of its free axes {', '.join(str(number) for number, _ in free)} is batch, and which time"
-    )
-
-
-def _free(tensor: Tensor) -> list[tuple[int, Axis]]:
-    return [(number, axis) for number, axis in enumerate(tensor.axes or ()) if axis.size is None]
-
-
 def _is_one(tensor: Tensor) -> bool:
     return tensor.axes is not None and all(axis.size == 1 for axis in tensor.axes)
 
@@ -240,7 +156,9 @@ def _alike(x: Tensor, y: Tensor) -> bool:
     if y.axes is None:
         return True
     return len(x.axes) == len(y.axes) and all(
-        one == other or other == Axis() or (one.size is None and one.name == f"{x.name}.{number}")
+        (one.size == other.size and one.name == other.name)
+        or other == Axis()
+        or (one.size is None and (other.claimed or one.name == f"{x.name}.{number}"))
         for number, (one, other) in enumerate(zip(x.axes, y.axes, strict=True))
     )
 
@@ -262,6 +180,11 @@ def _compared(anatomy: Anatomy, tensor: Tensor) -> list[int]:
 
 def _by_name(name: str, candidates: Iterable[str]) -> list[str]:
     return sorted(candidates, key=lambda candidate: _stem(candidate) != _stem(name))
+
+
+def _listed(names: Iterable[str]) -> str:
+    each = list(dict.fromkeys(names))
+    return " and ".join(each if len(each) <= _LISTED else [*each[:_LISTED], f"{len(each) - _LISTED} more"])
 
 
 def _stem(name: str) -> str:

@@ -222,7 +222,10 @@ def _port(value: Any) -> Port:
     if kind != "tensor_type":
         return Port(str(kind), ())
     tensor = value.type.tensor_type
-    dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if tensor.elem_type else "no dtype"
+    try:
+        dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except KeyError:
+        dtype = f"type {tensor.elem_type}" if tensor.elem_type else "no dtype"
     return Port(
         dtype,
         tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in tensor.shape.dim),

@@ -14,12 +14,13 @@ from export import dataflow
 from export.__main__ import main
 from export.anatomy import dissect
 from export.proposal import Proposal, propose
-from service.description import parse
+from service.description import parse, read
 from service.errors import LoadError
 from service.manifest import Manifest
 from service.onnx_file import OnnxFile
 from service.presented import present
 from tests import graphs
+from tests.any_graphs import CASES, Case
 from tests.unit.export.foreign import (
     FLOAT,
     INT32,
@@ -55,6 +56,28 @@ def check_open(path: Path, proposal: Proposal) -> None:
     assert proposal.decisions
     with pytest.raises(LoadError):
         accepted(path, proposal.text)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_proposal_is_what_a_person_wrote(tmp_path: Path, case: Case) -> None:
+    """Of graphs that are served in other tests: what is proposed for certain is what their model.yaml says."""
+    path = case.write(tmp_path)
+    written = read(path.parents[1])
+    assert written is not None
+    made = parse(proposed(path).text.replace("value: null", "value: 1"))
+    pairs = [(state.input, state.output, state.batch_axis) for state in made.states]
+    assert pairs == [(state.input, state.output, state.batch_axis) for state in written.states]
+    assert made.inputs
+    signature = OnnxFile(path).signature
+    for ours, theirs, ports in (
+        (made.inputs, written.inputs, signature.inputs),
+        (made.outputs, written.outputs, signature.outputs),
+    ):
+        for name, one in ours.items():
+            assert one.batch_axis == theirs[name].batch_axis
+            time = theirs[name].time_axis
+            # An axis of one step is as good as none.
+            assert one.time_axis == (time if time is None or ports[name].shape[time] is None else None)
 
 
 def test_an_lstm_with_h_and_c(tmp_path: Path) -> None:
@@ -146,6 +169,10 @@ def test_the_signature_of_speech_activity_models(tmp_path: Path, sizes: tuple[An
     nodes = [(each.operator, each.path) for each in anatomy.recurrences]
     assert nodes == [("If", "rates"), ("LSTM", "rates/else_branch/slow"), ("LSTM", "rates/then_branch/fast")]
     proposal = propose(anatomy)
+    (evidence,) = proposal.evidence
+    for each in ("initial_h of LSTM 'rates/else_branch/slow'", "initial_c of LSTM 'rates/then_branch/fast'"):
+        assert each in evidence
+    assert evidence.endswith("; stateN is its Y_h and Y_c")
     assert proposal.decisions == ["the value of sr, the same in every run; the graph compares it with 16000"]
     check_open(path, proposal)
     manifest = accepted(path, proposal.text.replace("value: null", "value: 16000"))
@@ -197,7 +224,7 @@ def test_an_input_that_could_be_a_state(tmp_path: Path) -> None:
     )
     proposal = proposed(path)
     check_open(path, proposal)
-    assert "whether p is a sequence, as here, or a state, as under states" in proposal.decisions
+    assert "whether p is a sequence, as here, or a state, as below" in proposal.decisions
 
 
 def test_axes_that_nothing_tells(tmp_path: Path) -> None:
@@ -340,6 +367,38 @@ def test_sizes_that_are_baked_in(tmp_path: Path) -> None:
         "initial_c of LSTM 'lstm' is a constant of shape [1, 2, 4]: a batch of 2 is baked in",
         "Reshape 'to_steps' makes [7, 2, 3] of what comes in: no size is free there",
     ]
+
+
+def write_example_sizes(path: Path, last: str) -> Path:
+    """A GRU whose outputs are said to have the sizes of an example, as torch's exporter writes them."""
+    return write(
+        path,
+        [
+            node("GRU", ["x", "W", "R", "", "", "h"], ["Y", "h_out"], "gru", hidden_size=H),
+            node("Squeeze", ["Y", "one"], ["steps"]),
+            helper.make_node(last, ["steps"], ["y"], domain="" if last == "Relu" else "com.microsoft"),
+        ],
+        [tensor("x", "T", "N", I), tensor("h", 1, "N", H)],
+        [tensor("y", 7, 2, H), tensor("h_out", 1, 2, H)],
+        weights(3, more={"one": [1]}),
+    )
+
+
+def test_sizes_of_an_example(tmp_path: Path) -> None:
+    """What the graph says of an output counts more than what the file says of it; where only the file speaks, ask."""
+    path = write_example_sizes(tmp_path / "a.onnx", "Relu")
+    anatomy = dissect(OnnxFile(path))
+    assert "output 'y' is said to be [7, 2, 4]; the graph gives [T, N, 4]" in anatomy.baked
+    y = accepted(path, propose(anatomy).text).outputs[0]
+    assert (y.time_axis, y.batch_axis) == (0, 1)
+
+    path = write_example_sizes(tmp_path / "b.onnx", "Gelu")
+    proposal = proposed(path)
+    check_open(path, proposal)
+    assert proposal.decisions == [
+        "y: the file says [7, 2, 4], which may be an example's sizes; x has {time_axis: 0, batch_axis: 1}"
+    ]
+    assert accepted(path, proposal.text.replace("time_axis: decide, batch_axis: decide", "time_axis: 0, batch_axis: 1"))
 
 
 def test_names_that_yaml_would_misread(tmp_path: Path) -> None:
