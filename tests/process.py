@@ -23,16 +23,17 @@ class ServerProcess:
     Attributes:
         port: where it listens.
         target: the same, as an address.
-        ready: what its "ready" event says.
+        ready: what its "ready" event says; nothing while it starts.
         events: everything it has logged, one dict an event.
 
     Args:
         repository: the models.
         flags: more flags.
         port: to listen on; 0 for a free one.
+        wait: until it is ready.
     """
 
-    def __init__(self, repository: Path, *flags: str, port: int = 0) -> None:
+    def __init__(self, repository: Path, *flags: str, port: int = 0, wait: bool = True) -> None:
         command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", str(port)]
         self._process = subprocess.Popen(
             [*command, "--log-format", "json", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -41,12 +42,14 @@ class ServerProcess:
         self._news: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        try:
-            self.ready = self.wait_for("ready")
-        except BaseException:
-            self.kill()
-            raise
-        self.port: int = self.ready["port"]
+        self.ready: dict[str, Any] = {}
+        if wait:
+            try:
+                self.ready = self.wait_for("ready")
+            except BaseException:
+                self.kill()
+                raise
+        self.port: int = self.ready.get("port", port)
         self.target = f"127.0.0.1:{self.port}"
 
     @property

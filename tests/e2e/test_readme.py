@@ -36,7 +36,7 @@ def run(arguments: list[str], folder: Path) -> str:
 
 def test_the_examples_as_pasted(tmp_path: Path) -> None:
     """The model is exported by the command beside it, the server takes the flags shown, the client's example runs."""
-    serve, call, export, _ = blocks("sh")
+    serve, call, export, follow, _ = blocks("sh")
     client, my_model = blocks("python")
     (tmp_path / "my_model.py").write_text(my_model)
     python, *arguments = shlex.split(export)
@@ -49,6 +49,8 @@ def test_the_examples_as_pasted(tmp_path: Path) -> None:
     assert command.startswith("python -m service ")
     settings = load(shlex.split(command)[3:], {})
     assert settings.repository == REPOSITORY
+    following = load(shlex.split(follow)[3:], {})
+    assert (following.repository, following.model_control) == (REPOSITORY, "poll")
     with ServerProcess(tmp_path / settings.repository) as server:
         assert f'Client("127.0.0.1:{settings.port}")' in client
         (tmp_path / "client.py").write_text(client.replace(f"127.0.0.1:{settings.port}", server.target))
