@@ -27,8 +27,7 @@ lint: venv  ## style, types, the order of imports, stale stubs
 proto: venv  ## the stubs of the wire contracts, from proto/
 	$(RUN) proto/generate.py
 
-bench: venv  ## throughput and latency (not in this version yet)
-	@test -f bench/__main__.py || { echo "There are no benchmarks in this version." >&2; exit 2; }
+bench: venv  ## throughput and latency, beside ceilings and peers
 	$(RUN) -m bench
 
 test-gpu: venv  ## the tests that need one; see CONTRIBUTING.md (not in this version yet)
@@ -36,5 +35,5 @@ test-gpu: venv  ## the tests that need one; see CONTRIBUTING.md (not in this ver
 	$(RUN) -m pytest -m gpu tests/gpu
 
 bench-gpu: venv  ## the benchmarks on CUDA (not in this version yet)
-	@test -f bench/__main__.py || { echo "There are no benchmarks in this version." >&2; exit 2; }
-	$(RUN) -m bench --device cuda
+	@test -f bench/gpu.py || { echo "There are no benchmarks on CUDA in this version." >&2; exit 2; }
+	$(RUN) -m bench.gpu

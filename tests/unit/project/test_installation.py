@@ -42,7 +42,7 @@ def test_targets_that_are_not_there_yet_say_so() -> None:
         target
         for target, needs in {
             "bench": "bench/__main__.py",
-            "bench-gpu": "bench/__main__.py",
+            "bench-gpu": "bench/gpu.py",
             "test-gpu": "tests/gpu",
         }.items()
         if not (ROOT / needs).exists()
