@@ -6,6 +6,7 @@ import base64
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import grpc
@@ -108,3 +109,22 @@ async def test_constants_may_be_sent(tmp_path: Path) -> None:
         status, text = await refusal(stub.ModelInfer(request({**part, constant.name: value + 1}, model="any")))
         assert status is grpc.StatusCode.INVALID_ARGUMENT
         assert f"input {constant.name!r} is a constant of this model" in text
+
+
+async def test_a_model_that_cannot_run_step_by_step(tmp_path: Path) -> None:
+    """It has batches and no sequences, and its configuration says so."""
+    case = next(case for case in CASES if "time_axis" in case.description)
+    path = case.write(tmp_path)
+    (tmp_path / "any" / "model.yaml").write_text(f"streamable: false\n{dedent(case.description)}")
+    row = case.inputs(np.random.default_rng(1), STEPS)
+    batch = {name: array[None] for name, array in row.items()}
+    async with running(tmp_path) as server, calling(server) as stub:
+        config = (await stub.ModelConfig(pb.ModelConfigRequest(name="any"))).config
+        assert not config.HasField("sequence_batching")
+        for start in (True, False):
+            message = request(batch, model="any", sequence_id=1, sequence_start=start)
+            assert (await refusal(stub.ModelInfer(message)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        reply = await stub.ModelInfer(request(batch, model="any"))
+        expected, _ = case.loop(path, row)
+        for output_tensor in reply.outputs:
+            close(output(reply, output_tensor.name)[0], expected[output_tensor.name])
