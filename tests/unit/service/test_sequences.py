@@ -203,10 +203,13 @@ def test_start_steps_end(house: House) -> None:
 
 
 def test_start_and_end_in_one_request(house: House) -> None:
-    """A whole sequence in one request leaves no slot taken."""
+    """A whole sequence in one request leaves no slot taken; its reply is kept until the id is used again."""
     assert house.run(1, 2, start=True, end=True).y == [1, 3]
+    assert house.operations.replies.held == 16
+    assert house.run(5, start=True).y == [5]
+    assert house.operations.replies.held == 8
     assert house.run(5, start=True, end=True).y == [5]
-    assert house.slots == 0
+    assert (house.slots, house.operations.replies.held) == (0, 8)
 
 
 def test_start_on_a_live_id_begins_anew(house: House) -> None:

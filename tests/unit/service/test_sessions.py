@@ -370,6 +370,36 @@ def test_what_is_remembered_of_expired_sessions_is_bounded(monkeypatch: pytest.M
             table.find(ME, name)
 
 
+def test_a_session_that_was_set_aside_comes_back_as_used() -> None:
+    """Meanwhile its id is free and it does not expire; afterwards those used before it expire before it."""
+    table = Table(idle_timeout_s=60)
+    first, second = table.open("first"), table.open("second")
+    table.set_aside(first)
+    table.clock.now += 30
+    other = table.open("first")
+    table.set_aside(other)
+    table.put_back(first)
+    assert table.find(ME, "first") is first
+    table.clock.now += 30
+    assert table.expire() == 1
+    assert (table.ended, list(table)) == (["second"], [first])
+    assert second not in list(table)
+
+
+def test_what_is_remembered_outlives_a_session_that_never_was() -> None:
+    """One that is opened over an expired id and taken out again leaves the id expired; one that ends does not."""
+    table = Table()
+    table.open("one")
+    table.clock.now += 60
+    table.expire()
+    table.set_aside(table.open("one"))
+    with pytest.raises(SessionExpired):
+        table.find(ME, "one")
+    table.end(table.open("one"))
+    with pytest.raises(SessionUnknown):
+        table.find(ME, "one")
+
+
 @given(st.lists(st.tuples(st.sampled_from(["open", "touch", "end", "wait", "expire"]), st.integers(0, 7)), max_size=60))
 def test_expire_ends_exactly_who_is_idle_too_long(actions: list[tuple[str, int]]) -> None:
     """Against a plain dict of last uses, under any order of opening, using, ending and waiting."""
