@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from service.settings import load
 from tests.process import ServerProcess
@@ -25,12 +26,12 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
 
 
-def run(arguments: list[str], folder: Path) -> str:
+def run(arguments: list[str], folder: Path, status: int = 0) -> str:
     """Runs Python as a reader would in the checkout, but with another working folder; gives what it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
@@ -59,19 +60,55 @@ def test_the_examples_as_pasted(tmp_path: Path) -> None:
     assert printed.startswith("8 {")
 
 
+def write_files(folder: Path, first: int, last: int) -> tuple[list[str], list[str]]:
+    """Writes those of the files that docs/models.md shows; gives their names, and all commands."""
+    files = re.findall(r"`(\w+\.py)`:\n\n```python\n", (ROOT / "docs/models.md").read_text())
+    codes = blocks("python", "docs/models.md")
+    assert len(files) == len(codes)
+    for file, code in list(zip(files, codes, strict=True))[first:last]:
+        (folder / file).write_text(code)
+    return files[first:last], blocks("sh", "docs/models.md")
+
+
 def test_models_of_your_own(tmp_path: Path) -> None:
     """Each file of docs/models.md does what the commands under it say, and the server loads what they export."""
-    text = (ROOT / "docs/models.md").read_text()
-    files = re.findall(r"`(\w+\.py)`:\n\n```python\n", text)
-    codes, commands = blocks("python", "docs/models.md"), blocks("sh", "docs/models.md")
-    assert len(files) == len(codes) == len(commands) == 3
-    for file, code in zip(files, codes, strict=True):
-        (tmp_path / file).write_text(code)
+    files, commands = write_files(tmp_path, 0, 3)
+    assert files == ["tagger.py", "matrices.py", "from_keras.py"]
     printed = []
-    for command in "".join(commands).splitlines():
+    for command in "".join(commands[:3]).splitlines():
         python, *arguments = shlex.split(command)
         assert python == "python"
         printed.append(run(arguments, tmp_path))
     assert "(3, 10, 32) (3, 32) (3, 32)\n" in printed
     with ServerProcess(tmp_path / REPOSITORY) as server:
         assert server.ready["models"] == ["from_keras", "matrices", "tagger"]
+
+
+def test_models_that_were_not_exported_here(tmp_path: Path) -> None:
+    """A speech-activity model and an audio effect: made, inspected, decided, served and used, as it says there."""
+    files, commands = write_files(tmp_path, 3, 7)
+    assert files == ["speech_model.py", "speech_client.py", "amp_model.py", "amp_client.py"]
+    shown = blocks("yaml", "docs/models.md")
+    for name, status, make_and_inspect, text in zip(("speech", "amp"), (3, 0), commands[3:5], shown, strict=True):
+        make, inspect = (shlex.split(line)[1:] for line in make_and_inspect.splitlines())
+        run(make, tmp_path)
+        run(inspect, tmp_path, status)
+        description = tmp_path / REPOSITORY / name / "model.yaml"
+        decided = description.read_text().replace("null", "16000")
+        assert yaml.safe_load(decided) == yaml.safe_load(text)
+        description.write_text(text)
+
+    serve, use = commands[5:]
+    assert load(shlex.split(serve)[3:], {}).repository == REPOSITORY
+    with ServerProcess(tmp_path / REPOSITORY) as server:
+        printed = []
+        for command in use.splitlines():
+            client = tmp_path / command.removeprefix("python ")
+            assert "127.0.0.1:8500" in client.read_text()
+            client.write_text(client.read_text().replace("127.0.0.1:8500", server.target))
+            printed.append(run([client.name], tmp_path))
+    changes = re.findall(r"(speech|silence) from ([\d.]+) s", printed[0])
+    assert [what for what, _ in changes] == ["speech", "silence", "speech", "silence"]
+    late = [float(at) - really for (_, at), really in zip(changes, (1, 2, 3, 4.2), strict=True)]
+    assert all(0 <= each < 0.15 for each in late), late
+    assert printed[1] == "(32000, 1), live against whole: 0e+00\n"
