@@ -63,7 +63,12 @@ def join(rows: Sequence[Array], spec: TensorSpec, steps: int) -> Array:
 
     Returns:
         [N, T, ...], zero beyond each row's end; or [N, ...].
+
+    Raises:
+        InvalidRequest: if the rows' features differ in size, as they may where the model leaves it open.
     """
+    if len({row.shape[spec.time_axis is not None :] for row in rows}) > 1:
+        raise InvalidRequest(f"the rows of output {spec.name!r} differ in the size of their features; send them apart")
     if spec.time_axis is None:
         return np.stack(rows)
     whole = np.zeros((len(rows), steps, *rows[0].shape[1:]), rows[0].dtype)

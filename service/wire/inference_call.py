@@ -144,7 +144,7 @@ class Inference:
             def answered(result: Stepped | ConveyorError) -> None:
                 results[n] = result
                 if len(results) == len(request.rows):
-                    self._end(self._together(request, [results[n] for n in range(len(results))]))
+                    self._end_together(request, [results[n] for n in range(len(results))])
 
             return self._sequences.submit(
                 Step(
@@ -192,6 +192,13 @@ class Inference:
             codec.check_reply(len(lengths), self._steps)
             decoded = self._decoded[runner] = _Decoded(inputs, lengths)
         return decoded
+
+    def _end_together(self, request: Request, results: Sequence[Stepped | ConveyorError]) -> None:
+        try:
+            self._end(self._together(request, results))
+        except Exception as error:
+            # Whoever answers the rows would keep it, and the request would never end.
+            self._end(error)
 
     def _together(
         self, request: Request, results: Sequence[Stepped | ConveyorError]

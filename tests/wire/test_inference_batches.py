@@ -9,6 +9,9 @@ import grpc
 import numpy as np
 import pytest
 
+from service.errors import InvalidRequest
+from service.manifest import TensorSpec
+from service.wire.codec import join
 from tests.clock import Clock
 from tests.conftest import running
 from tests.graphs import HIDDEN, INPUT, expected
@@ -93,3 +96,12 @@ async def test_a_timeout(lstm_repository: Path) -> None:
             assert "the deadline passed" in text
             np.testing.assert_allclose(output(await soon), [expected(row) for row in x], atol=2e-6)
         assert server.repository.find("lstm").pool.taken == 0
+
+
+def test_rows_that_cannot_stand_in_one_tensor() -> None:
+    """Where a model leaves a size open, rows may differ in it: that is told in words."""
+    spec = TensorSpec(name="y", dtype="float32", shape=(None, None, None), batch_axis=1, time_axis=0)
+    rows = [np.ones((steps, 2), np.float32) for steps in (1, 3)]
+    assert join(rows, spec, 4).shape == (2, 4, 2)
+    with pytest.raises(InvalidRequest, match="output 'y' differ in the size of their features; send them apart"):
+        join([*rows, np.ones((1, 3), np.float32)], spec, 4)
