@@ -105,9 +105,9 @@ class Repository(Catalogue):
         """Look at the folder and begin to act on each change that has come to rest: seen the same twice."""
         try:
             seen = await in_thread(scan, self._settings.repository)
-        except LoadError as error:
-            # A disk that is away for a moment is no order to unload everything.
-            log.error("repository not polled", reason=str(error))
+        except Exception as error:
+            # A disk that is away for a moment is no order to unload everything, and whatever it is, it may pass.
+            log.error("repository not polled", reason=str(error), exc_info=not isinstance(error, LoadError))
             return
         if self._closed:
             return
