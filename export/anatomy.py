@@ -147,18 +147,30 @@ def _name_axes(model: Any) -> None:
 
 
 def _infer(model: Any) -> Any:
-    """The model with the axes of its tensors, outputs too, as far as the graph tells them; None where onnx cannot."""
-    said = [type(value).FromString(value.SerializeToString()) for value in model.graph.output]
-    for value in model.graph.output:
+    """The model with the axes of its tensors, outputs too, as far as the graph tells them; None where onnx cannot.
+
+    What the file itself says of them is left out: exporters write the sizes of their example there.
+    """
+    graph = model.graph
+    outputs, values = (
+        [type(value).FromString(value.SerializeToString()) for value in part] for part in _annotated(graph)
+    )
+    for value in graph.output:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.ClearField("shape")
+    del graph.value_info[:]
     try:
         return shape_inference.infer_shapes(model, data_prop=True)
     except Exception:  # onnx raises whatever it meets; without the inference less is known, and nothing is wrong
         return None
     finally:
-        del model.graph.output[:]
-        model.graph.output.extend(said)
+        for part, said in zip(_annotated(graph), (outputs, values), strict=True):
+            del part[:]
+            part.extend(said)
+
+
+def _annotated(graph: Any) -> tuple[Any, Any]:
+    return graph.output, graph.value_info
 
 
 def _known_axes(

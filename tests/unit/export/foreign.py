@@ -65,10 +65,11 @@ def write(
     outputs: Sequence[Any],
     initializers: dict[str, NDArray[Any]] | None = None,
     functions: Sequence[Any] = (),
+    within: Sequence[Any] = (),
 ) -> Path:
-    """Write a file; returns its path."""
+    """Write a file that also says what tensors within it are; returns its path."""
     arrays = [numpy_helper.from_array(array, name) for name, array in (initializers or {}).items()]
-    graph = helper.make_graph(list(nodes), "foreign", list(inputs), list(outputs), arrays)
+    graph = helper.make_graph(list(nodes), "foreign", list(inputs), list(outputs), arrays, value_info=within)
     domains = [helper.make_opsetid("", 17), *(helper.make_opsetid(f.domain, 1) for f in functions)]
     model = helper.make_model(graph, opset_imports=domains, ir_version=9, functions=list(functions))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -370,7 +370,7 @@ def test_sizes_that_are_baked_in(tmp_path: Path) -> None:
 
 
 def write_example_sizes(path: Path, last: str) -> Path:
-    """A GRU whose outputs are said to have the sizes of an example, as torch's exporter writes them."""
+    """A GRU whose results are said to have the sizes of an example, as torch's exporter writes them."""
     return write(
         path,
         [
@@ -381,6 +381,7 @@ def write_example_sizes(path: Path, last: str) -> Path:
         [tensor("x", "T", "N", I), tensor("h", 1, "N", H)],
         [tensor("y", 7, 2, H), tensor("h_out", 1, 2, H)],
         weights(3, more={"one": [1]}),
+        within=[tensor("steps", 7, 2, H)],
     )
 
 
