@@ -22,6 +22,8 @@ _MAX_BYTES = 1 << 20
 Axis = Annotated[int, Field(ge=0, strict=True)]
 Shape = tuple[Annotated[int, Field(ge=1, strict=True)] | None, ...]
 """Sizes of the graph's axes; null where any will do."""
+Name = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""The name of a tensor; some exporters number them."""
 
 
 class _Part(BaseModel):
@@ -73,7 +75,7 @@ class Initial(_Part):
     """
 
     file: str | None = None
-    initializer: str | None = None
+    initializer: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -97,9 +99,9 @@ class StateDescription(_Part):
         initial: what a sequence begins with.
     """
 
-    input: str
-    output: str
-    name: str | None = None
+    input: Name
+    output: Name
+    name: Name | None = None
     batch_axis: Axis | None = None
     shape: Shape | None = None
     initial: Initial = Initial()

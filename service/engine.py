@@ -75,11 +75,12 @@ class Engine:
         self.digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
         _check(signature, self.manifest)
         manifest = self.manifest
+        self._results: list[TensorSpec | StateSpec] = [*manifest.outputs, *manifest.states]
         self._outputs = [spec.name for spec in manifest.outputs] + [spec.output for spec in manifest.states]
         self._constants = {one.name: from_text(one.value, one.dtype, one.shape) for one in manifest.constants}
         self._absent = {spec.name: spec.absent for spec in manifest.inputs if spec.absent}
         self._absent |= {spec.input: spec.absent for spec in manifest.states if spec.absent}
-        self._absent_after = [spec.absent for spec in manifest.outputs] + [spec.absent for spec in manifest.states]
+        self._absent_after = [spec.absent for spec in self._results]
 
     def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
         """Run the graph once.
@@ -89,6 +90,9 @@ class Engine:
 
         Returns:
             The outputs and the states after the run, each in the manifest's order and axes.
+
+        Raises:
+            Exception: whatever onnxruntime raises; a result of another shape than the manifest says.
         """
         manifest = self.manifest
         given = dict(feeds, **self._constants)
@@ -98,8 +102,26 @@ class Engine:
             given[manifest.lengths] = given[manifest.lengths].astype(manifest.lengths_dtype, copy=False)
         arrays = self._session.run(self._outputs, given)
         arrays = [np.expand_dims(a, absent) for a, absent in zip(arrays, self._absent_after, strict=True)]
+        x = manifest.inputs[0]
+        sizes = feeds[x.name].shape
+        for spec, array in zip(self._results, arrays, strict=True):
+            _check_result(spec, array, sizes[x.batch_axis], 1 if x.time_axis is None else sizes[x.time_axis])
         split = len(manifest.outputs)
         return arrays[:split], arrays[split:]
+
+
+def _check_result(spec: TensorSpec | StateSpec, array: Array, rows: int, steps: int) -> None:
+    """Refuse what would be handed to the wrong rows. A graph may leave its sizes unsaid, or say what is not so."""
+    expected = list(spec.shape)
+    expected[spec.batch_axis] = rows
+    if isinstance(spec, TensorSpec) and spec.time_axis is not None:
+        expected[spec.time_axis] = steps
+    if len(array.shape) != len(expected) or any(
+        want is not None and want != have for want, have in zip(expected, array.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{spec.name!r} came out as {list(array.shape)} for {rows} rows and {steps} steps; expected {expected}"
+        )
 
 
 def _digest(path: Path) -> str:

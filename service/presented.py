@@ -140,7 +140,10 @@ class _Presenter:
         ]:
             if name not in there:
                 raise _wrong(where, f"the graph has no {kind} {name!r}; it has {', '.join(sorted(there))}")
-        known = description.inputs.keys() | {one.input for one in description.states}
+        carried = {one.input for one in description.states}
+        for name in sorted(carried & description.inputs.keys()):
+            raise _wrong(f"inputs.{name}", f"{name!r} is the input of a state too; expected one of them")
+        known = description.inputs.keys() | carried
         if left := sorted(graph.inputs.keys() - known):
             raise LoadError(f"{NAME} says nothing of the graph's input {', '.join(map(repr, left))}")
 
@@ -159,7 +162,7 @@ class _Presenter:
         for y in self._outputs:
             if y.batch_axis is None and not any(going_in):
                 raise _wrong(y.where, "batch_axis is left out, although what goes into the graph has a batch")
-        return 1 if any(going_in) or any(y.size(y.batch_axis) == 1 for y in self._outputs) else None
+        return 1 if any(going_in) else None
 
     def _steps_per_run(self) -> int | None:
         told = self._outputs if any(x.size(x.time_axis) for x in self._inputs) else []

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from conveyor import AsyncClient, EngineFailed, InvalidRequest
 from service.errors import LoadError
+from service.loading import load_model
+from service.settings import Settings
 from tests.any_graphs import CASES, CELL, Case, model, place
 from tests.conftest import running
 
@@ -135,7 +137,5 @@ async def test_a_model_that_is_refused_disturbs_nobody(tmp_path: Path) -> None:
     place(tmp_path, "bare", model(CASES[1].graph, CASES[1].weights))
     async with running(tmp_path) as server:
         assert server.repository.names() == ["any"]
-        place(tmp_path / "alone", "bare", model(CASES[1].graph, CASES[1].weights))
     with pytest.raises(LoadError, match=r"no manifest .*python -m export inspect FILE"):
-        async with running(tmp_path / "alone"):
-            pass
+        load_model(tmp_path / "bare/1/model.onnx", Settings())

@@ -52,8 +52,9 @@ def test_versions(text: str, versions: Versions) -> None:
 
 def test_names_are_as_they_are_written() -> None:
     """Also those that YAML takes for numbers and bools elsewhere."""
-    description = parse("inputs: {1: {}, on: {}, 007: {}}\noutputs: {no: {}}")
+    description = parse("inputs: {1: {}, on: {}, 007: {}}\nstates: [{input: 37, output: 52}]\noutputs: {no: {}}")
     assert list(description.inputs) == ["1", "on", "007"]
+    assert (description.states[0].input, description.states[0].output) == ("37", "52")
     assert list(description.outputs) == ["no"]
 
 

@@ -1,0 +1,158 @@
+"""From a file to a graph: what is read for it, what tells it from others, what is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from service.engine import Engine
+from service.errors import LoadError
+from service.loading import load_model
+from service.settings import Settings
+from tests.any_graphs import CASES, CELL, Case, model, place
+from tests.graphs import write_lstm
+
+ROOT = Path(__file__).resolve().parents[3]
+SETTINGS = Settings(threads=1)
+STEP: Case = next(case for case in CASES if case.name == "[N, H], no time axis")
+FILES: Case = next(case for case in CASES if case.files)
+
+
+def digest(path: Path) -> str:
+    """What tells the model from any other."""
+    return load_model(path, SETTINGS).graph.digest
+
+
+def test_a_file_that_was_exported_here(tmp_path: Path) -> None:
+    """Known by its bytes, as before; and by the same where a description says only how to serve it."""
+    path = write_lstm(tmp_path)
+    assert digest(path) == Engine(path).digest
+    (tmp_path / "lstm/model.yaml").write_text("versions: {latest: 3}\nstrict: true")
+    assert digest(path) == Engine(path).digest
+
+
+def test_a_manifest_and_a_description_of_one_graph(tmp_path: Path) -> None:
+    """Which of them counts is not guessed."""
+    path = write_lstm(tmp_path)
+    (tmp_path / "lstm/model.yaml").write_text(STEP.description)
+    with pytest.raises(LoadError, match=r"the file has a manifest inside, and model\.yaml describes its graph too"):
+        load_model(path, SETTINGS)
+
+
+def test_neither(tmp_path: Path) -> None:
+    """Both ways are told."""
+    path = place(tmp_path, "any", model(STEP.graph, STEP.weights), "strict: true")
+    with pytest.raises(
+        LoadError, match=r"no manifest .* no model\.yaml .*python -m export, .*python -m export inspect"
+    ):
+        load_model(path, SETTINGS)
+
+
+def test_what_changes_the_results_changes_the_digest(tmp_path: Path) -> None:
+    """The graph, a constant, an initial state: sessions go on in the same model alone. How it is served is no part."""
+    path = FILES.write(tmp_path)
+    yaml = path.parent.parent / "model.yaml"
+    described = yaml.read_text()
+    first = digest(path)
+    yaml.write_text(described + "tolerance: 1e-3\nversions: [1]\nrow_by_row: true")
+    assert digest(path) == first
+    yaml.write_text(described.replace("value: 2", "value: 3"))
+    second = digest(path)
+    yaml.write_text(described)
+    np.save(path.parent.parent / "h0.npy", np.zeros((1, 1, 4), np.float32))
+    third = digest(path)
+    np.save(path.parent.parent / "h0.npy", FILES.files["h0.npy"])
+    assert digest(path) == first
+    other = onnx.load(path)
+    other.producer_name = "another"
+    onnx.save(other, path)
+    assert len({first, second, third, digest(path)}) == 4
+
+
+def outside(folder: Path, location: str) -> Path:
+    """The model with its recurrent weights outside the file."""
+    content = model(STEP.graph, STEP.weights)
+    (weight,) = [tensor for tensor in content.graph.initializer if tensor.name == "R"]
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=location)
+    path = place(folder, "any", content, STEP.description)
+    CELL["R"].tofile(path.parent / "weights.bin")
+    return path
+
+
+def test_external_data(tmp_path: Path) -> None:
+    """Beside the file it is read, counts towards the limit, and is part of what the model is."""
+    path = outside(tmp_path, "weights.bin")
+    graph = load_model(path, SETTINGS).graph
+    x, h = np.ones((1, 1, 3), np.float32), np.ones((1, 4), np.float32)
+    (y,), _ = graph.run({"x": x, "h": h, str(graph.manifest.lengths): np.array([1], np.int32)})
+    expected = np.tanh(x[0] @ CELL["W"] + h @ CELL["R"]) @ CELL["V"]
+    np.testing.assert_allclose(y[:, 0].astype(np.float64), expected, rtol=0, atol=1e-6)
+    size = path.stat().st_size + CELL["R"].nbytes
+    load_model(path, Settings(threads=1, max_model_bytes=size))
+    with pytest.raises(LoadError, match=f"the model has {size} bytes; this server loads up to {size - 1}"):
+        load_model(path, Settings(threads=1, max_model_bytes=size - 1))
+    (CELL["R"] * 2).tofile(path.parent / "weights.bin")
+    assert digest(path) != graph.digest
+
+
+@pytest.mark.parametrize("with_manifest", [False, True], ids=["described", "with a manifest"])
+@pytest.mark.parametrize("location", ["../weights.bin", "link.bin", "/etc/hostname", "none.bin"])
+def test_external_data_elsewhere(tmp_path: Path, location: str, with_manifest: bool) -> None:
+    """Refused before onnxruntime sees it, whoever says of himself that he wrote the file."""
+    path = outside(tmp_path, location)
+    os.symlink("/etc/hostname", path.parent / "link.bin")
+    shutil.copy(path.parent / "weights.bin", path.parent.parent / "weights.bin")
+    if with_manifest:
+        content = onnx.load(path, load_external_data=False)
+        entries = onnx.load(write_lstm(tmp_path)).metadata_props
+        content.metadata_props.extend(entries)
+        path.write_bytes(content.SerializeToString())
+        (path.parent.parent / "model.yaml").unlink()
+    with pytest.raises(
+        LoadError, match=r"the external data of tensor 'R', .* (outside the model's|a link out|missing)"
+    ):
+        load_model(path, SETTINGS)
+
+
+def test_a_file_over_the_limit(tmp_path: Path) -> None:
+    """Told before it is read."""
+    path = tmp_path / "large/1/model.onnx"
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(5 << 30)
+    with pytest.raises(
+        LoadError, match=r"the model has 5368709120 bytes; this server loads up to 4294967296 \(--max-m"
+    ):
+        load_model(path, SETTINGS)
+
+
+def test_what_is_audited_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the numbers that were found, and each reservation."""
+    case = next(case for case in CASES if case.name == "rows that are mixed")
+    load_model(case.write(tmp_path), SETTINGS)
+    said = capsys.readouterr().out
+    assert "model audited" in said
+    assert "row_by_row=True" in said
+    assert "chunks=0.0" in said
+    assert "model served with a reservation" in said
+
+
+def test_onnx_is_not_imported_for_files_that_were_exported_here(tmp_path: Path) -> None:
+    """It takes half a second, and a server with such models alone starts without it."""
+    code = (
+        "import sys; from pathlib import Path; from service.loading import load_model; from service.settings import "
+        "Settings; load_model(Path(sys.argv[1]), Settings()); sys.exit('onnx' in sys.modules)"
+    )
+    for path, imported in ((write_lstm(tmp_path), 0), (STEP.write(tmp_path), 1)):
+        done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == imported, done.stderr
