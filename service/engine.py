@@ -80,7 +80,8 @@ class Engine:
         self._constants = {one.name: from_text(one.value, one.dtype, one.shape) for one in manifest.constants}
         self._absent = {spec.name: spec.absent for spec in manifest.inputs if spec.absent}
         self._absent |= {spec.input: spec.absent for spec in manifest.states if spec.absent}
-        self._absent_after = [spec.absent for spec in self._results]
+        self._absent_after = [(index, spec.absent) for index, spec in enumerate(self._results) if spec.absent]
+        self._wide_lengths = manifest.lengths if manifest.lengths_dtype == "int64" else None
 
     def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
         """Run the graph once.
@@ -94,19 +95,19 @@ class Engine:
         Raises:
             Exception: whatever onnxruntime raises; a result of another shape than the manifest says.
         """
-        manifest = self.manifest
-        given = dict(feeds, **self._constants)
+        given = {**feeds, **self._constants}
         for name, absent in self._absent.items():
             given[name] = given[name].squeeze(absent)
-        if manifest.lengths is not None:
-            given[manifest.lengths] = given[manifest.lengths].astype(manifest.lengths_dtype, copy=False)
+        if self._wide_lengths is not None:
+            given[self._wide_lengths] = given[self._wide_lengths].astype(np.int64)
         arrays = self._session.run(self._outputs, given)
-        arrays = [np.expand_dims(a, absent) for a, absent in zip(arrays, self._absent_after, strict=True)]
-        x = manifest.inputs[0]
+        for index, absent in self._absent_after:
+            arrays[index] = np.expand_dims(arrays[index], absent)
+        x = self.manifest.inputs[0]
         sizes = feeds[x.name].shape
         for spec, array in zip(self._results, arrays, strict=True):
             _check_result(spec, array, sizes[x.batch_axis], 1 if x.time_axis is None else sizes[x.time_axis])
-        split = len(manifest.outputs)
+        split = len(self.manifest.outputs)
         return arrays[:split], arrays[split:]
 
 
@@ -116,12 +117,11 @@ def _check_result(spec: TensorSpec | StateSpec, array: Array, rows: int, steps: 
     expected[spec.batch_axis] = rows
     if isinstance(spec, TensorSpec) and spec.time_axis is not None:
         expected[spec.time_axis] = steps
-    if len(array.shape) != len(expected) or any(
-        want is not None and want != have for want, have in zip(expected, array.shape, strict=True)
+    have = list(array.shape)
+    if have != expected and (
+        len(have) != len(expected) or any(b is not None and a != b for a, b in zip(have, expected, strict=True))
     ):
-        raise ValueError(
-            f"{spec.name!r} came out as {list(array.shape)} for {rows} rows and {steps} steps; expected {expected}"
-        )
+        raise ValueError(f"{spec.name!r} came out as {have} for {rows} rows and {steps} steps; expected {expected}")
 
 
 def _digest(path: Path) -> str:
