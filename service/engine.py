@@ -16,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from service.errors import LoadError as LoadError
+from service.errors import LoadError
 from service.graph import Port, Signature
 from service.manifest import METADATA_KEY, Manifest, StateSpec, TensorSpec
 from service.values import from_text

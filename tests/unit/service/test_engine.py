@@ -12,7 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from service.engine import Engine, LoadError
+from service.engine import Engine
+from service.errors import LoadError
 from service.manifest import METADATA_KEY
 from tests.graphs import HIDDEN, INPUT, expected, write_lstm
 
