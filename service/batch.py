@@ -7,14 +7,14 @@ not know grpc or sessions.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import ConveyorError
+from service.row import USUAL, Row, Track
 from service.runner import Runner
-from service.scheduler import USUAL, Row, Track
 
 Array = NDArray[np.generic]
 
@@ -37,6 +37,7 @@ class Batch:
         inputs: Sequence[Array],
         deadline: float | None,
         priority: int = USUAL,
+        caller: Hashable = None,
     ) -> None:
         """Add a row, to be submitted with the others.
 
@@ -46,12 +47,16 @@ class Batch:
             inputs: one array [T, ...] an input of the model.
             deadline: on the clock; None for none.
             priority: 1 first, 2 as usual, 3 last.
+            caller: among whom the model's time is shared out.
 
         Raises:
             Full: if there is no slot.
         """
         track = Track(self._runner.pool.allocate(states))
-        self.rows.append(Row(track, 0, steps, inputs, self._on_end, deadline, priority))
+        row = Row(track, 0, steps, inputs, self._on_end, deadline, priority, caller, batch=True)
+        # Nobody needs the states that it begins from, should it come to nothing halfway.
+        row.scratch = track.slot
+        self.rows.append(row)
 
     def free(self) -> None:
         """Give the slots of rows back that were not submitted."""

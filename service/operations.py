@@ -7,7 +7,7 @@ Arrays come in decoded and checked against the model's manifest. Must not know g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -26,8 +26,8 @@ from service.errors import (
 from service.metrics import Metrics
 from service.replies import Replies
 from service.repository import Repository
+from service.row import USUAL, Row, Track
 from service.runner import Runner
-from service.scheduler import USUAL, Row, Track
 from service.session import Pending, Reply, Session, Waiter, new_epoch
 from service.sessions import SessionTable
 
@@ -173,6 +173,7 @@ class Operations:
         waiter: Waiter,
         priority: int = USUAL,
         accepted: float | None = None,
+        caller: Hashable = None,
     ) -> Pending | None:
         """Queue a chunk. The waiter is answered once, now or later, unless it is abandoned.
 
@@ -186,6 +187,7 @@ class Operations:
             waiter: whoever is to be told.
             priority: 1 first, 2 as usual, 3 last.
             accepted: when the chunk was accepted, if that was before this; it is taken then also while draining.
+            caller: among whom the model's time is shared out evenly.
 
         Returns:
             What to abandon if the caller goes away; None if the waiter has been answered already.
@@ -216,6 +218,7 @@ class Operations:
             lambda row: self._ended(session, runner, row, reply_bytes, began),
             deadline,
             priority,
+            caller,
         )
         self.replies.reserve(reply_bytes, session.last)
         try:
@@ -400,6 +403,7 @@ class Operations:
         states: Sequence[Array] | None,
         deadline: float | None,
         priority: int = USUAL,
+        caller: Hashable = None,
     ) -> tuple[list[list[Array]], list[list[Array]]]:
         """Run whole sequences.
 
@@ -410,6 +414,7 @@ class Operations:
             states: to begin from, each [N, ...]; None for the initial ones.
             deadline: on the clock; None for none.
             priority: 1 first, 2 as usual, 3 last.
+            caller: among whom the model's time is shared out evenly.
 
         Returns:
             For each row its outputs, each [T_n, ...] or [...], and its final states, each without the batch axis.
@@ -423,7 +428,7 @@ class Operations:
         try:
             for n, length in enumerate(lengths):
                 given = None if states is None else [state[n] for state in states]
-                batch.add(given, length, [array[n, :length] for array in inputs], deadline, priority)
+                batch.add(given, length, [array[n, :length] for array in inputs], deadline, priority, caller)
             runner.submit(batch.rows)
         except Exception:
             batch.free()

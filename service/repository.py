@@ -312,11 +312,15 @@ class Repository(Catalogue):
         limits = Limits(
             queued_rows=settings.max_queued_rows,
             queued_bytes=settings.max_queued_bytes,
+            queued_s=settings.max_queued_s,
             tick_rows=settings.max_tick_rows,
             tick_steps=settings.max_tick_steps,
             ragged=loaded.graph.manifest.lengths is not None,
+            sliced=loaded.graph.manifest.streamable,
+            short_tick_s=settings.short_tick_ms * 1e-3,
+            long_tick_s=settings.long_tick_ms * 1e-3,
         )
-        slots = settings.max_sessions + settings.max_queued_rows + settings.max_tick_rows
+        slots = settings.max_sessions + 2 * (settings.max_queued_rows + settings.max_tick_rows)
         try:
             runner = Runner(found.name, found.version, loaded.graph, limits, slots, self._metrics, self._clock, loop)
             runner.warm_up()

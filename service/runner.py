@@ -24,7 +24,8 @@ from service.graph import Graph
 from service.metrics import Metrics
 from service.packing import pack, unpack
 from service.pool import Pool
-from service.scheduler import Limits, Phase, Row, Scheduler, Track
+from service.row import Phase, Row, Track
+from service.scheduler import Limits, Scheduler, Tick
 from service.statistics import Statistics
 
 Array = NDArray[np.generic]
@@ -108,14 +109,17 @@ class Runner:
             inputs = [
                 np.zeros((steps, *(size or 1 for size in spec.tail)), spec.dtype) for spec in self.manifest.inputs
             ]
-            tick = [Row(Track(self.pool.allocate()), 0, steps, inputs, _ignore) for _ in range(rows)]
+            began = self._clock()
+            made = [Row(Track(self.pool.allocate()), 0, steps, inputs, _ignore) for _ in range(rows)]
+            tick = Tick(made, [steps] * rows)
             outputs, states = self.engine.run(self._feeds(tick))
             for spec, output in zip(self.manifest.outputs, outputs, strict=True):
-                unpack(output, spec, [steps] * rows)
-            slots = np.array([row.track.slot for row in tick], np.intp)
+                unpack(output, spec, tick.lengths)
+            slots = np.array([row.track.slot for row in made], np.intp)
             self.pool.scatter(slots, np.arange(rows), states)
-            for row in tick:
+            for row in made:
                 self.pool.free(row.track.slot)
+            self._scheduler.pace.learn(rows, steps, self._clock() - began)
 
     def start(self) -> None:
         """Begin to take rows."""
@@ -143,7 +147,10 @@ class Runner:
             True if it has ended by this, and ``on_end`` will not be called; False if it will be, or was.
         """
         with self._wake:
-            return self._scheduler.cancel(row)
+            ended = self._scheduler.cancel(row)
+        if ended:
+            self._release(row)
+        return ended
 
     async def stop(self, timeout_s: float) -> bool:
         """Refuse what waits, finish the tick that runs, and end the thread.
@@ -181,7 +188,8 @@ class Runner:
                         return
                     self._wake.wait()
                     tick, refused = self._scheduler.cut(self._clock())
-            if tick:
+            ended = refused
+            if tick is not None:
                 began = self._clock()
                 try:
                     self._run(tick, began)
@@ -189,65 +197,103 @@ class Runner:
                     # Nothing in _run is expected to raise; were this thread to die of it, every later row would wait
                     # for ever.
                     log.exception("tick failed", model=self.name, version=self.version)
-                    self._refuse([row for row in tick if row.outputs is None], EngineFailed("the tick failed"))
-                self._tick_seconds.observe(self._clock() - began)
-                self._tick_rows.observe(len(tick))
-                self._padding.inc(len(tick) * max(row.steps for row in tick) - sum(row.steps for row in tick))
-            self._loop.call_soon_threadsafe(self._deliver, refused + tick)
+                    self._refuse(
+                        [row for row in tick.rows if row.phase is Phase.RUNNING], EngineFailed("the tick failed")
+                    )
+                seconds, useful = self._clock() - began, sum(tick.lengths)
+                self._scheduler.pace.learn(len(tick.rows), tick.steps, seconds)
+                self._tick_seconds.observe(seconds)
+                self._tick_rows.observe(len(tick.rows))
+                self._padding.inc(len(tick.rows) * tick.steps - useful)
+                ended = refused + [row for row in tick.rows if row.phase is not Phase.QUEUED]
+            for row in ended:
+                self._release(row)
+            if ended:
+                self._loop.call_soon_threadsafe(self._deliver, ended)
 
-    def _run(self, tick: list[Row], cut_at: float) -> None:
+    def _release(self, row: Row) -> None:
+        """Give back the slot in which a row that has ended kept its states between its slices."""
+        if row.scratch is not None and row.scratch != row.track.slot:
+            self.pool.free(row.scratch)
+        row.scratch = None
+
+    def _run(self, tick: Tick, cut_at: float) -> None:
         try:
             began = self._clock()
             feeds = self._feeds(tick)
             packed = self._clock()
             outputs, states = self.engine.run(feeds)
             ran = self._clock()
-            lengths = [row.steps for row in tick]
             unpacked = [
-                unpack(output, spec, lengths) for output, spec in zip(outputs, self.manifest.outputs, strict=True)
+                unpack(output, spec, tick.lengths) for output, spec in zip(outputs, self.manifest.outputs, strict=True)
             ]
         except Exception as error:
-            if len(tick) > 1:
+            if len(tick.rows) > 1:
                 # One row may be to blame. Nothing has moved, so each half can run again without the other.
-                middle = len(tick) // 2
-                self._run(tick[:middle], cut_at)
-                self._run(tick[middle:], cut_at)
+                for half in tick.halves():
+                    self._run(half, cut_at)
                 return
             log.error("run failed", model=self.name, version=self.version, error=repr(error))
-            self._refuse(tick, EngineFailed("the model failed on this input; the state has not moved"))
+            self._refuse(tick.rows, EngineFailed("the model failed on this input; the state has not moved"))
             return
         with self._wake:
-            applied = self._scheduler.seal(tick, self._clock())
-        if applied:
-            rows = np.array(applied, np.intp)
-            slots = np.array([tick[index].track.slot for index in applied], np.intp)
-            self.pool.scatter(slots, rows, states)
-        for index in applied:
-            tick[index].outputs = [rows_of_output[index] for rows_of_output in unpacked]
+            sealed = self._scheduler.seal(tick, self._clock())
+        for index in sealed.advanced:
+            row = tick.rows[index]
+            row.parts.append([rows_of_output[index] for rows_of_output in unpacked])
+            if row.scratch is None:
+                row.scratch = self.pool.allocate()
+        for index in sealed.applied:
+            row = tick.rows[index]
+            last = [rows_of_output[index] for rows_of_output in unpacked]
+            row.outputs = self._join([*row.parts, last]) if row.parts else last
+            if row.scratch is not None:
+                # What its track had is given back when the row is released.
+                row.track.slot, row.scratch = row.scratch, row.track.slot
+        kept = sorted(sealed.applied + sealed.advanced)
+        if kept:
+            slots = [
+                row.track.slot if row.phase is Phase.APPLIED else row.scratch
+                for row in (tick.rows[index] for index in kept)
+            ]
+            self.pool.scatter(np.array(slots, np.intp), np.array(kept, np.intp), states)
+        if sealed.advanced:
+            with self._wake:
+                self._scheduler.resume(tick, sealed)
         self.statistics.run(
-            rows=len(tick),
-            applied=len(applied),
-            waited_s=sum(cut_at - row.queued_at for row in tick),
+            rows=len(tick.rows),
+            applied=len(sealed.applied),
+            waited_s=sum(cut_at - row.queued_at for row in tick.rows),
             input_s=packed - began,
             infer_s=ran - packed,
             output_s=self._clock() - ran,
             now_s=self._calendar(),
         )
 
+    def _join(self, parts: Sequence[Sequence[Array]]) -> list[Array]:
+        """The outputs of a row from those of its slices."""
+        return [
+            parts[-1][index] if spec.time_axis is None else np.concatenate([part[index] for part in parts])
+            for index, spec in enumerate(self.manifest.outputs)
+        ]
+
     def _refuse(self, rows: Sequence[Row], error: ConveyorError) -> None:
         with self._wake:
-            for row in rows:
-                row.refuse(error)
+            self._scheduler.fail(rows, error)
 
-    def _feeds(self, tick: Sequence[Row]) -> dict[str, Array]:
-        longest = max(row.steps for row in tick)
+    def _feeds(self, tick: Tick) -> dict[str, Array]:
+        rows, lengths = tick.rows, tick.lengths
         feeds = {
-            spec.name: pack([row.inputs[index] for row in tick], spec, longest)
+            spec.name: pack(
+                [row.inputs[index][row.done : row.done + length] for row, length in zip(rows, lengths, strict=True)],
+                spec,
+                tick.steps,
+            )
             for index, spec in enumerate(self.manifest.inputs)
         }
         if self.manifest.lengths is not None:
-            feeds[self.manifest.lengths] = np.array([row.steps for row in tick], np.int32)
-        slots = np.array([row.track.slot for row in tick], np.intp)
+            feeds[self.manifest.lengths] = np.array(lengths, self.manifest.lengths_dtype)
+        slots = np.array([row.track.slot if row.scratch is None else row.scratch for row in rows], np.intp)
         for state, array in zip(self.manifest.states, self.pool.gather(slots), strict=True):
             feeds[state.input] = array
         return feeds

@@ -1,129 +1,40 @@
-"""Which rows run together, and what becomes of each: admission, queue, cutting ticks, sealing them.
+"""Which rows run together, for how many steps, and what becomes of each: admission, queue, cutting ticks, sealing them.
 
 Owns the queue of one model version. Pure: no I/O, no threads, no arrays looked into, and the time is handed in; whoever
 shares a scheduler between threads holds one lock around each call. Must not know grpc, onnxruntime, or what a session
 is.
 
-The life of a row: ``submit`` queues it, ``cut`` takes it into a tick or refuses it, ``seal`` ends it after the run. A
-row is applied only in ``seal``, and only if nobody has cancelled it and its deadline has not passed; that moment is the
-one in which the position of its track moves. A row runs only where its track stands: when an earlier row of the same
-track came to nothing, the ones behind it are refused with a position conflict.
+The life of a row: ``submit`` queues it or refuses it, ``cut`` takes it or a slice of it into a tick, ``seal`` ends the
+tick after its run, and ``resume`` puts rows that have steps left back in front. A row is applied only in ``seal``,
+after its last step, and only if nobody has cancelled it and its deadline has not passed; that moment is the one in
+which the position of its track moves.
 
-Of the rows that wait, those of a higher priority run first, and among equals the one that came first. A row does not
-overtake an earlier one of its track, whatever their priorities. So that no row waits for ever, one tick in eight is led
-by the row that has waited longest.
+Who is next: chunks and batches take turns while both wait, so that neither waits behind more than one tick of the
+other, and while chunks come a tick is short. Within each, callers share the steps evenly.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Any
+from typing import TypeAlias
 
 from service.errors import Cancelled, ConveyorError, Full, InvalidRequest, Late, PositionConflict
+from service.fair import Fair
+from service.pace import Pace
+from service.row import PRIORITIES, Phase, Row
+from service.shape import choose, choose_whole
 
-FIRST, USUAL, LAST = PRIORITIES = (1, 2, 3)
-_OLDEST_LEADS = 8
-"""One tick in so many is led by the oldest row."""
-
-
-class Track:
-    """A line of steps that follow each other: a session, or one sequence of a batch.
-
-    Attributes:
-        slot: where its states live.
-        position: how many steps have been applied.
-        queued: how many rows of it wait.
-        priority: of the newest of them; the next one has no higher.
-    """
-
-    __slots__ = ("position", "priority", "queued", "slot")
-
-    def __init__(self, slot: int, position: int = 0) -> None:
-        self.slot = slot
-        self.position = position
-        self.queued = 0
-        self.priority = FIRST
+_PATIENCE = 7
+"""How many ticks in a row a priority lets higher ones lead."""
+_CAUTION = 1.25
+"""How much longer than expected the work ahead may take without making late what was accepted."""
+_LIVELY_S = 1.0
+"""How long after the last chunk ticks stay short."""
 
 
-class Phase(Enum):
-    """Where a row is in its life."""
-
-    QUEUED = auto()
-    RUNNING = auto()
-    APPLIED = auto()
-    REFUSED = auto()
-
-
-class Row:
-    """Consecutive steps of one track.
-
-    Attributes:
-        track: whose steps they are.
-        position: where they begin.
-        steps: how many they are.
-        inputs: the arrays, one an input of the model; none once refused.
-        size: bytes that they hold.
-        deadline: the time after which the row must not be applied; None for never.
-        on_end: called once, by whoever delivers, when the row has ended.
-        priority: 1 first, 2 as usual, 3 last.
-        queued_at: when it was submitted.
-        number: how many rows were submitted before it.
-        phase: where it is in its life.
-        outputs: once applied, the arrays, one an output of the model.
-        error: once refused, why.
-    """
-
-    __slots__ = (
-        "deadline",
-        "error",
-        "inputs",
-        "number",
-        "on_end",
-        "outputs",
-        "phase",
-        "position",
-        "priority",
-        "queued_at",
-        "size",
-        "steps",
-        "track",
-        "unwanted",
-    )
-
-    def __init__(
-        self,
-        track: Track,
-        position: int,
-        steps: int,
-        inputs: Sequence[Any],
-        on_end: Callable[[Row], None],
-        deadline: float | None = None,
-        priority: int = USUAL,
-    ) -> None:
-        self.track = track
-        self.position = position
-        self.steps = steps
-        self.inputs = inputs
-        self.size: int = sum(array.nbytes for array in inputs)
-        self.on_end = on_end
-        self.deadline = deadline
-        self.priority = priority
-        self.queued_at = 0.0
-        self.number = 0
-        self.phase = Phase.QUEUED
-        self.outputs: Sequence[Any] | None = None
-        self.error: ConveyorError | None = None
-        self.unwanted = False
-
-    def refuse(self, error: ConveyorError) -> None:
-        """End the row without applying it."""
-        # A cancelled row stays in the queue until a tick is cut: it must not hold memory that nobody counts any more.
-        self.inputs = ()
-        self.phase = Phase.REFUSED
-        self.error = error
+Kind: TypeAlias = tuple[bool, int]
+"""Of a batch or not, and of which priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,34 +46,85 @@ class Limits:
         tick_rows: most rows in one tick.
         tick_steps: most steps in one tick, padding counted, unless one row alone has more.
         ragged: whether rows of one tick may differ in length.
+        sliced: whether a row may run in slices. Not where a layer reads backward: it needs the whole row at once.
         queued_bytes: most bytes that the inputs of waiting rows hold.
+        queued_s: most seconds of work that may wait in front of a row.
+        short_tick_s: how long a tick may take while chunks come.
+        long_tick_s: how long it may take otherwise.
     """
 
     queued_rows: int
     tick_rows: int
     tick_steps: int
     ragged: bool = True
+    sliced: bool = True
     queued_bytes: int = 1 << 30
+    queued_s: float = 60.0
+    short_tick_s: float = 0.004
+    long_tick_s: float = 0.05
+
+
+@dataclass(slots=True)
+class Tick:
+    """Rows that run together.
+
+    Attributes:
+        rows: each once.
+        lengths: how many of its steps each row runs, from ``row.done`` on.
+    """
+
+    rows: list[Row]
+    lengths: list[int]
+
+    @property
+    def steps(self) -> int:
+        """Of the longest."""
+        return max(self.lengths)
+
+    def halves(self) -> tuple[Tick, Tick]:
+        """The same rows in two ticks."""
+        middle = len(self.rows) // 2
+        return (
+            Tick(self.rows[:middle], self.lengths[:middle]),
+            Tick(self.rows[middle:], self.lengths[middle:]),
+        )
+
+
+@dataclass(slots=True)
+class Sealed:
+    """What a run has come to, by the rows' indices in their tick.
+
+    Attributes:
+        applied: ended well; their states are those of their tracks from now on.
+        advanced: have steps left. Their states are to be kept for the next slice, and they to be resumed then.
+    """
+
+    applied: list[int]
+    advanced: list[int]
 
 
 class Scheduler:
     """The queue of one model version."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, pace: Pace | None = None) -> None:
+        self.pace = pace or Pace()
         self._limits = limits
-        self._queues: dict[int, deque[Row]] = {priority: deque() for priority in PRIORITIES}
-        self._queued = 0
-        self._submitted = 0
-        self._ticks = 0
+        kinds = [(batch, priority) for batch in (False, True) for priority in PRIORITIES]
+        self._queues: dict[Kind, Fair[Row]] = {kind: Fair() for kind in kinds}
+        self._steps = dict.fromkeys(kinds, 0)
+        self._patience = dict.fromkeys(kinds, _PATIENCE)
+        self._batch_led = True
+        self._waiting = 0
         self._bytes = 0
+        self._lively_until = float("-inf")
 
     @property
     def queued(self) -> int:
         """How many rows wait."""
-        return self._queued
+        return self._waiting
 
     def submit(self, rows: Sequence[Row], now: float = 0.0) -> None:
-        """Queue rows: all of them or, over the limit, none.
+        """Queue rows: all of them or, over a limit, none.
 
         Args:
             rows: in the order in which they are to run, as far as they are of one track.
@@ -170,8 +132,21 @@ class Scheduler:
 
         Raises:
             InvalidRequest: if they would not fit into an empty queue.
-            Full: if they do not fit now.
+            Full: if they do not fit now, or would not be done in time.
         """
+        self._admit(rows, now)
+        for row in rows:
+            row.queued_at = now
+            waiting = row.track.waiting
+            waiting.append(row)
+            self._enter(row)
+            # Those behind it come into the queue when their turn is near: when they are the first of their track.
+            if len(waiting) == 1:
+                self._queues[_kind(row)].push(row.caller, row)
+            if not row.batch:
+                self._lively_until = now + _LIVELY_S
+
+    def _admit(self, rows: Sequence[Row], now: float) -> None:
         limits = self._limits
         size = sum(row.size for row in rows)
         if len(rows) > limits.queued_rows or size > limits.queued_bytes:
@@ -179,9 +154,10 @@ class Scheduler:
                 f"{len(rows)} rows of {size} bytes never fit: a model's queue holds up to {limits.queued_rows} rows "
                 f"and {limits.queued_bytes} bytes; send fewer at a time"
             )
-        if self._queued + len(rows) > limits.queued_rows:
+        queued = self.queued
+        if queued + len(rows) > limits.queued_rows:
             raise Full(
-                f"{self._queued} rows are waiting for this model and {len(rows)} more would pass the limit of "
+                f"{queued} rows are waiting for this model and {len(rows)} more would pass the limit of "
                 f"{limits.queued_rows}; try again later"
             )
         if self._bytes + size > limits.queued_bytes:
@@ -189,17 +165,30 @@ class Scheduler:
                 f"{self._bytes} bytes of input are waiting for this model and {size} more would pass the limit of "
                 f"{limits.queued_bytes}; try again later"
             )
+        if not queued:
+            return
+        before = self._ahead(_kind(rows[0]))
+        ahead = self.pace.work_s(queued, before, limits.tick_rows)
+        if ahead > limits.queued_s:
+            raise Full(
+                f"{ahead:.1f} s of work are waiting for this model, which is over the limit of {limits.queued_s:g} s; "
+                "try again later"
+            )
+        needed = self.pace.work_s(queued + len(rows), before + sum(row.steps for row in rows), limits.tick_rows)
         for row in rows:
-            track = row.track
-            if track.queued:
-                row.priority = max(row.priority, track.priority)
-            track.priority = row.priority
-            track.queued += 1
-            row.queued_at, row.number = now, self._submitted
-            self._submitted += 1
-            self._queues[row.priority].append(row)
-        self._queued += len(rows)
-        self._bytes += size
+            if row.deadline is not None and now < row.deadline < now + _CAUTION * needed:
+                raise Full(
+                    f"it would be done in {needed:.3f} s and its deadline is in {row.deadline - now:.3f} s; "
+                    "try again later"
+                )
+
+    def _ahead(self, kind: Kind) -> int:
+        """Steps that run before a new row of a kind does."""
+        batch, priority = kind
+        ours = sum(self._steps[batch, other] for other in PRIORITIES if other <= priority)
+        theirs = sum(self._steps[not batch, other] for other in PRIORITIES)
+        # They take turns: what is ahead of chunks is at most as much of the batches again.
+        return ours + (theirs if batch else min(ours, theirs))
 
     def cancel(self, row: Row) -> bool:
         """Give a row up; one that runs is not applied when its tick is sealed.
@@ -210,118 +199,173 @@ class Scheduler:
         if row.phase is not Phase.QUEUED:
             row.unwanted = True
             return False
-        # It stays in its deque until cut comes by: taking it out of the middle would cost the length of the queue.
-        row.refuse(_gone())
+        # It stays in its queue until cut comes by: taking it out of the middle would cost the length of the queue.
         self._leave(row)
+        self._end(row, _gone())
         return True
 
-    def cut(self, now: float) -> tuple[list[Row], list[Row]]:
+    def cut(self, now: float) -> tuple[Tick | None, list[Row]]:
         """Take the rows of the next tick.
 
-        The oldest row of the highest priority leads, or in one tick of eight the oldest of all; those that join it wait
-        behind no other row of their track, are at most twice as long or half as short, and keep rows times the longest
-        within the limit of steps.
-
         Returns:
-            The rows that run now, and those that were refused because they are late or their track is not where they
-            begin.
+            The tick, if any row can run now, and the rows that were refused because they are late or their track is not
+            where they begin.
         """
-        tick = _Tick(self._limits)
-        oldest_leads = self._ticks % _OLDEST_LEADS == _OLDEST_LEADS - 1
-        while oldest_leads and not tick.rows and (queue := self._queue_of_the_oldest()) is not None:
-            tick.take(queue.popleft(), now)
-        for queue in self._queues.values():
-            waiting: list[Row] = []
-            while queue and len(tick.rows) < self._limits.tick_rows:
-                row = queue.popleft()
-                if row.phase is Phase.QUEUED and not tick.take(row, now):
-                    waiting.append(row)
-            queue.extendleft(reversed(waiting))
-        for row in tick.rows:
+        refused: list[Row] = []
+        waiting = [kind for kind, queue in self._queues.items() if queue]
+        if not waiting:
+            return None, refused
+        lead = self._lead(waiting)
+        order = sorted(waiting, key=lambda kind: (kind != lead, kind[0] != lead[0]))
+        rows: list[Row] = []
+        lengths: list[int] = []
+        most, longest = self._size(lead, now)
+        soon = now + self.pace.step_s(min(self._waiting, most), 1)
+
+        def give(row: Row) -> int | None:
+            if row.phase is not Phase.QUEUED:
+                return 0
+            if (error := _unfit(row, soon)) is not None:
+                self._leave(row)
+                self._end(row, error)
+                refused.append(row)
+                return 0
+            length = min(row.left, longest) if self._limits.sliced else row.steps
+            if rows and _kind(row) != lead:
+                # It may fill a tick of others, but not change its length much.
+                near = lengths[0] <= length <= 2 * lengths[0]
+                if not near or (len(rows) + 1) * max(length, *lengths) > self._limits.tick_steps:
+                    return None
+            rows.append(row)
+            lengths.append(length)
+            return length
+
+        for kind in order:
+            # Chunks that wait run together, however many they are; batches must not keep new ones waiting.
+            room = most if kind[0] or lead[0] else self._limits.tick_rows
+            if len(rows) < room:
+                self._queues[kind].take(give, room - len(rows))
+        for kind in waiting:
+            if kind[0] == lead[0]:
+                self._patience[kind] = _PATIENCE if kind == lead else self._patience[kind] - 1
+        self._batch_led = lead[0]
+        if not rows:
+            return None, refused
+        steps, chosen = self._choose(lengths)
+        if len(chosen) < len(rows):
+            kept = set(chosen)
+            for index in reversed(range(len(rows))):
+                if index not in kept:
+                    self._queues[_kind(rows[index])].put_back(rows[index].caller, rows[index], lengths[index])
+            rows = [rows[index] for index in chosen]
+            lengths = [lengths[index] for index in chosen]
+        for row in rows:
             row.phase = Phase.RUNNING
             self._leave(row)
-        for row in tick.refused:
-            self._leave(row)
-        self._ticks += bool(tick.rows)
-        return tick.rows, tick.refused
+        return Tick(rows, [min(length, steps) for length in lengths]), refused
 
-    def _queue_of_the_oldest(self) -> deque[Row] | None:
-        for queue in self._queues.values():
-            while queue and queue[0].phase is not Phase.QUEUED:
-                queue.popleft()
-        return min((queue for queue in self._queues.values() if queue), key=lambda queue: queue[0].number, default=None)
+    def _choose(self, lengths: Sequence[int]) -> tuple[int, list[int]]:
+        """The steps of a tick, and which rows are in it."""
+        limits = self._limits
+        if not limits.sliced:
+            return max(lengths), choose_whole(lengths, limits.tick_steps, limits.ragged)
+        return choose(lengths, lambda rows, steps: steps * self.pace.step_s(rows, steps), limits.ragged)
 
-    def _leave(self, row: Row) -> None:
-        row.track.queued -= 1
-        self._queued -= 1
-        self._bytes -= row.size
+    def _lead(self, waiting: Sequence[Kind]) -> Kind:
+        """Whose tick the next one is."""
+        turn = [kind for kind in waiting if kind[0] is not self._batch_led] or waiting
+        return next((kind for kind in reversed(turn) if self._patience[kind] <= 0), turn[0])
 
-    def seal(self, tick: Sequence[Row], now: float) -> list[int]:
-        """End the rows of a tick whose run succeeded: the one moment in which positions move.
+    def _size(self, lead: Kind, now: float) -> tuple[int, int]:
+        """Most rows of a tick that has some of batches, and most steps."""
+        limits = self._limits
+        lively = now < self._lively_until
+        seconds = limits.short_tick_s if lively else limits.long_tick_s
+        most = self.pace.rows_within(seconds, limits.tick_rows) if lively else limits.tick_rows
+        rows = min(len(self._queues[lead]), most if lead[0] else limits.tick_rows)
+        return most, self.pace.steps_within(rows, seconds, max(1, limits.tick_steps // rows))
+
+    def seal(self, tick: Tick, now: float) -> Sealed:
+        """End a tick whose run succeeded: the one moment in which positions move.
 
         Returns:
-            The indices of the rows that were applied; their new states are to be kept, those of the others thrown away.
+            Which rows have ended well and which go on; the others were refused, and their states are thrown away.
         """
-        applied = []
-        for index, row in enumerate(tick):
+        sealed = Sealed([], [])
+        for index, row in enumerate(tick.rows):
             if row.unwanted:
-                row.refuse(_gone())
+                self._end(row, _gone())
             elif row.deadline is not None and now >= row.deadline:
-                row.refuse(_late())
+                self._end(row, _late())
+            elif row.left > tick.lengths[index]:
+                sealed.advanced.append(index)
             else:
                 row.phase = Phase.APPLIED
                 row.track.position = row.position + row.steps
-                applied.append(index)
-        return applied
+                self._next(row)
+                sealed.applied.append(index)
+        return sealed
+
+    def resume(self, tick: Tick, sealed: Sealed) -> None:
+        """Let the rows that have steps left wait for their next slice; until this they cannot be taken out."""
+        # From the last to the first, so that they stand in front in their old order.
+        for index in reversed(sealed.advanced):
+            row = tick.rows[index]
+            row.done += tick.lengths[index]
+            if row.unwanted:
+                self._end(row, _gone())
+                continue
+            row.phase = Phase.QUEUED
+            self._enter(row)
+            self._queues[_kind(row)].put_back(row.caller, row)
+
+    def fail(self, rows: Sequence[Row], error: ConveyorError) -> None:
+        """End rows of a tick whose run failed."""
+        for row in rows:
+            self._end(row, error)
 
     def clear(self, error: ConveyorError) -> list[Row]:
         """Refuse every row that still waits, and return them."""
-        rows = [row for queue in self._queues.values() for row in queue if row.phase is Phase.QUEUED]
-        rows.sort(key=lambda row: row.number)
-        for row in rows:
-            row.refuse(error)
-            self._leave(row)
-        for queue in self._queues.values():
-            queue.clear()
+        rows: list[Row] = []
+        while heads := [row for queue in self._queues.values() for row in queue.drain() if row.phase is Phase.QUEUED]:
+            for row in heads:
+                self._leave(row)
+                self._end(row, error)
+            rows += heads
+        rows.sort(key=lambda row: row.queued_at)
         return rows
 
+    def _enter(self, row: Row) -> None:
+        self._waiting += 1
+        self._steps[_kind(row)] += row.left
+        self._bytes += row.size
 
-class _Tick:
-    """A tick while it is cut."""
+    def _leave(self, row: Row) -> None:
+        self._waiting -= 1
+        self._steps[_kind(row)] -= row.left
+        self._bytes -= row.size
 
-    def __init__(self, limits: Limits) -> None:
-        self.rows: list[Row] = []
-        self.refused: list[Row] = []
-        self._limits = limits
-        self._seen: set[Track] = set()
-        self._longest = 0
+    def _end(self, row: Row, error: ConveyorError) -> None:
+        row.refuse(error)
+        if row.track.waiting[0] is row:
+            self._next(row)
+        else:
+            row.track.waiting.remove(row)
 
-    def take(self, row: Row, now: float) -> bool:
-        """Add a row, or refuse it.
-
-        Returns:
-            False if it goes on waiting, and with it whatever comes later on its track.
-        """
-        if row.track in self._seen:
-            return False
-        if (error := _unfit(row, now)) is not None:
-            row.refuse(error)
-            self.refused.append(row)
-            return True
-        self._seen.add(row.track)
-        if self.rows and not self._joins(row.steps):
-            return False
-        self.rows.append(row)
-        self._longest = max(self._longest, row.steps)
-        return True
-
-    def _joins(self, steps: int) -> bool:
-        limits, first = self._limits, self.rows[0].steps
-        near = steps <= 2 * first and first <= 2 * steps if limits.ragged else steps == first
-        return near and (len(self.rows) + 1) * max(self._longest, steps) <= limits.tick_steps
+    def _next(self, row: Row) -> None:
+        """Queue the row behind one that has ended."""
+        waiting = row.track.waiting
+        waiting.popleft()
+        if waiting:
+            self._queues[_kind(waiting[0])].push(waiting[0].caller, waiting[0])
 
 
-def _unfit(row: Row, now: float) -> ConveyorError | None:
+def _kind(row: Row) -> Kind:
+    return row.batch, row.priority
+
+
+def _unfit(row: Row, soon: float) -> ConveyorError | None:
+    """Why a row is not to run, in a tick that ends no earlier than ``soon``."""
     # The position first: a chunk that was applied already must not be told that the state has not moved.
     if row.position != row.track.position:
         return PositionConflict(
@@ -329,7 +373,7 @@ def _unfit(row: Row, now: float) -> ConveyorError | None:
             "an earlier chunk was not applied",
             row.track.position,
         )
-    if row.deadline is not None and now >= row.deadline:
+    if row.deadline is not None and soon >= row.deadline:
         return _late()
     return None
 

@@ -13,7 +13,7 @@ until the first step has been applied, or has come to nothing, and only then is 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -63,6 +63,7 @@ class Step:
             whichever there is.
         deadline: on the clock; None for none.
         priority: 1 first, 2 as usual, 3 last.
+        caller: among whom a model's time is shared out.
     """
 
     owner: bytes
@@ -77,6 +78,7 @@ class Step:
     epoch: int = 0
     deadline: float | None = None
     priority: int = 2
+    caller: Hashable = None
 
     @property
     def key(self) -> Key:
@@ -301,6 +303,7 @@ class Sequences:
             ticket,
             step.priority,
             ticket.accepted,
+            step.caller,
         )
 
     def _is_answered(self, step: Step, position: int, ended: Ended) -> bool:

@@ -19,7 +19,7 @@ from service.errors import (
     SessionUnknown,
     Unavailable,
 )
-from service.scheduler import Row, Track
+from service.row import Row, Track
 
 
 @dataclass(frozen=True, slots=True)

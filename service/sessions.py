@@ -18,7 +18,7 @@ from service.errors import (
     SessionLost,
     SessionUnknown,
 )
-from service.scheduler import Track
+from service.row import Track
 from service.session import Home, Session
 
 _LONGEST_ID = 128

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+Milliseconds = Annotated[float, Field(gt=0)]
 
 _PREFIX = "CONVEYOR_"
 
@@ -74,6 +75,8 @@ class Settings(BaseModel):
     """Most chunks and batch rows waiting for one model; over it, new ones are refused at once."""
     max_queued_bytes: Positive = 1024 * 1024 * 1024
     """Most bytes of input waiting for one model."""
+    max_queued_s: Seconds = 60.0
+    """Most seconds of work waiting for one model, by what its runs have taken so far."""
     max_reply_bytes: Positive = 1024 * 1024 * 1024
     """Most bytes that the newest replies of all sessions hold together; over it, chunks are refused."""
     max_calls: Positive = 10_000
@@ -87,6 +90,11 @@ class Settings(BaseModel):
     """Most steps in one run of a model, padding counted, unless one row alone has more."""
     max_model_bytes: Positive = 4 * 1024 * 1024 * 1024
     """Largest model that is loaded: its file and what that names beside it."""
+    short_tick_ms: Milliseconds = 2.0
+    """Milliseconds that one run of a model should take while chunks of sessions come: longer chunks, and the sequences
+    of batches, run in slices."""
+    long_tick_ms: Milliseconds = 50.0
+    """The same while there are only batches."""
     non_finite: Literal["reject", "accept"] = "reject"
     """What to do with NaN and infinity in inputs and states. Accepted, they may come out as finite numbers."""
 
@@ -206,6 +214,9 @@ _METAVARS = {
     "metrics_port": "PORT",
     "idle_timeout_s": "SECONDS",
     "drain_timeout_s": "SECONDS",
+    "max_queued_s": "SECONDS",
+    "short_tick_ms": "MS",
+    "long_tick_ms": "MS",
     "max_message_bytes": "BYTES",
     "max_queued_bytes": "BYTES",
     "max_reply_bytes": "BYTES",

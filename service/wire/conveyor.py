@@ -18,7 +18,7 @@ from service.runner import Runner
 from service.session import Session
 from service.wire.codec import join
 from service.wire.conveyor_tensors import DATA_TYPES, decode, encode
-from service.wire.door import Context, Door, owner, told
+from service.wire.door import Context, Door, caller, owner, told
 from service.wire.malformed import Malformed
 from service.wire.streaming import Stream
 
@@ -60,7 +60,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
         codec.check_reply(len(lengths), inputs[0].shape[1], request.return_states)
         left = context.time_remaining()
         deadline = None if left is None else self.clock() + left
-        outputs, finals = await self.operations.infer(runner, inputs, lengths, states, deadline)
+        outputs, finals = await self.operations.infer(runner, inputs, lengths, states, deadline, caller=caller(context))
         response = pb.InferResponse(version=runner.version)
         for index, output in enumerate(runner.manifest.outputs):
             rows = [row[index] for row in outputs]
@@ -78,6 +78,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
             self.operations,
             self.codec,
             owner(context),
+            caller(context),
             self.settings.max_stream_chunks,
             self.settings.max_message_bytes,
             self.clock,

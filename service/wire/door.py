@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
@@ -153,3 +153,8 @@ def owner(context: Context) -> bytes:
             secret = value if isinstance(value, bytes) else value.encode()
             return hashlib.sha256(secret).digest()
     return b""
+
+
+def caller(context: Context) -> Hashable:
+    """Return that among which a model's time is shared out: a key's owner; without one, a connection."""
+    return owner(context) or context.peer()

@@ -19,7 +19,7 @@ from service.operations import Operations
 from service.runner import Runner
 from service.sequences import Sequences
 from service.settings import Settings
-from service.wire.door import Context, Door, Places, owner, told, told_always
+from service.wire.door import Context, Door, Places, caller, owner, told, told_always
 from service.wire.inference_call import Inference, unknown
 from service.wire.inference_models import config, metadata, statistics
 from service.wire.inference_request import version_number
@@ -142,7 +142,7 @@ class InferenceServicer(Door, stubs.GRPCInferenceServiceServicer):
             else:
                 result.set_result(response)
 
-        inference = Inference(self, self._sequences, owner(context), request, done)
+        inference = Inference(self, self._sequences, owner(context), caller(context), request, done)
         inference.begin(context.time_remaining())
         try:
             return await result
@@ -154,7 +154,7 @@ class InferenceServicer(Door, stubs.GRPCInferenceServiceServicer):
         self, requests: AsyncIterable[pb.ModelInferRequest | Malformed], context: Context
     ) -> None:
         """Run batches and step sequences, any number of them."""
-        stream = InferenceStream(self, self._sequences, owner(context))
+        stream = InferenceStream(self, self._sequences, owner(context), caller(context))
         async with self.streaming(stream, context):
             await stream.run(requests, context)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ class Inference:
         door: through which it came.
         sequences: those of the server.
         owner: digest of the caller's key.
+        caller: among whom a model's time is shared out.
         message: the request.
         done: takes the reply, or why there is none; called once, on this thread, unless the request is abandoned.
 
@@ -55,12 +56,19 @@ class Inference:
     """
 
     def __init__(
-        self, door: Door, sequences: Sequences, owner: bytes, message: pb.ModelInferRequest, done: Done
+        self,
+        door: Door,
+        sequences: Sequences,
+        owner: bytes,
+        caller: Hashable,
+        message: pb.ModelInferRequest,
+        done: Done,
     ) -> None:
         self.ids = identities(message, door.settings.max_batch)
         self._door = door
         self._sequences = sequences
         self._owner = owner
+        self._caller = caller
         self._message = message
         self._done: Done | None = done
         self._batch: asyncio.Task[None] | None = None
@@ -123,7 +131,9 @@ class Inference:
         rows, steps = inputs[0].shape[:2]
         states = codec.states(given.states, rows)
         codec.check_reply(rows, steps, any(name not in outputs_by_name for name in wanted))
-        outputs, finals = await operations.infer(runner, inputs, lengths, states, deadline, request.priority)
+        outputs, finals = await operations.infer(
+            runner, inputs, lengths, states, deadline, request.priority, self._caller
+        )
         response = self._response(runner.version)
         for name in wanted:
             if (index := outputs_by_name.get(name)) is not None:
@@ -160,6 +170,7 @@ class Inference:
                     row.epoch,
                     deadline,
                     request.priority,
+                    self._caller,
                 ),
                 answered,
             )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from service.errors import InvalidRequest, Unsupported
 from service.manifest import ConstantSpec, Manifest
-from service.scheduler import USUAL
+from service.row import USUAL
 from service.wire import inference_parameters as parameters
 from service.wire import inference_tensors
 from service.wire.codec import Tensor

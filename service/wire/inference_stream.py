@@ -7,7 +7,7 @@ request means is the call's to know, how much may be unanswered the flow's.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import TypeAlias
 
 from service.errors import ConveyorError, PositionConflict
@@ -28,13 +28,15 @@ class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, pb.ModelS
         door: through which it came.
         sequences: those of the server.
         owner: digest of the caller's key.
+        caller: among whom a model's time is shared out.
     """
 
-    def __init__(self, door: Door, sequences: Sequences, owner: bytes) -> None:
+    def __init__(self, door: Door, sequences: Sequences, owner: bytes, caller: Hashable) -> None:
         super().__init__(door.settings.max_stream_chunks, door.settings.max_message_bytes)
         self._door = door
         self._sequences = sequences
         self._owner = owner
+        self._caller = caller
         # The unanswered requests of each sequence, oldest first; one of several rows stands in several lines.
         self._lines: dict[Key, deque[_Waiting]] = {}
 
@@ -52,7 +54,7 @@ class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, pb.ModelS
         """Begin a request."""
         waiting = _Waiting(self, request)
         try:
-            inference = Inference(self._door, self._sequences, self._owner, request, waiting.done)
+            inference = Inference(self._door, self._sequences, self._owner, self._caller, request, waiting.done)
         except ConveyorError as error:
             self.put(failure(request, error))
             return

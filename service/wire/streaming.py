@@ -5,7 +5,7 @@ Owns what a chunk and its result are made of; the order of things and their boun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from conveyor.v1 import conveyor_pb2 as pb
 from service.errors import ConveyorError, InvalidRequest
@@ -29,6 +29,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
         operations: what is asked.
         codec: gives a model's reader.
         owner: digest of the caller's key.
+        caller: among whom a model's time is shared out.
         limit: most chunks taken in and not answered; over it the stream is not read.
         limit_bytes: most bytes of results that wait to be written; over it the stream is not read either.
         clock: tells the time, in seconds.
@@ -39,6 +40,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
         operations: Operations,
         codec: Callable[[Runner], Codec],
         owner: bytes,
+        caller: Hashable,
         limit: int,
         limit_bytes: int,
         clock: Callable[[], float],
@@ -47,6 +49,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
         self._operations = operations
         self._codec = codec
         self._owner = owner
+        self._caller = caller
         self._clock = clock
 
     def parts(self, request: pb.StreamRequest) -> Iterable[pb.Chunk]:
@@ -77,7 +80,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
             self.wait(waiting)
             try:
                 waiting.pending = self._operations.step(
-                    session, runner, chunk.epoch, chunk.position, inputs, deadline, waiting
+                    session, runner, chunk.epoch, chunk.position, inputs, deadline, waiting, caller=self._caller
                 )
             except BaseException:
                 self.answered(waiting)

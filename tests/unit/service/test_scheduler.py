@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import Cancelled, Draining, Full, InvalidRequest, Late, PositionConflict
-from service.scheduler import Limits, Phase, Row, Scheduler, Track
+from service.row import Phase, Row, Track
+from service.scheduler import Limits, Scheduler, Tick
 
 NOW = 100.0
 
@@ -21,16 +22,22 @@ def scheduler(
     tick_steps: int = 1000,
     ragged: bool = True,
     queued_bytes: int = 10_000,
+    sliced: bool = True,
 ) -> Scheduler:
     """A scheduler whose limits are out of the way unless they are given."""
-    return Scheduler(Limits(queued_rows, tick_rows, tick_steps, ragged, queued_bytes))
+    return Scheduler(Limits(queued_rows, tick_rows, tick_steps, ragged, sliced, queued_bytes))
 
 
 def row(
-    steps: int = 1, track: Track | None = None, position: int = 0, deadline: float | None = None, priority: int = 2
+    steps: int = 1,
+    track: Track | None = None,
+    position: int = 0,
+    deadline: float | None = None,
+    priority: int = 2,
+    batch: bool = False,
 ) -> Row:
     """A row of a track of its own, unless one is given."""
-    return Row(track or Track(0), position, steps, (), lambda row: None, deadline, priority)
+    return Row(track or Track(0), position, steps, (), lambda row: None, deadline, priority, batch=batch)
 
 
 def follow(track: Track, *steps: int) -> list[Row]:
@@ -40,19 +47,38 @@ def follow(track: Track, *steps: int) -> list[Row]:
 
 
 def ticks(scheduler: Scheduler) -> list[list[Row]]:
+    """Cut and seal until nothing is left; the rows of each tick."""
+    return [tick.rows for tick in cut_all(scheduler)]
+
+
+def cut_all(scheduler: Scheduler) -> list[Tick]:
     """Cut and seal until nothing is left."""
-    cut: list[list[Row]] = []
+    cut: list[Tick] = []
     while True:
         tick, refused = scheduler.cut(NOW)
-        if not tick and not refused:
+        if tick is None and not refused:
             return cut
-        scheduler.seal(tick, NOW)
-        cut.append(tick)
+        if tick is not None:
+            finish(scheduler, tick)
+            cut.append(tick)
 
 
-def lengths(cut: Sequence[Sequence[Row]]) -> list[list[int]]:
-    """How long the rows of each tick are."""
-    return [[row.steps for row in tick] for tick in cut]
+def finish(scheduler: Scheduler, tick: Tick, now: float = NOW) -> list[int]:
+    """End a tick whose run succeeded; the rows that were applied."""
+    sealed = scheduler.seal(tick, now)
+    scheduler.resume(tick, sealed)
+    return sealed.applied
+
+
+def cut(scheduler: Scheduler, now: float = NOW) -> tuple[list[Row], list[Row]]:
+    """The rows of the next tick, and those that are refused."""
+    tick, refused = scheduler.cut(now)
+    return (tick.rows if tick else []), refused
+
+
+def lengths(cut: Sequence[Tick]) -> list[list[int]]:
+    """How many steps the rows of each tick run."""
+    return [tick.lengths for tick in cut]
 
 
 # --- admission ---
@@ -66,7 +92,7 @@ def test_rows_are_taken_all_or_none() -> None:
         queue.submit([row(), row()])
     assert queue.queued == 3
     queue.submit([row()])
-    assert lengths(ticks(queue)) == [[1, 1, 1, 1]]
+    assert lengths(cut_all(queue)) == [[1, 1, 1, 1]]
 
 
 def test_what_runs_or_was_cancelled_does_not_count_as_waiting() -> None:
@@ -76,10 +102,8 @@ def test_what_runs_or_was_cancelled_does_not_count_as_waiting() -> None:
     queue.submit(rows)
     assert queue.cancel(rows[2])
     assert queue.queued == 2
-    tick, refused = queue.cut(NOW)
-    assert (tick, refused, queue.queued) == ([rows[0]], [], 1)
-    tick, refused = queue.cut(NOW)
-    assert (tick, refused, queue.queued) == ([], [rows[1]], 0)
+    assert (*cut(queue), queue.queued) == ([rows[0]], [], 1)
+    assert (*cut(queue), queue.queued) == ([], [rows[1]], 0)
     queue.submit([row(), row(), row()])
 
 
@@ -118,7 +142,8 @@ def test_what_was_applied_already_is_a_conflict_also_when_it_is_late() -> None:
     queue = scheduler()
     queue.submit([row(2, track), row(2, track, deadline=NOW)])
     tick, _ = queue.cut(NOW)
-    queue.seal(tick, NOW)
+    assert tick is not None
+    finish(queue, tick)
     _, (refused,) = queue.cut(NOW)
     assert isinstance(refused.error, PositionConflict)
     assert refused.error.position == 2
@@ -135,37 +160,98 @@ def test_ticks_are_cut_in_the_order_of_arrival() -> None:
     assert ticks(queue) == [rows[0:2], rows[2:4], rows[4:5]]
 
 
-def test_rows_that_share_a_tick_are_near_in_length() -> None:
-    """The oldest leads; twice as long and half as short still joins it, more or less waits, in its old order."""
+def test_long_rows_run_in_slices() -> None:
+    """A tick is as long as what it can do best; who is longer goes on in the next one, and nothing is padded."""
     queue = scheduler()
-    queue.submit([row(4), row(9), row(8), row(2), row(1), row(3)])
-    assert lengths(ticks(queue)) == [[4, 8, 2, 3], [9], [1]]
+    rows = [row(4), row(9), row(8)]
+    queue.submit(rows)
+    cut = cut_all(queue)
+    assert all(len(set(tick.lengths)) == 1 for tick in cut)
+    assert [sum(tick.lengths[tick.rows.index(each)] for tick in cut if each in tick.rows) for each in rows] == [4, 9, 8]
+    assert [each.track.position for each in rows] == [4, 9, 8]
 
 
-@pytest.mark.parametrize(
-    ("submitted", "cut", "ragged"),
-    [
-        ([4, 4, 4, 4, 4], [[4, 4, 4, 4], [4]], True),
-        ([4, 8, 4], [[4, 8], [4]], True),
-        ([8, 4, 4], [[8, 4], [4]], True),
-        ([40, 30, 3], [[40], [30], [3]], True),
-        ([4, 4, 4, 4, 4], [[4, 4, 4, 4], [4]], False),
-        ([40, 40], [[40], [40]], False),
-    ],
-    ids=["full", "longer pads others", "shorter is padded", "one alone has more", "equal", "equal, one alone has more"],
-)
-def test_steps_of_a_tick_are_bounded_with_padding(submitted: list[int], cut: list[list[int]], ragged: bool) -> None:
-    """Rows times the longest stays within the limit, unless one row alone is over it."""
+@pytest.mark.parametrize("ragged", [True, False])
+def test_steps_of_a_tick_are_bounded(ragged: bool) -> None:
+    """Rows times the longest stays within the limit, also where one row alone has more."""
     queue = scheduler(tick_steps=16, ragged=ragged)
-    queue.submit([row(steps) for steps in submitted])
-    assert lengths(ticks(queue)) == cut
+    queue.submit([row(steps) for steps in (4, 8, 4, 40, 30, 3, 1)])
+    cut = cut_all(queue)
+    assert all(len(tick.rows) * tick.steps <= 16 for tick in cut)
+    assert sum(sum(tick.lengths) for tick in cut) == 90
 
 
-def test_a_graph_without_lengths_gets_rows_of_one_length() -> None:
-    """Where the graph cannot be told lengths, padding would change the state: only equal rows share a tick."""
+def test_a_graph_without_lengths_gets_no_padding() -> None:
+    """Where the graph cannot be told lengths, padding would change the state: all rows of a tick run alike."""
     queue = scheduler(ragged=False)
-    queue.submit([row(3), row(4), row(3), row(4), row(2)])
-    assert lengths(ticks(queue)) == [[3, 3], [4, 4], [2]]
+    queue.submit([row(100), *[row(101) for _ in range(99)]])
+    cut = cut_all(queue)
+    assert all(len(set(tick.lengths)) == 1 for tick in cut)
+
+
+def test_little_padding_is_better_than_many_ticks() -> None:
+    """A row that is a little shorter than a hundred others runs with them, padded."""
+    queue = scheduler(tick_steps=100_000)
+    queue.submit([row(99), *[row(100) for _ in range(99)]])
+    (tick,) = cut_all(queue)
+    assert sorted(tick.lengths) == [99, *[100] * 99]
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_rows_that_must_not_be_sliced(ragged: bool) -> None:
+    """Where a layer reads backward each row runs whole, beside those of nearly its length."""
+    queue = scheduler(tick_steps=400, ragged=ragged, sliced=False)
+    queue.pace.learn(1, 1, 1.0)
+    queue.submit([row(steps) for steps in (100, 30, 99, 600, 100, 31, 30, 98)])
+    cut = cut_all(queue)
+    assert [tick.lengths for tick in cut if tick.steps == 600] == [[600]]
+    assert sorted(length for tick in cut for length in tick.lengths) == [30, 30, 31, 98, 99, 100, 100, 600]
+    assert all(tick.lengths == [each.steps for each in tick.rows] for tick in cut)
+    cells = sum(len(tick.rows) * tick.steps for tick in cut)
+    assert cells - sum(sum(tick.lengths) for tick in cut) <= (0.05 * cells if ragged else 0)
+    assert len(cut) == (3 if ragged else 6)
+
+
+def test_a_row_counts_when_its_last_slice_has_run() -> None:
+    """Until then its track stays where it was, and it can be taken out; whoever follows waits."""
+    queue = scheduler(tick_steps=4)
+    track = Track(0, position=5)
+    first, second = follow(track, 6, 1)
+    queue.submit([first, second])
+    tick, _ = queue.cut(NOW)
+    assert tick is not None
+    assert (tick.rows, tick.lengths) == ([first], [4])
+    assert finish(queue, tick) == []
+    assert (first.phase, first.done, track.position, queue.queued) == (Phase.QUEUED, 4, 5, 2)
+    tick, _ = queue.cut(NOW)
+    assert tick is not None
+    assert (tick.rows, tick.lengths) == ([first], [2])
+    assert finish(queue, tick) == [0]
+    assert (first.phase, track.position) == (Phase.APPLIED, 11)
+    assert cut(queue) == ([second], [])
+
+
+def test_cancel_between_slices() -> None:
+    """What has run of the row is thrown away; so it is when it is cancelled while a slice runs."""
+    queue = scheduler(tick_steps=4)
+    waiting, running = row(6), row(6)
+    queue.submit([waiting])
+    tick, _ = queue.cut(NOW)
+    assert tick is not None
+    finish(queue, tick)
+    assert queue.cancel(waiting)
+    queue.submit([running])
+    tick, _ = queue.cut(NOW)
+    assert tick is not None
+    assert tick.rows == [running]
+    sealed = queue.seal(tick, NOW)
+    assert sealed.advanced == [0]
+    assert not queue.cancel(running)
+    queue.resume(tick, sealed)
+    assert [(each.phase, type(each.error), each.track.position) for each in (waiting, running)] == [
+        (Phase.REFUSED, Cancelled, 0)
+    ] * 2
+    assert (queue.queued, cut(queue)) == (0, ([], []))
 
 
 def test_a_tick_holds_one_row_of_each_track() -> None:
@@ -181,7 +267,7 @@ def test_a_row_does_not_overtake_an_earlier_one_of_its_track() -> None:
     queue = scheduler()
     leader, (long, short) = row(1), follow(Track(1), 9, 1)
     queue.submit([leader, long, short])
-    assert ticks(queue) == [[leader], [long], [short]]
+    assert ticks(queue)[-1] == [short]
     assert [each.phase for each in (leader, long, short)] == [Phase.APPLIED] * 3
 
 
@@ -192,8 +278,8 @@ def test_a_row_runs_only_where_its_track_stands() -> None:
     rows = follow(track, 2, 3, 1)
     queue.submit(rows)
     assert queue.cancel(rows[0])
-    tick, refused = queue.cut(NOW)
-    assert (tick, refused) == ([], rows[1:])
+    refused = rows[1:]
+    assert cut(queue) == ([], refused)
     for each in refused:
         assert isinstance(each.error, PositionConflict)
         assert each.error.position == 7
@@ -208,11 +294,10 @@ def test_a_late_row_does_not_run(deadline: float | None, runs: bool) -> None:
     track = Track(0)
     first, second = row(2, track, 0, deadline), row(2, track, 2)
     queue.submit([first, second])
-    tick, refused = queue.cut(NOW)
     if runs:
-        assert (tick, refused) == ([first], [])
+        assert cut(queue) == ([first], [])
     else:
-        assert (tick, refused) == ([], [first, second])
+        assert cut(queue) == ([], [first, second])
         assert isinstance(first.error, Late)
         assert isinstance(second.error, PositionConflict)
 
@@ -221,19 +306,31 @@ def test_a_late_row_does_not_run(deadline: float | None, runs: bool) -> None:
 
 
 def test_higher_priorities_run_first() -> None:
-    """1 before 2 before 3; among equals in the order of arrival, also in one tick."""
+    """1 before 2 and 3; among equals in the order of arrival, also in one tick."""
     queue = scheduler(tick_rows=2)
-    last, usual, first, second = row(priority=3), row(), row(priority=1), row(priority=1)
-    queue.submit([last, usual, first, second])
-    assert ticks(queue) == [[first, second], [usual, last]]
+    usual, first, second = row(), row(priority=1), row(priority=1)
+    queue.submit([usual, first, second])
+    assert ticks(queue) == [[first, second], [usual]]
+
+
+def test_chunks_and_batches_take_turns() -> None:
+    """While both wait neither waits behind more than one tick of the other."""
+    queue = scheduler(tick_rows=1)
+    chunks, batch = [row() for _ in range(4)], [row(batch=True) for _ in range(3)]
+    queue.submit([*batch, *chunks])
+    assert ticks(queue) == [
+        [each] for each in (chunks[0], batch[0], chunks[1], batch[1], chunks[2], batch[2], chunks[3])
+    ]
 
 
 def test_a_priority_leads_and_others_join() -> None:
-    """What is first decides the lengths of the tick; rows of lower priority fill it."""
+    """What is first decides the lengths of the tick; rows of lower priority fill it where they are near."""
     queue = scheduler()
     long, short, first = row(9), row(1), row(8, priority=1)
     queue.submit([long, short, first])
-    assert ticks(queue) == [[first, long], [short]]
+    tick, _ = queue.cut(NOW)
+    assert tick is not None
+    assert (tick.rows, tick.lengths) == ([first, long], [8, 8])
 
 
 def test_no_priority_overtakes_an_earlier_row_of_its_track() -> None:
@@ -241,24 +338,32 @@ def test_no_priority_overtakes_an_earlier_row_of_its_track() -> None:
     queue = scheduler(tick_rows=1)
     track = Track(0)
     early, late = row(1, track, 0, priority=3), row(1, track, 1, priority=1)
-    other = row()
-    queue.submit([early, late, other])
-    assert ticks(queue) == [[other], [early], [late]]
-    after = row(1, track, 2, priority=1)
-    queue.submit([row(), after])
-    assert queue.cut(NOW)[0] == [after]
+    queue.submit([early, late])
+    assert ticks(queue) == [[early], [late]]
 
 
 def test_no_row_waits_for_ever() -> None:
-    """However many of a higher priority come, one tick in eight is led by the row that has waited longest."""
+    """However many of a higher priority come, batches lead every other tick and usual chunks one in eight."""
     queue = scheduler(tick_rows=1)
-    low = [row(priority=3), row(priority=2), row(priority=3)]
-    queue.submit(low)
+    batch, usual, last = row(batch=True), row(), row(priority=3)
+    queue.submit([batch, usual, last])
     led = []
     for _ in range(24):
         queue.submit([row(priority=1), row(priority=1)])
-        led.append(queue.cut(NOW)[0][0])
-    assert [led.index(each) for each in low] == [7, 15, 23]
+        led.append(cut(queue)[0][0])
+    assert (led.index(batch), led.index(last), led.index(usual)) == (1, 8, 9)
+
+
+def test_callers_share_the_steps() -> None:
+    """One with ten thousand rows does not keep one with a single row waiting."""
+    queue = scheduler(queued_rows=20_000, tick_rows=4)
+    many = [Row(Track(0), 0, 1, (), lambda row: None, caller="many") for _ in range(10_000)]
+    one = Row(Track(0), 0, 1, (), lambda row: None, caller="one")
+    queue.submit(many)
+    for _ in range(3):
+        cut(queue)
+    queue.submit([one])
+    assert one in cut(queue)[0]
 
 
 def test_what_was_cancelled_does_not_lead() -> None:
@@ -269,9 +374,9 @@ def test_what_was_cancelled_does_not_lead() -> None:
     queue.cancel(cancelled)
     for _ in range(7):
         queue.submit([row(priority=1)])
-        queue.cut(NOW)
+        cut(queue)
     queue.submit([row(priority=1)])
-    assert queue.cut(NOW) == ([low], [late])
+    assert cut(queue) == ([low], [late])
 
 
 # --- the end of a row ---
@@ -283,9 +388,10 @@ def test_positions_move_when_a_tick_is_sealed() -> None:
     track = Track(0, position=5)
     queue.submit(follow(track, 3))
     tick, _ = queue.cut(NOW)
-    assert (tick[0].phase, track.position) == (Phase.RUNNING, 5)
-    assert queue.seal(tick, NOW) == [0]
-    assert (tick[0].phase, track.position) == (Phase.APPLIED, 8)
+    assert tick is not None
+    assert (tick.rows[0].phase, track.position) == (Phase.RUNNING, 5)
+    assert finish(queue, tick) == [0]
+    assert (tick.rows[0].phase, track.position) == (Phase.APPLIED, 8)
 
 
 def test_seal_applies_some_rows_of_a_tick_and_not_others() -> None:
@@ -294,9 +400,10 @@ def test_seal_applies_some_rows_of_a_tick_and_not_others() -> None:
     rows = [row(), row(), row(deadline=NOW + 1), row(deadline=NOW + 3)]
     queue.submit(rows)
     tick, _ = queue.cut(NOW)
-    assert tick == rows
+    assert tick is not None
+    assert tick.rows == rows
     queue.cancel(rows[1])
-    assert queue.seal(tick, NOW + 1) == [0, 3]
+    assert finish(queue, tick, NOW + 1) == [0, 3]
     assert [each.track.position for each in rows] == [1, 0, 0, 1]
     assert [type(each.error) for each in rows] == [type(None), Cancelled, Late, type(None)]
 
@@ -317,9 +424,10 @@ def test_cancel_a_row_that_runs() -> None:
     only = row()
     queue.submit([only])
     tick, _ = queue.cut(NOW)
+    assert tick is not None
     assert not queue.cancel(only)
     assert only.phase is Phase.RUNNING
-    assert queue.seal(tick, NOW) == []
+    assert finish(queue, tick) == []
     assert (only.phase, type(only.error), only.track.position) == (Phase.REFUSED, Cancelled, 0)
 
 
@@ -350,13 +458,17 @@ def test_clear_refuses_what_waits() -> None:
     """Every row that waits ends with the given error, once, the oldest first; cancelled ones are not ended again."""
     queue = scheduler(tick_rows=1)
     running, low, waiting, cancelled = row(), row(priority=3), row(), row()
-    queue.submit([running, low, waiting, cancelled])
+    queue.submit([running, waiting, cancelled])
+    queue.submit([low], NOW)
     tick, _ = queue.cut(NOW)
+    assert tick is not None
     queue.cancel(cancelled)
-    assert queue.clear(Draining("stopping")) == [low, waiting]
+    behind = follow(Track(0), 1, 1)
+    queue.submit(behind, NOW + 1)
+    assert queue.clear(Draining("stopping")) == [waiting, low, *behind]
     assert (type(waiting.error), type(cancelled.error), queue.queued) == (Draining, Cancelled, 0)
-    assert queue.seal(tick, NOW) == [0]
-    assert queue.cut(NOW) == ([], [])
+    assert finish(queue, tick) == [0]
+    assert cut(queue) == ([], [])
 
 
 @given(st.data())
@@ -370,6 +482,12 @@ def test_random_traffic_ends_every_row_once_and_in_order(data: st.DataObject) ->
     ended: list[Row] = []
     applied: dict[Track, list[Row]] = {track: [] for track in tracks}
     now = 0.0
+
+    def run(tick: Tick) -> None:
+        for index in finish(queue, tick, now):
+            applied[tick.rows[index].track].append(tick.rows[index])
+        ended.extend(each for each in tick.rows if each.phase in (Phase.APPLIED, Phase.REFUSED))
+
     for _ in range(data.draw(st.integers(1, 30))):
         action = data.draw(st.sampled_from(["submit", "submit", "cancel", "tick"]))
         if action == "submit":
@@ -377,11 +495,11 @@ def test_random_traffic_ends_every_row_once_and_in_order(data: st.DataObject) ->
             steps = data.draw(st.integers(1, 20))
             deadline = data.draw(st.none() | st.floats(now - 1, now + 3))
             start = data.draw(st.sampled_from([ends[which], tracks[which].position]))
-            new = row(steps, tracks[which], start, deadline, data.draw(st.integers(1, 3)))
+            new = row(steps, tracks[which], start, deadline, data.draw(st.integers(1, 3)), data.draw(st.booleans()))
             try:
                 queue.submit([new])
             except Full:
-                assert queue.queued == limits.queued_rows
+                assert queue.queued
             else:
                 accepted.append(new)
                 ends[which] = start + steps
@@ -391,22 +509,25 @@ def test_random_traffic_ends_every_row_once_and_in_order(data: st.DataObject) ->
                 ended.append(given_up)
         else:
             tick, refused = queue.cut(now)
-            assert len(tick) <= limits.tick_rows
-            assert len({each.track for each in tick}) == len(tick)
-            assert len(tick) <= 1 or len(tick) * max(each.steps for each in tick) <= limits.tick_steps
-            victim = data.draw(st.sampled_from([None, *tick]))
+            ended += refused
+            if tick is None:
+                continue
+            assert len(tick.rows) <= limits.tick_rows
+            assert len({each.track for each in tick.rows}) == len(tick.rows)
+            assert len(tick.rows) * tick.steps <= limits.tick_steps
+            victim = data.draw(st.sampled_from([None, *tick.rows]))
             if victim is not None:
                 queue.cancel(victim)
             now += data.draw(st.floats(0, 2))
-            for index in queue.seal(tick, now):
-                applied[tick[index].track].append(tick[index])
-            ended += [*tick, *refused]
-        assert queue.queued <= limits.queued_rows
+            queue.pace.learn(len(tick.rows), tick.steps, data.draw(st.floats(0, 2)))
+            run(tick)
+        assert queue.queued <= limits.queued_rows + limits.tick_rows
     while queue.queued:
         tick, refused = queue.cut(now)
-        for index in queue.seal(tick, now):
-            applied[tick[index].track].append(tick[index])
-        ended += [*tick, *refused]
+        assert tick or refused
+        ended += refused
+        if tick is not None:
+            run(tick)
     assert len(ended) == len(accepted)
     assert {id(each) for each in ended} == {id(each) for each in accepted}
     for each in accepted:

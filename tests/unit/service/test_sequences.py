@@ -36,6 +36,7 @@ from service.errors import (
 from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
+from service.row import Phase
 from service.runner import Runner
 from service.scheduler import Limits
 from service.sequences import Sequences, Step, Stepped, Ticket
@@ -54,9 +55,13 @@ class ByHand(Runner):
     def tick(self) -> None:
         """Run what waits, as far as one tick holds it, and tell."""
         tick, refused = self._scheduler.cut(self._clock())
-        if tick:
+        ended = refused
+        if tick is not None:
             self._run(tick, self._clock())
-        self._deliver(refused + tick)
+            ended = refused + [row for row in tick.rows if row.phase is not Phase.QUEUED]
+        for row in ended:
+            self._release(row)
+        self._deliver(ended)
 
 
 class Models:

@@ -19,7 +19,7 @@ from service.errors import (
     SessionExpired,
     SessionUnknown,
 )
-from service.scheduler import Phase, Row, Track
+from service.row import Phase, Row, Track
 from service.session import Pending, Reply, Session
 from service.sessions import SessionTable
 from tests.clock import Clock

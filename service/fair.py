@@ -1,0 +1,109 @@
+"""Items of many callers, taken so that each gets the same share of steps. Pure; must not know ticks or time.
+
+Start-time fair queueing (Goyal, Vin and Cheng, 1996): each caller has a virtual time that runs with the steps it was
+given, and whoever is furthest behind is next. A caller that comes anew starts where those that wait are, so that nobody
+saves up a share while away.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class _Line(Generic[Item]):
+    __slots__ = ("caller", "items", "served")
+
+    def __init__(self, caller: Hashable, served: int) -> None:
+        self.caller = caller
+        self.items: deque[Item] = deque()
+        self.served = served
+
+    def __lt__(self, other: _Line[Item]) -> bool:
+        return self.served < other.served
+
+
+class Fair(Generic[Item]):
+    """A queue for many callers; items of one caller keep their order."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Hashable, _Line[Item]] = {}
+        self._served = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def push(self, caller: Hashable, item: Item) -> None:
+        """Add an item behind the caller's others."""
+        self._line(caller).items.append(item)
+        self._count += 1
+
+    def put_back(self, caller: Hashable, item: Item, steps: int = 0) -> None:
+        """Add an item in front of the caller's others.
+
+        Args:
+            caller: whose it is.
+            item: that was taken.
+            steps: that it was given and has not used.
+        """
+        line = self._line(caller)
+        line.items.appendleft(item)
+        line.served -= steps
+        self._count += 1
+
+    def _line(self, caller: Hashable) -> _Line[Item]:
+        line = self._lines.get(caller)
+        if line is None:
+            line = self._lines[caller] = _Line(caller, self._served)
+        return line
+
+    def take(self, give: Callable[[Item], int | None], most: int) -> None:
+        """Offer items, those of whoever is furthest behind first.
+
+        Args:
+            give: says how many steps an item is given; 0 to drop it; None to leave it where it is.
+            most: how many items may be given steps, and how many may be left.
+        """
+        left: list[tuple[_Line[Item], list[Item]]] = []
+        heap = list(self._lines.values())
+        heapq.heapify(heap)
+        taken = passed = 0
+        while heap and taken < most and passed < most:
+            line = heap[0]
+            aside: list[Item] = []
+            # As long as nobody is further behind there is no need to look at the others.
+            bound = min((other.served for other in heap[1:3]), default=None)
+            while line.items and taken < most and passed < most and (bound is None or line.served <= bound):
+                item = line.items.popleft()
+                self._count -= 1
+                steps = give(item)
+                if steps is None:
+                    passed += 1
+                    aside.append(item)
+                elif steps:
+                    taken += 1
+                    self._served = max(self._served, line.served)
+                    line.served += steps
+            if aside:
+                left.append((line, aside))
+            if line.items:
+                heapq.heapreplace(heap, line)
+            else:
+                heapq.heappop(heap)
+        for line, aside in reversed(left):
+            line.items.extendleft(reversed(aside))
+            self._count += len(aside)
+        for line in [line for line in self._lines.values() if not line.items]:
+            del self._lines[line.caller]
+
+    def drain(self) -> list[Item]:
+        """Take everything out."""
+        items = [item for line in self._lines.values() for item in line.items]
+        self._lines.clear()
+        self._count = 0
+        return items
