@@ -70,7 +70,8 @@ class Anatomy:
         initializers: how many there are.
         initializer_bytes: their size together, external data included.
         external: the files of external data.
-        inputs: what has to be given, without initializers that can be overridden.
+        inputs: what has to be given.
+        optional: inputs that have a value, and can be given another.
         outputs: what comes out.
         recurrences: recurrent nodes and bodies, in the file's order.
         baked: sizes that the file fixes and a server would want free, one sentence each.
@@ -87,6 +88,7 @@ class Anatomy:
     initializer_bytes: int
     external: list[str]
     inputs: list[Tensor]
+    optional: list[Tensor]
     outputs: list[Tensor]
     recurrences: list[Recurrence]
     baked: list[str]
@@ -107,15 +109,14 @@ def dissect(file: OnnxFile) -> Anatomy:
     told = _infer(model) if flow.whole and file.path.stat().st_size <= _MAX_INFERRED_BYTES else None
     inferred = _known_axes(model.graph if told is None else told.graph, said, told is not None)
     model = told or model
-    given = {tensor.name for tensor in model.graph.initializer}
-    inputs = [_tensor(value, inferred) for value in model.graph.input if value.name not in given]
+    inputs, optional = ([_tensor(value, inferred) for value in values] for values in file.inputs())
     constants = dict(_small_constants(model.graph))
     nodes = [node for node in file.nodes() if node.proto.op_type in (*RECURRENT, *CPU_ONLY, *CONTROL_FLOW)]
     dtypes = {value.name: _tensor(value, {}).dtype for value in (*model.graph.value_info, *model.graph.input)}
     recurrences = [_recurrence(node, dtypes) for node in nodes]
     free = [tensor.name for tensor in inputs if tensor.axes is None or any(axis.size is None for axis in tensor.axes)]
     varied = set().union(*(flow.depends(("", name)) for name in free))
-    given = set().union(*(flow.depends(("", tensor.name)) for tensor in inputs))
+    given = set().union(*(flow.depends(("", tensor.name)) for tensor in (*inputs, *optional)))
     return Anatomy(
         opsets={each.domain or "ai.onnx": each.version for each in model.opset_import},
         producer=" ".join(filter(None, [model.producer_name, model.producer_version])),
@@ -123,6 +124,7 @@ def dissect(file: OnnxFile) -> Anatomy:
         initializer_bytes=sum(map(_bytes, model.graph.initializer)),
         external=sorted({external.location for external in file.external()}),
         inputs=inputs,
+        optional=optional,
         outputs=[_tensor(value, inferred) for value in model.graph.output],
         recurrences=recurrences,
         baked=[
@@ -130,7 +132,7 @@ def dissect(file: OnnxFile) -> Anatomy:
             *_baked_states(flow, inferred, given),
             *_baked_shapes(model.graph, constants, inferred, varied),
         ],
-        hidden=list(_hidden(flow, inputs)),
+        hidden=list(_hidden(flow, [*inputs, *optional])),
         backward=any(each.attributes.get("direction") in ("reverse", "bidirectional") for each in recurrences),
         constants=constants,
         flow=flow,

@@ -35,7 +35,7 @@ class Axes:
 
 def find_axes(anatomy: Anatomy, roles: Roles) -> dict[str, Axes]:
     """Find batch and time of every input and output that could have them, by its name."""
-    tensors = {tensor.name: tensor for tensor in (*anatomy.inputs, *anatomy.outputs)}
+    tensors = {tensor.name: tensor for tensor in (*anatomy.inputs, *anatomy.optional, *anatomy.outputs)}
     states = [pair.input for pair in roles.states] + [name for name in roles.open if name not in roles.either]
     batches, times = _evident_names(anatomy)
     for name in states:

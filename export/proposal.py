@@ -42,7 +42,7 @@ def propose(anatomy: Anatomy) -> Proposal:
     axes = find_axes(anatomy, roles)
     lines = [
         *_inputs(roles, axes),
-        *_states(roles, axes),
+        *_states(anatomy, roles, axes),
         *_outputs(roles, axes),
         *_streamable(anatomy, roles, axes),
     ]
@@ -59,17 +59,24 @@ def _inputs(roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
     for name in roles.sequences:
         yield from _with_axes(name, axes)
     for name in sorted(roles.either):
-        yield f"  # decide: whether {quoted(name)} is a sequence, as here, or a state, as below"
+        here = "a sequence or a constant" if name in roles.constants else "a sequence"
+        below = ", or a state, as below" if name in roles.open else ""
+        yield f"  # decide: whether {quoted(name)} is {here}, as here{below}"
         yield f"  # {quoted(name)}: {_axes(axes[name])}"
+        if name in roles.constants:
+            yield f"  # {quoted(name)}: {{role: constant, value: null}}"
     for name in roles.lengths:
         yield f"  {quoted(name)}: {{role: lengths}}"
     for name, compared in roles.constants.items():
+        if name in roles.either:
+            continue
         known = f"; the graph compares it with {', '.join(map(str, compared))}" if compared else ""
         yield f"  # decide: the value of {quoted(name)}, the same in every run{known}"
         yield f"  {quoted(name)}: {{role: constant, value: null}}"
 
 
-def _states(roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
+def _states(anatomy: Anatomy, roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
+    optional = {tensor.name for tensor in anatomy.optional}
     if roles.states or roles.open:
         yield "states:"
     for pair in roles.states:
@@ -82,10 +89,14 @@ def _states(roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
             yield f"  # decide: whether {quoted(name)} ends as {ends}; a swapped pair gives wrong numbers and no error"
         for candidate in candidates:
             yield f"  # {_state(name, candidate, axes[name])}"
+        if name in optional:
+            yield f"  - {{input: {quoted(name)}, output: decide}}  # it has a value, and nobody would miss it"
 
 
 def _outputs(roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
     yield "outputs:"
+    if not roles.outputs:
+        yield "  # decide: which outputs are served; each of them could be a state's"
     for name in roles.outputs:
         yield from _with_axes(name, axes)
     for name in roles.maybe:

@@ -1,8 +1,9 @@
 """Who is who among a graph's inputs and outputs: sequences, lengths, constants, and which states belong together.
 
 Owns the evidence and what follows from it. The dataflow is proof. A shape that fits one tensor alone is taken with
-a name that says the same. Anything else is left open: h and c of one shape, swapped, give wrong numbers and no error.
-Must not know how a proposal is written.
+a name that speaks of a state. Anything else is left open: h and c of one shape, swapped, give wrong numbers and no
+error, and so does a signal that is taken for a state because it comes out as it went in. Must not know how a proposal
+is written.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ class Roles:
     Attributes:
         sequences: inputs that come with every call.
         lengths: inputs that say how many steps of each row are valid.
-        constants: inputs that are the same in every run, with the values that the graph compares them with.
+        constants: inputs that are the same in every run, or, among ``either``, could be; with the values that the
+            graph compares them with.
         states: the pairs that are certain.
         open: an input whose state is not certain, with the outputs that it could end as, likelier names first.
-        either: of those, the ones that could be sequences just as well.
+        either: inputs that could be sequences: instead of a state where they are open too, or of a constant.
         outputs: what is served.
         maybe: outputs that could be a state's just as well.
     """
@@ -65,11 +67,11 @@ def assign(anatomy: Anatomy) -> Roles:
         value = ("", tensor.name)
         if lengths & flow.carries(value):
             roles.lengths.append(tensor.name)
-        elif tensor.axes == () or (_is_one(tensor) and tensor.dtype.startswith("int")):
-            roles.constants[tensor.name] = _compared(anatomy, tensor)
         else:
             left.append(tensor)
-    _pair_by_flow(anatomy, left, roles)
+    _pair_by_flow(anatomy, [*left, *anatomy.optional], roles)
+    # Of weights that could be given too, nobody has to hear.
+    left += [tensor for tensor in anatomy.optional if _STATES.search(tensor.name.lower())]
     taken = {pair.input for pair in roles.states} | roles.open.keys()
     ended = {pair.output for pair in roles.states} | {name for names in roles.open.values() for name in names}
     outputs = [tensor for tensor in anatomy.outputs if tensor.name not in ended]
@@ -93,7 +95,7 @@ def _pair_by_flow(anatomy: Anatomy, inputs: list[Tensor], roles: Roles) -> None:
         for y in anatomy.outputs:
             for number in sorted(begins[x.name]):
                 value = getattr(flow.memories[number], how)
-                if _alike(x, y) and value and ("", y.name) in carried[value]:
+                if _alike(x, y, ones_may_be_free=True) and value and ("", y.name) in carried[value]:
                     found.setdefault(y.name, []).append(number)
         # One whose axes are said, and fit, comes before one of which nothing is known.
         said = {name: numbers for name, numbers in found.items() if tensors[name].axes is not None}
@@ -117,13 +119,17 @@ def _pair_by_flow(anatomy: Anatomy, inputs: list[Tensor], roles: Roles) -> None:
 def _pair_by_shape(anatomy: Anatomy, inputs: list[Tensor], outputs: list[Tensor], roles: Roles) -> None:
     fits = {x.name: [y.name for y in outputs if _alike(x, y)] for x in inputs}
     for x in inputs:
-        if not fits[x.name] or _is_sequence(anatomy, x):
+        if _is_small(x):
+            _place_small(anatomy, x, fits, roles)
+        elif x in anatomy.optional:
+            if not fits[x.name]:
+                fits.pop(x.name)
+        elif not fits[x.name] or _is_sequence(anatomy, x):
             fits.pop(x.name)
             roles.sequences.append(x.name)
     for name, candidates in fits.items():
         rivals = [other for other, theirs in fits.items() if set(theirs) & set(candidates)]
-        named = _STATES.search(name.lower()) or _stem(name) == _stem(candidates[0])
-        if len(candidates) == 1 and rivals == [name] and named:
+        if len(candidates) == 1 and rivals == [name] and _STATES.search(name.lower()):
             only = f"{candidates[0]} alone has the shape and dtype of {name}, and by name they are a state"
             roles.states.append(Pair(name, candidates[0], only))
         else:
@@ -135,7 +141,20 @@ def _pair_by_shape(anatomy: Anatomy, inputs: list[Tensor], outputs: list[Tensor]
         (name,) = roles.either
         roles.sequences.append(name)
         roles.either.clear()
-        del roles.open[name]
+        roles.constants.pop(name, None)
+        roles.open.pop(name, None)
+
+
+def _place_small(anatomy: Anatomy, x: Tensor, fits: dict[str, list[str]], roles: Roles) -> None:
+    """Tell constants from counters and from tokens: a rate, a position and a word can all be one number."""
+    if fits[x.name] and _STATES.search(x.name.lower()):
+        return
+    if x not in anatomy.optional:
+        roles.constants[x.name] = _compared(anatomy, x)
+        if fits[x.name] or _SEQUENCES.search(x.name.lower()):
+            roles.either.add(x.name)
+    if not fits[x.name]:
+        fits.pop(x.name)
 
 
 def _is_sequence(anatomy: Anatomy, x: Tensor) -> bool:
@@ -145,12 +164,22 @@ def _is_sequence(anatomy: Anatomy, x: Tensor) -> bool:
     return not _STATES.search(x.name.lower()) and any(value in depends for value in anatomy.flow.features)
 
 
-def _is_one(tensor: Tensor) -> bool:
-    return tensor.axes is not None and all(axis.size == 1 for axis in tensor.axes)
+def _is_small(tensor: Tensor) -> bool:
+    """Whether it is a number, or an integer in axes of one: what is the same in every run most often is."""
+    if tensor.axes is None or any(axis.size != 1 for axis in tensor.axes):
+        return False
+    return not tensor.axes or tensor.dtype.startswith("int")
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
-    """Whether an output can come back as an input."""
+def _alike(x: Tensor, y: Tensor, ones_may_be_free: bool = False) -> bool:
+    """Whether an output can come back as an input.
+
+    Args:
+        x: the input.
+        y: the output.
+        ones_may_be_free: whether the output may have any size where the input has 1: a state of one row whose sequence
+            takes many.
+    """
     if x.dtype != y.dtype or x.axes is None:
         return False
     if y.axes is None:
@@ -158,6 +187,7 @@ def _alike(x: Tensor, y: Tensor) -> bool:
     return len(x.axes) == len(y.axes) and all(
         (one.size == other.size and one.name == other.name)
         or other == Axis()
+        or (ones_may_be_free and one.size == 1 and other.size is None)
         or (one.size is None and (other.claimed or one.name == f"{x.name}.{number}"))
         for number, (one, other) in enumerate(zip(x.axes, y.axes, strict=True))
     )

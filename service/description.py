@@ -96,7 +96,7 @@ class StateDescription(_Part):
         name: on the wire; the input's by default.
         batch_axis: null if the graph has none: a run takes one row then.
         shape: sizes that the graph leaves open.
-        initial: what a sequence begins with.
+        initial: what a sequence begins with; by default zeros, or what the graph gives its input where nobody does.
     """
 
     input: Name

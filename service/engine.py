@@ -66,7 +66,11 @@ class Engine:
         digests = [_digest(file) for file in (path, *external)]
         self._session = _start(path, device, threads)
         self.provider: str = self._session.get_providers()[0]
-        signature = Signature(_ports(self._session.get_inputs()), _ports(self._session.get_outputs()))
+        signature = Signature(
+            _ports(self._session.get_inputs()),
+            _ports(self._session.get_outputs()),
+            _ports(self._session.get_overridable_initializers()),
+        )
         if describe is None:
             self.manifest = _manifest(self._session)
         else:
@@ -192,7 +196,8 @@ def _check(signature: Signature, manifest: Manifest) -> None:
     outputs |= {spec.output: _port(spec, manifest) for spec in manifest.states}
     if missing := sorted(signature.inputs.keys() - inputs.keys()):
         raise LoadError(f"the graph's inputs {missing} are not in its manifest")
-    for kind, want, have in (("input", inputs, signature.inputs), ("output", outputs, signature.outputs)):
+    takes = {**signature.optional, **signature.inputs}
+    for kind, want, have in (("input", inputs, takes), ("output", outputs, signature.outputs)):
         for name, port in want.items():
             if name not in have:
                 raise LoadError(f"the manifest's {kind} {name!r} is not in the graph, which has {sorted(have)}")

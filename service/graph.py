@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -52,7 +52,8 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The inputs that a graph must be given, and its outputs, by name."""
+    """The inputs that a graph must be given, its outputs, and the inputs that have a value without being given one."""
 
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
+    optional: Mapping[str, Port] = field(default_factory=dict)

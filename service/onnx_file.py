@@ -80,12 +80,23 @@ class OnnxFile:
     @cached_property
     def signature(self) -> Signature:
         """The graph's inputs and outputs, as far as the file says them."""
-        graph = self.model.graph
-        given = {tensor.name for tensor in graph.initializer}
+        required, optional = self.inputs()
         return Signature(
-            {value.name: _port(value) for value in graph.input if value.name not in given},
-            {value.name: _port(value) for value in graph.output},
+            {value.name: _port(value) for value in required},
+            {value.name: _port(value) for value in self.model.graph.output},
+            {value.name: _port(value) for value in optional},
         )
+
+    def inputs(self) -> tuple[list[Any], list[Any]]:
+        """The graph's inputs: those that must be given, and those that have a value and can be given another.
+
+        Before version 4 of the format (onnx/docs/IR.md) every initializer is listed as an input, and none can be given.
+        """
+        graph = self.model.graph
+        valued = {tensor.name for tensor in graph.initializer}
+        required = [value for value in graph.input if value.name not in valued]
+        optional = [value for value in graph.input if value.name in valued]
+        return required, optional if self.model.ir_version >= 4 else []
 
     def nodes(self) -> Iterator[Node]:
         """Every node: of the graph, of the bodies of If, Loop and Scan, and of the file's own functions."""

@@ -88,8 +88,9 @@ class _Presenter:
         self._initializer = initializer
         self._description = description
         self._signature = signature
+        self._takes = inputs = {**signature.optional, **signature.inputs}
         self._check_names()
-        inputs, outputs = signature.inputs, signature.outputs
+        outputs = signature.outputs
         self._inputs = [
             _tensor(f"inputs.{name}", name, inputs[name], one)
             for name, one in description.inputs.items()
@@ -133,8 +134,8 @@ class _Presenter:
     def _check_names(self) -> None:
         graph, description = self._signature, self._description
         for where, name, there, kind in [
-            *((f"inputs.{name}", name, graph.inputs, "input") for name in description.inputs),
-            *((f"states[{i}].input", one.input, graph.inputs, "input") for i, one in enumerate(description.states)),
+            *((f"inputs.{name}", name, self._takes, "input") for name in description.inputs),
+            *((f"states[{i}].input", one.input, self._takes, "input") for i, one in enumerate(description.states)),
             *((f"states[{i}].output", one.output, graph.outputs, "output") for i, one in enumerate(description.states)),
             *((f"outputs.{name}", name, graph.outputs, "output") for name in description.outputs),
         ]:
@@ -205,7 +206,7 @@ class _Presenter:
         name = next((name for name, one in self._description.inputs.items() if one.role == "lengths"), None)
         if name is None:
             return None, None
-        port = self._signature.inputs[name]
+        port = self._takes[name]
         if port.dtype not in ("int32", "int64") or len(port.shape) != 1 or (port.shape[0] or 1) > 1:
             raise _wrong(
                 f"inputs.{name}",
@@ -214,7 +215,7 @@ class _Presenter:
         return name, port
 
     def _constant(self, name: str) -> ConstantSpec:
-        one, port = self._description.inputs[name], self._signature.inputs[name]
+        one, port = self._description.inputs[name], self._takes[name]
         where = f"inputs.{name}"
         dtype = _dtype(where, name, port)
         if one.file is not None:
@@ -257,10 +258,10 @@ class _Presenter:
         where = f"{tensor.where}.initial"
         if one.initial.file is not None:
             value = self._load(f"{where}.file", one.initial.file, tensor.dtype)
-        elif one.initial.initializer is not None:
-            found = self._initializer(one.initial.initializer)
+        elif (initializer := self._initial_initializer(one)) is not None:
+            found = self._initializer(initializer)
             if found is None:
-                raise _wrong(where, f"the graph has no initializer {one.initial.initializer!r}")
+                raise _wrong(where, f"the graph has no initializer {initializer!r}")
             value = found
         else:
             return None
@@ -273,6 +274,11 @@ class _Presenter:
                 "that of one row",
             )
         return to_text(value)
+
+    def _initial_initializer(self, one: StateDescription) -> str | None:
+        """The initializer that a sequence begins with: the one that is named, or what the state's input has itself."""
+        own = one.input in self._signature.optional and "initial" not in one.model_fields_set
+        return one.input if own else one.initial.initializer
 
     def _load(self, where: str, name: str, dtype: str) -> Array:
         try:

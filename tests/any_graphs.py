@@ -235,6 +235,24 @@ CASES = [
         row_by_row=True,
     ),
     Case(
+        "a state that has a value of its own",
+        """g (float[T, 1, 3] x, float[1, 1, 4] h, float[1, 12, 3] W) => (float[T, 4] y, float[1, 1, 4] h_next) {
+            Y, h_next = GRU<hidden_size = 4>(x, W, R, , , h)
+            y = Squeeze(Y, middle)
+        }""",
+        GRU | {"middle": np.array([1, 2]), "h": draw(1, 1, H, seed=8)},
+        """\
+        inputs: {x: {time_axis: 0, batch_axis: 1}}
+        states: [{input: h, output: h_next, batch_axis: 1}]
+        outputs: {y: {time_axis: 0}}
+        """,
+        {"h": draw(1, 1, H, seed=8)},
+        {"h": "h_next"},
+        lambda inputs: [{"x": inputs["x"][:, None]}],
+        lambda runs: runs[0],
+        row_by_row=True,
+    ),
+    Case(
         "float16",
         """g (float16[N, 3] x, float16[N, 4] h) => (float16[N, 2] y, float16[N, 4] h_next) {
             a = MatMul(x, W)  b = MatMul(h, R)  s = Add(a, b)  h_next = Tanh(s)  y = MatMul(h_next, V)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from service.errors import LoadError
 from service.manifest import Manifest
 from service.onnx_file import OnnxFile
 from service.presented import present
+from service.values import from_text
 from tests import graphs
-from tests.any_graphs import CASES, Case
+from tests.any_graphs import CASES, GRU, Case, draw, model, place
 from tests.unit.export.foreign import (
     FLOAT,
     INT32,
@@ -64,9 +66,17 @@ def test_the_proposal_is_what_a_person_wrote(tmp_path: Path, case: Case) -> None
     path = case.write(tmp_path)
     written = read(path.parents[1])
     assert written is not None
-    made = parse(proposed(path).text.replace("value: null", "value: 1"))
-    pairs = [(state.input, state.output, state.batch_axis) for state in made.states]
-    assert pairs == [(state.input, state.output, state.batch_axis) for state in written.states]
+    proposal = proposed(path)
+    text = proposal.text.replace("value: null", "value: 1")
+    for key in ("states", "outputs"):  # where all of one kind is left open
+        text = re.sub(rf"^{key}:\n  # (decide|-)", rf"# {key}:\n  # \1", text, flags=re.MULTILINE)
+    made = parse(text)
+    pairs, theirs = (
+        [(state.input, state.output, state.batch_axis) for state in states] for states in (made.states, written.states)
+    )
+    missing = [pair for pair in theirs if pair not in pairs]
+    assert pairs == [pair for pair in theirs if pair not in missing]
+    assert all(any(f"whether {state} " in line for line in proposal.decisions) for state, _, _ in missing)
     assert made.inputs
     signature = OnnxFile(path).signature
     for ours, theirs, ports in (
@@ -516,3 +526,97 @@ def test_functions_that_multiply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         functions=functions,
     )
     assert not dissect(OnnxFile(path)).flow.whole
+
+
+DENOISER = """g (float[N, 8] mel_in, float[N, 5] speaker, float[N, 4] h_in)
+    => (float[N, 8] mel_out, float[N, 1] vad, float[N, 4] h_out) {
+    a = MatMul(mel_in, A)  b = MatMul(h_in, B)  c = MatMul(speaker, C)  s = Sum(a, b, c)
+    h_out = Tanh(s)  mel_out = MatMul(h_out, D)  vad = MatMul(h_out, V)
+}"""
+DENOISER_WEIGHTS = {"A": draw(8, 4), "B": draw(4, 4), "C": draw(5, 4), "D": draw(4, 8), "V": draw(4, 1)}
+
+
+def test_a_signal_that_comes_out_as_it_went_in(tmp_path: Path) -> None:
+    """mel_in and mel_out of one shape are no state for that: beside a sequence that is certain, it is left open."""
+    path = place(tmp_path, "any", model(DENOISER, DENOISER_WEIGHTS))
+    proposal = proposed(path)
+    check_open(path, proposal)
+    assert proposal.evidence == ["h_out alone has the shape and dtype of h_in, and by name they are a state"]
+    assert proposal.decisions == ["whether mel_in is a sequence, as here, or a state, as below"]
+    line = "# mel_in: {batch_axis: 0}"
+    text = proposal.text.replace(line, line[2:]).replace("# mel_out", "mel_out")
+    manifest = accepted(path, text)
+    assert [x.name for x in manifest.inputs] == ["speaker", "mel_in"]
+    assert [state.name for state in manifest.states] == ["h_in"]
+
+
+@pytest.mark.parametrize(
+    ("small", "says"),
+    [
+        (
+            "int64[1] count, float[1, 8] h_in) => (float[1, 8] y, float[1, 8] h_out, int64[1] count_next",
+            ["whether count is a sequence or a constant, as here, or a state, as below"],
+        ),
+        (
+            "int64 count, float[1, 8] h_in) => (float[1, 8] y, float[1, 8] h_out, int64 count_next",
+            ["whether count is a sequence or a constant, as here, or a state, as below"],
+        ),
+        (
+            "int64[1, 1] count, float[1, 8] h_in) => (float[1, 8] y, float[1, 8] h_out, float count_next",
+            ["the value of count, the same in every run"],
+        ),
+        (
+            "int64[1, 1] tokens, float[1, 8] h_in) => (float[1, 8] y, float[1, 8] h_out, float count_next",
+            ["whether tokens is a sequence or a constant, as here"],
+        ),
+    ],
+)
+def test_counters_tokens_and_constants(tmp_path: Path, small: str, says: list[str]) -> None:
+    """One integer is a constant only where it does not come back and is not called a sequence; else it is left open."""
+    name = "tokens" if "tokens" in small else "count"
+    text = f"""g (float[1, 3] x, {small}) {{
+        f = Cast<to = 1>({name})  p = MatMul(x, A)  s = Add(p, h_in)  h_out = Tanh(s)  y = Mul(h_out, f)
+        count_next = {"Add(count, one)" if "int64 count_next" in small or "int64[1] count_next" in small else "Max(f)"}
+    }}"""
+    path = place(tmp_path, "any", model(text, {"A": draw(3, 8), "one": np.array(1)}))
+    proposal = proposed(path)
+    check_open(path, proposal)
+    named = [line for line in proposal.decisions if name in line]
+    assert named == says
+
+
+def test_a_word_is_the_sequence_where_nothing_else_can_be(tmp_path: Path) -> None:
+    """tokens[1, 1] beside a state alone: something has to be the sequence."""
+    text = """g (int64[1, 1] tokens, float[1, 1, 4] h0) => (float[1, 1, 4] y, float[1, 1, 4] hn) {
+        e = Gather(E, tokens)  Y, hn = GRU<hidden_size = 4>(e, W, R, , , h0)  y = Squeeze(Y, axis)
+    }"""
+    path = place(tmp_path, "any", model(text, GRU | {"E": draw(9, 3)}))
+    proposal = proposed(path)
+    assert proposal.decisions == []
+    assert [x.name for x in accepted(path, proposal.text).inputs] == ["tokens"]
+
+
+WITH_DEFAULT = """g (float[T, N, 3] x, float[1, 1, 4] h0, float[1, 12, 3] W) => (float[T, N, 4] y, float[1, 1, 4] hn) {
+    Y, hn = GRU<hidden_size = 4>(x, W, R, , , h0)  y = Squeeze(Y, axis)
+}"""
+
+
+def test_a_state_that_has_a_value(tmp_path: Path) -> None:
+    """An input with an initializer behind it can be given, and is proposed as a state; it begins with that value."""
+    path = place(tmp_path, "any", model(WITH_DEFAULT, GRU | {"h0": draw(1, 1, H)}))
+    anatomy = dissect(OnnxFile(path))
+    proposal = propose(anatomy)
+    assert anatomy.hidden == []
+    assert (proposal.decisions, proposal.evidence) == ([], ["h0 reaches initial_h of GRU 'GRU[0]'; hn is its Y_h"])
+    (state,) = accepted(path, proposal.text).states
+    assert state.initial is not None
+    assert np.array_equal(from_text(state.initial, "float32", (1, H)), draw(1, 1, H)[0])
+    zeros = accepted(path, proposal.text.replace("batch_axis: 1}\noutputs", "batch_axis: 1, initial: zeros}\noutputs"))
+    assert zeros.states[0].initial is None
+
+    old = model(WITH_DEFAULT, GRU | {"h0": draw(1, 1, H)})
+    old.ir_version = 3
+    path = place(tmp_path, "old", old)
+    anatomy = dissect(OnnxFile(path))
+    assert anatomy.optional == []
+    assert anatomy.hidden == ["GRU 'GRU[0]'"]
