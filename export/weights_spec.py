@@ -6,19 +6,17 @@ the files is seen where they are read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as abridged
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
+from pydantic import Field, PlainValidator, StrictBool, field_validator, model_validator
 
 from export.errors import ExportError
 from models.spec import GATES, Activation, Cell
+from service.yaml_file import MAX_BYTES, Section, parse_yaml
 
-MAX_BYTES = 2**20
-"""The limit on a spec."""
+Size = Annotated[int, Field(ge=1, strict=True)]
 
 Product = Literal["x @ W", "W @ x"]
 """How a matrix stands in its product, and so which axis is the input's: ``W[in, out]``, or ``W[out, in]``."""
@@ -37,21 +35,7 @@ Names = Annotated[str | dict[str, str], PlainValidator(_names)]
 """An array that stacks all gates; or one for each: a pattern with ``{gate}``, or a mapping."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_keys(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise ValueError(f"expected a mapping with some of the keys {', '.join(cls.model_fields)}")
-        if unknown := [key for key in value if key not in cls.model_fields]:
-            known = ", ".join(cls.model_fields)
-            raise ValueError(f"unknown key {abridged(unknown[0])}, expected some of {known}")
-        return value
-
-
-class Direction(_Section):
+class Direction(Section):
     """Where the arrays of one direction are.
 
     Attributes:
@@ -60,10 +44,10 @@ class Direction(_Section):
     """
 
     prefix: str | None = None
-    arrays: dict[str, Names] = {}
+    arrays: dict[str, Names] = Field(default_factory=dict)
 
 
-class Initial(_Section):
+class Initial(Section):
     """The learned initial state: the names of its arrays, or of one for each layer and direction."""
 
     h: str | list[str] | None = None
@@ -98,17 +82,17 @@ class LayerSource(Direction):
     initial: Initial = Initial()
     reset: Literal["before", "after"] | None = None
     activation: Activation = "tanh"
-    inverted_update: bool = False
-    input_size: int | None = Field(default=None, ge=1)
-    hidden_size: int | None = Field(default=None, ge=1)
-    bidirectional: bool | None = None
-    peepholes: bool | None = None
-    bias: bool | None = None
+    inverted_update: StrictBool = False
+    input_size: Size | None = None
+    hidden_size: Size | None = None
+    bidirectional: StrictBool | None = None
+    peepholes: StrictBool | None = None
+    bias: StrictBool | None = None
 
     @field_validator("gates")
     @classmethod
-    def _letters(cls, gates: str) -> str:
-        return "".join(gates.replace(",", " ").split())
+    def _letters(cls, gates: str | None) -> str | None:
+        return gates and "".join(gates.replace(",", " ").split())
 
     @model_validator(mode="after")
     def _fits_together(self) -> LayerSource:
@@ -150,7 +134,7 @@ class HeadSource(Direction):
         return self
 
 
-class WeightsSpec(_Section):
+class WeightsSpec(Section):
     """A whole model.
 
     Attributes:
@@ -167,7 +151,7 @@ class WeightsSpec(_Section):
     embedding: str | None = None
     head: HeadSource | None = None
     output: Literal["every", "last"] = "every"
-    ignore: list[str] = []
+    ignore: list[str] = Field(default_factory=list)
 
     @field_validator("weights", "ignore", mode="before")
     @classmethod
@@ -193,23 +177,8 @@ def read_weights_spec(path: Path) -> WeightsSpec:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ExportError(f"{path} is over {MAX_BYTES} bytes")
-        return WeightsSpec.model_validate(yaml.safe_load(content))
+        return parse_yaml(WeightsSpec, content)
     except OSError as error:
         raise ExportError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = _told(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
-        raise ExportError(f"{path}: {told}") from error
-
-
-def _told(error: ValidationError) -> str:
-    return "; ".join(_told_one(detail) for detail in error.errors()[:5])
-
-
-def _told_one(detail: Mapping[str, Any]) -> str:
-    """One mistake: where it is, as YAML would have it, what was expected, and what was there."""
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(".")
-    says = detail["msg"].removeprefix("Value error, ")
-    says = says.replace("Input should be", "expected").replace("Field required", "is missing")
-    if detail["type"] not in ("missing", "value_error"):
-        says += f", got {abridged(detail['input'])}"
-    return f"{place}: {says}" if place else says
+    except ValueError as error:
+        raise ExportError(f"{path}: {error}") from error

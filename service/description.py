@@ -6,18 +6,16 @@ onnxruntime or grpc. Axes and names are the graph's own.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from service.errors import LoadError
+from service.yaml_file import MAX_BYTES, Section, parse_yaml
 
 NAME = "model.yaml"
 """The file's name: DIR/NAME/model.yaml."""
-_MAX_BYTES = 1 << 20
 
 Axis = Annotated[int, Field(ge=0, strict=True)]
 Shape = tuple[Annotated[int, Field(ge=1, strict=True)] | None, ...]
@@ -26,11 +24,7 @@ Name = Annotated[str, Field(coerce_numbers_to_str=True)]
 """The name of a tensor; some exporters number them."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class InputDescription(_Part):
+class InputDescription(Section):
     """One input of the graph.
 
     Attributes:
@@ -66,7 +60,7 @@ class InputDescription(_Part):
         return self
 
 
-class Initial(_Part):
+class Initial(Section):
     """A state's initial value: zeros where neither is given.
 
     Attributes:
@@ -87,7 +81,7 @@ class Initial(_Part):
         raise ValueError("expected zeros, {file: NAME.npy} or {initializer: NAME}")
 
 
-class StateDescription(_Part):
+class StateDescription(Section):
     """A state that one run hands to the next.
 
     Attributes:
@@ -107,7 +101,7 @@ class StateDescription(_Part):
     initial: Initial = Initial()
 
 
-class OutputDescription(_Part):
+class OutputDescription(Section):
     """One output of the graph that is served.
 
     Attributes:
@@ -121,7 +115,7 @@ class OutputDescription(_Part):
     shape: Shape | None = None
 
 
-class Versions(_Part):
+class Versions(Section):
     """Which versions to serve: ``{latest: N}``, or a list of numbers.
 
     Attributes:
@@ -142,7 +136,7 @@ class Versions(_Part):
         raise ValueError("expected {latest: N} or a list of version numbers")
 
 
-class Description(_Part):
+class Description(Section):
     """All that a model.yaml can say.
 
     Attributes:
@@ -159,9 +153,9 @@ class Description(_Part):
     inputs: dict[str, InputDescription] = Field(default_factory=dict)
     states: tuple[StateDescription, ...] = ()
     outputs: dict[str, OutputDescription] = Field(default_factory=dict)
-    strict: bool = False
-    streamable: bool = True
-    row_by_row: bool = False
+    strict: StrictBool = False
+    streamable: StrictBool = True
+    row_by_row: StrictBool = False
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     versions: Versions | None = None
 
@@ -194,13 +188,13 @@ def read(model_folder: Path) -> Description | None:
     """
     try:
         with (model_folder / NAME).open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
+            text = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise LoadError(f"cannot read {NAME}: {error.strerror}") from error
-    if len(text) > _MAX_BYTES:
-        raise LoadError(f"{NAME} is larger than {_MAX_BYTES} bytes")
+    if len(text) > MAX_BYTES:
+        raise LoadError(f"{NAME} is larger than {MAX_BYTES} bytes")
     return parse(text)
 
 
@@ -211,45 +205,6 @@ def parse(text: bytes | str) -> Description:
         LoadError: as for ``read``.
     """
     try:
-        content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise LoadError(f"{NAME} is not valid: {' '.join(str(error).split())}") from error
-    try:
-        return Description.model_validate({} if content is None else content)
-    except ValidationError as error:
-        wrong = "; ".join(f"{place(item['loc'])}{_said(item)}" for item in error.errors())
-        raise LoadError(f"{NAME} is not valid: {wrong}") from error
-
-
-def place(path: Sequence[str | int]) -> str:
-    """Return the way to a value in the file, as in ``states[0].initial: ``; the file itself is nothing."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
-    return f"{''.join(parts).removeprefix('.')}: " if parts else ""
-
-
-def _said(error: Mapping[str, Any]) -> str:
-    if error["type"] == "extra_forbidden":
-        return "there is no such key"
-    if error["type"] in ("model_type", "dict_type"):
-        return "expected a mapping, as in {key: value}"
-    return str(error["msg"]).removeprefix("Value error, ")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases, which can blow a small file up, with keys as they are written and each only once."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases are not taken, {self.peek_event().start_mark}")  # type: ignore[no-untyped-call]
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        # Tensors are called 1, on or no too, which YAML would read as a number and as bools.
-        mapping: dict[Hashable, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"a key is a name, {key.start_mark}")
-            if key.value in mapping:
-                raise yaml.YAMLError(f"{key.value!r} stands twice, {key.start_mark}")
-            mapping[key.value] = self.construct_object(value, deep=True)
-        return mapping
+        return parse_yaml(Description, text)
+    except ValueError as error:
+        raise LoadError(f"{NAME} is not valid: {error}") from error

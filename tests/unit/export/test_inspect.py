@@ -71,11 +71,11 @@ def test_the_proposal_is_what_a_person_wrote(tmp_path: Path, case: Case) -> None
     for key in ("states", "outputs"):  # where all of one kind is left open
         text = re.sub(rf"^{key}:\n  # (decide|-)", rf"# {key}:\n  # \1", text, flags=re.MULTILINE)
     made = parse(text)
-    pairs, theirs = (
+    pairs, right = (
         [(state.input, state.output, state.batch_axis) for state in states] for states in (made.states, written.states)
     )
-    missing = [pair for pair in theirs if pair not in pairs]
-    assert pairs == [pair for pair in theirs if pair not in missing]
+    missing = [pair for pair in right if pair not in pairs]
+    assert pairs == [pair for pair in right if pair not in missing]
     assert all(any(f"whether {state} " in line for line in proposal.decisions) for state, _, _ in missing)
     assert made.inputs
     signature = OnnxFile(path).signature

@@ -32,7 +32,16 @@ SPECS = {
     "no layers": ("weights: w.npz\nlayers: []", "layers: List should have at least 1 item"),
     "an unknown key": (f"wights: w.npz\nlayers: [{OWN}]", "unknown key 'wights', expected some of weights, layers"),
     "an unknown key below": ("weights: w.npz\nlayers: [{cel: gru}]", "layers[0]: unknown key 'cel', expected some of"),
-    "a key that is no text": ("weights: w.npz\nlayers: [{on: gru}]", "layers[0]: unknown key True"),
+    "a key that is no text": ("weights: w.npz\nlayers: [{on: gru}]", "layers[0]: unknown key 'on'"),
+    "a key twice": ("weights: w.npz\nlayers: [{cell: gru, arrays: {b: b, b: c}}]", "'b' stands twice"),
+    "gates that are null": (
+        "weights: w.npz\nlayers: [{cell: gru, reset: before, product: x @ W, gates: null, arrays: {W_x: W, W_h: U}}]",
+        "layers[0]: arrays.W_x: gates is missing",
+    ),
+    "a size that is a bool": (
+        f"weights: w.npz\nlayers: [{OWN[:-1]}, hidden_size: yes}}]",
+        "layers[0].hidden_size: expected a valid integer, got True",
+    ),
     "an unknown cell": ("weights: w.npz\nlayers: [{cell: lsmt}]", "layers[0].cell: expected 'rnn', 'lstm'"),
     "a size that is none": (
         f"weights: w.npz\nlayers: [{OWN[:-1]}, hidden_size: 0}}]",
@@ -63,7 +72,7 @@ SPECS = {
     "aliases of aliases": (
         "a: &a [x, x]\n"
         + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-        "unknown key 'a'",
+        "aliases are not taken",
     ),
 }
 
@@ -71,7 +80,7 @@ SPECS = {
 @pytest.mark.parametrize(("spec", "says"), SPECS.values(), ids=SPECS.keys())
 def test_specs_that_are_none(spec: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2 and one line: the place in the spec, what was wrong, what was expected."""
-    assert main(["from-weights", str(write(tmp_path, spec)), "--output", str(tmp_path / "out.onnx")]) == 2
+    assert main(["from-weights", str(write(tmp_path, spec, w_npz=GOOD)), "--output", str(tmp_path / "out.onnx")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"python -m export from-weights: {tmp_path / 'spec.yaml'}: ")
     assert says in line

@@ -61,7 +61,7 @@ def test_names_are_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("input: {}", r"input: there is no such key"),
+        ("input: {}", r"unknown key 'input', expected some of inputs, states"),
         ("[1, 2]", r"expected a mapping"),
         ("inputs: [x]", r"inputs: expected a mapping"),
         ("a: [", r"expected the node content"),
@@ -74,7 +74,7 @@ def test_names_are_as_they_are_written() -> None:
         ("outputs: {y: {}}\ninputs: {x: {role: lengths}}", r"at least one input of role sequence"),
         (GRAPH.replace("{}}", "{}, a: {role: lengths}, b: {role: lengths}}", 1), r"at most one input of role lengths"),
         ("inputs: {x: {role: state}}", r"inputs\.x\.role: .*'sequence', 'lengths' or 'constant'"),
-        ("inputs: {x: {axis: 1}}", r"inputs\.x\.axis: there is no such key"),
+        ("inputs: {x: {axis: 1}}", r"inputs\.x: unknown key 'axis', expected some of role, time_axis"),
         ("inputs: {x: {batch_axis: -1}}", r"inputs\.x\.batch_axis: "),
         ("inputs: {x: {batch_axis: true}}", r"inputs\.x\.batch_axis: "),
         ("inputs: {x: {below: 0}}", r"inputs\.x\.below: "),
@@ -83,15 +83,20 @@ def test_names_are_as_they_are_written() -> None:
         ("inputs: {x: {value: 3}}", r"inputs\.x: an input of role sequence has no value"),
         ("inputs: {x: {role: constant}}", r"inputs\.x: a constant has either a value or a file"),
         ("inputs: {x: {role: constant, value: 1, file: a}}", r"inputs\.x: a constant has either a value or a file"),
-        (GRAPH + "states: [{input: h}]", r"states\[0\]\.output: Field required"),
+        (GRAPH + "states: [{input: h}]", r"states\[0\]\.output: is missing"),
         (GRAPH + "states: [{input: h, output: g, initial: ones}]", r"states\[0\]\.initial: expected zeros, \{file"),
-        (GRAPH + "states: [{input: h, output: g, initial: {url: a}}]", r"initial\.url: there is no such key"),
+        (
+            GRAPH + "states: [{input: h, output: g, initial: {url: a}}]",
+            r"initial: unknown key 'url', expected some of file",
+        ),
         ("versions: {latest: 0}", r"versions\.latest: "),
         ("versions: []", r"versions: expected \{latest: N\} or a list"),
         ("versions: 3", r"versions: expected \{latest: N\} or a list"),
         ("tolerance: .inf", r"tolerance: "),
         ("tolerance: 0", r"tolerance: "),
-        ("strict: perhaps", r"strict: "),
+        ("strict: perhaps", r"strict: expected a valid boolean, got 'perhaps'"),
+        ("strict: 1", r"strict: expected a valid boolean, got 1"),
+        ("states:", r"states: expected a list, got None"),
     ],
 )
 def test_what_is_refused(text: str, says: str) -> None:
