@@ -62,12 +62,12 @@ def from_weights(options: argparse.Namespace, console: Console) -> None:
     """Export a model that is read from a spec and arrays, and print what was verified."""
 
     def load(data: Mapping[str, Array] | None) -> nn.Module:
-        from export.from_weights import read_model
+        from export.weights.model import read_model
         from models.fused import SequenceModel
 
         spec, weights = read_model(options.spec)
         if data is not None and "y" in data:
-            from export.given_outputs import check_outputs
+            from export.weights.given_outputs import check_outputs
 
             error = check_outputs(spec, weights, data, options.max_error)
             console.print(f"the outputs given with the data are the model's, within {error:.1e}", highlight=False)
@@ -119,7 +119,7 @@ def verify(options: argparse.Namespace, console: Console) -> None:
 def inspect(options: argparse.Namespace, console: Console) -> int:
     """Look into a file, and print what is found."""
     with console.status("importing"):
-        from export.inspect import inspect as look_into
+        from export.inspect.command import inspect as look_into
 
     return 0 if look_into(options.file, options.write, console) else 3
 

@@ -10,8 +10,8 @@ import pytest
 from conveyor import AsyncClient
 from export.__main__ import main
 from tests.conftest import running
-from tests.unit.export import textbook
-from tests.unit.export.elsewhere import LSTM, Array, H, I, drawn, write
+from tests.unit.export.weights import textbook
+from tests.unit.export.weights.elsewhere import LSTM, Array, H, I, drawn, write
 from tests.wire.inference import calling, output, request
 
 SPEC = """

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from onnx import helper, numpy_helper, shape_inference
 
-from export.dataflow import Dataflow, Value, follow
+from export.inspect.dataflow import Dataflow, Value, follow
 from service.onnx_file import Node, OnnxFile
 from service.placement import CONTROL_FLOW, CPU_ONLY, RECURRENT, Attribute, Placement, place
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import yaml
 
-from export.anatomy import Anatomy
-from export.axes import Axes, find_axes
-from export.roles import Roles, assign
+from export.inspect.anatomy import Anatomy
+from export.inspect.axes import Axes, find_axes
+from export.inspect.roles import Roles, assign
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TAKEN = re.compile(r"(?i:yes|no|on|off|true|false|null)")

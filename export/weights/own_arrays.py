@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.errors import ExportError
-from export.named_arrays import NamedArrays
-from export.weights_spec import Direction, LayerSource, gate_sets
+from export.weights.named_arrays import NamedArrays
+from export.weights.spec import Direction, LayerSource, gate_sets
 from models.spec import GATES, PEEPHOLES, PREFIXES, Layer
 from models.weights import Array, check_shapes
 

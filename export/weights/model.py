@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from export.errors import ExportError
-from export.library_arrays import keras_part, read_library_arrays
-from export.named_arrays import NamedArrays
-from export.own_arrays import read_own_arrays
-from export.weights_spec import HeadSource, LayerSource, WeightsSpec, read_weights_spec
+from export.weights.library_arrays import keras_part, read_library_arrays
+from export.weights.named_arrays import NamedArrays
+from export.weights.own_arrays import read_own_arrays
+from export.weights.spec import HeadSource, LayerSource, WeightsSpec, read_weights_spec
 from models.spec import GATES, Layer, ModelSpec
 from models.weights import Array, Weights, select
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from export.from_weights import read_model
+from export.weights.model import read_model
 from models.spec import GATES, PEEPHOLES, Layer
 from models.weights import select
-from tests.unit.export.elsewhere import Array, Arrays, write
+from tests.unit.export.weights.elsewhere import Array, Arrays, write
 from tests.unit.models.drawn import LAYERS, draw_weights
 
 FORMS = list(product(("x @ W", "W @ x"), ("stacked", "pattern", "mapping"), ("apart", "W_xh", "W_hx")))

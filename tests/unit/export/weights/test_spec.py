@@ -12,11 +12,11 @@ import yaml
 import export.arguments
 from export.__main__ import main
 from export.errors import ExportError, VerificationFailed
-from export.from_weights import read_model
-from export.given_outputs import check_outputs
-from export.own_arrays import PARTS
-from export.weights_spec import HeadSource, Initial, LayerSource, WeightsSpec
-from tests.unit.export.elsewhere import KERAS, Arrays, H, I, drawn, gates, save, write
+from export.weights.given_outputs import check_outputs
+from export.weights.model import read_model
+from export.weights.own_arrays import PARTS
+from export.weights.spec import HeadSource, Initial, LayerSource, WeightsSpec
+from tests.unit.export.weights.elsewhere import KERAS, Arrays, H, I, drawn, gates, save, write
 
 T = 9
 OWN = "{cell: lstm, product: x @ W, gates: i f c o, arrays: {W_x: W, W_h: U, b: b}}"
@@ -278,7 +278,7 @@ def test_what_the_model_gave_has_to_be_of_its_form(tmp_path: Path) -> None:
 
 def test_the_help_s_specs_are_specs(capsys: pytest.CaptureFixture[str]) -> None:
     """The page shows the examples whole; each of them is a spec, and together they have every key that there is."""
-    text = (Path(export.arguments.__file__).with_name("weights_example.yaml")).read_text()
+    text = (Path(export.arguments.__file__).with_name("weights/example.yaml")).read_text()
     for document in yaml.safe_load_all(text):
         WeightsSpec.model_validate(document)
     for section in (WeightsSpec, LayerSource, HeadSource, Initial):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from export.anatomy import Anatomy, Axis, Tensor, shape_text
-from export.roles import Roles
+from export.inspect.anatomy import Anatomy, Axis, Tensor, shape_text
+from export.inspect.roles import Roles
 
 _BATCHES = re.compile(r"^(n|b|bs|bsz|batch.*)$")
 _TIMES = re.compile(r"^(t|time.*|seq.*|steps?|(num_?)?(frames|samples)|len|length)$")

@@ -11,10 +11,10 @@ import onnx
 import pytest
 from onnx import helper
 
-from export import dataflow
 from export.__main__ import main
-from export.anatomy import dissect
-from export.proposal import Proposal, propose
+from export.inspect import dataflow
+from export.inspect.anatomy import dissect
+from export.inspect.proposal import Proposal, propose
 from service.description import parse, read
 from service.errors import LoadError
 from service.manifest import Manifest
@@ -23,7 +23,7 @@ from service.presented import present
 from service.values import from_text
 from tests import graphs
 from tests.any_graphs import CASES, GRU, Case, draw, model, place
-from tests.unit.export.foreign import (
+from tests.unit.export.inspect.foreign import (
     FLOAT,
     INT32,
     INT64,

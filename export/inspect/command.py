@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.anatomy import Anatomy, Recurrence, dissect, shape_text
 from export.describe import read_manifest
 from export.errors import ExportError
-from export.proposal import Proposal, propose, quoted
+from export.inspect.anatomy import Anatomy, Recurrence, dissect, shape_text
+from export.inspect.proposal import Proposal, propose, quoted
 from export.show import layer_line, parity_table
 from export.versions import write_file
 from service.description import NAME, parse

@@ -14,13 +14,13 @@ import torch
 
 from export.__main__ import main
 from export.describe import initial_state, read_manifest
-from export.from_weights import read_model
-from export.given_outputs import check_outputs
+from export.weights.given_outputs import check_outputs
+from export.weights.model import read_model
 from models.layouts import convert
 from models.reference import run_model
 from models.spec import Layer
-from tests.unit.export import textbook
-from tests.unit.export.elsewhere import KERAS, LSTM, Array, Arrays, H, I, drawn, gates, joined, save, write
+from tests.unit.export.weights import textbook
+from tests.unit.export.weights.elsewhere import KERAS, LSTM, Array, Arrays, H, I, drawn, gates, joined, save, write
 
 T = 9
 BOUND = 2e-6

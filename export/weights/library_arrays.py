@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from export.errors import ExportError
-from export.named_arrays import NamedArrays
-from export.weights_spec import Direction, LayerSource
+from export.weights.named_arrays import NamedArrays
+from export.weights.spec import Direction, LayerSource
 from models.layouts import LAYOUTS, LayoutName, array_shapes, convert
 from models.spec import GATES, Layer
 from models.state_dicts import from_torch_state_dict

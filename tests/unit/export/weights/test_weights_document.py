@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from export.__main__ import main
-from export.weights_spec import WeightsSpec
+from export.weights.spec import WeightsSpec
 
-TEXT = (Path(__file__).resolve().parents[3] / "docs/weights.md").read_text()
+TEXT = (Path(__file__).resolve().parents[4] / "docs/weights.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
