@@ -80,7 +80,7 @@ def export_parser() -> argparse.ArgumentParser:
 
 def from_weights_parser() -> argparse.ArgumentParser:
     """The arguments of an export from weights."""
-    example = Path(__file__).with_name("weights/example.yaml").read_text("utf-8")
+    example = (Path(__file__).parent / "weights/example.yaml").read_text("utf-8")
     parser = argparse.ArgumentParser(
         prog="python -m export from-weights",
         description=FROM_WEIGHTS + indent(example, "  "),

@@ -278,7 +278,7 @@ def test_what_the_model_gave_has_to_be_of_its_form(tmp_path: Path) -> None:
 
 def test_the_help_s_specs_are_specs(capsys: pytest.CaptureFixture[str]) -> None:
     """The page shows the examples whole; each of them is a spec, and together they have every key that there is."""
-    text = (Path(export.arguments.__file__).with_name("weights/example.yaml")).read_text()
+    text = (Path(export.arguments.__file__).parent / "weights/example.yaml").read_text()
     for document in yaml.safe_load_all(text):
         WeightsSpec.model_validate(document)
     for section in (WeightsSpec, LayerSource, HeadSource, Initial):
