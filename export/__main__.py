@@ -35,14 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options, console) or 0
     except VerificationFailed as failed:
-        if failed.parity is not None:
-            from export.show import parity_table
+        from export.show import parity_table, printable
 
+        if failed.parity is not None:
             console.print(parity_table(failed.parity))
-        console.print(str(failed), style="bold red", highlight=False, markup=False)
+        console.print(printable(str(failed), length=4_000), style="bold red", highlight=False, markup=False)
         return 1
     except ExportError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        from export.show import printable
+
+        print(f"{parser.prog}: {printable(' '.join(str(error).split()), length=4_000)}", file=sys.stderr)
         return 2
 
 
@@ -109,11 +111,11 @@ def verify(options: argparse.Namespace, console: Console) -> None:
     """Verify a file, and print what was compared."""
     with console.status("importing") as status:
         from export.model_file import verify_file
-        from export.show import parity_table
+        from export.show import parity_table, print_written
 
         parity = verify_file(options.file, _load_data(options.data), options.max_error, status.update)
     console.print(parity_table(parity))
-    console.print(f"[green]verified[/] {options.file}", highlight=False)
+    print_written(options.file, console, "verified")
 
 
 def inspect(options: argparse.Namespace, console: Console) -> int:
@@ -146,7 +148,7 @@ def _load_data(path: Path | None) -> dict[str, Array] | None:
 
 
 def _print_made(made: ModelFile, path: Path, console: Console) -> None:
-    from export.show import cost_table, layer_line, parity_table
+    from export.show import cost_table, layer_line, parity_table, plain, print_written
 
     parity, precision = made.manifest.parity, made.manifest.precision
     assert parity is not None
@@ -158,8 +160,8 @@ def _print_made(made: ModelFile, path: Path, console: Console) -> None:
     for number, layer in enumerate(made.manifest.layers, start=1):
         console.print(layer_line(number, layer), highlight=False)
     for note in made.notes:
-        console.print(f"[yellow]note[/] {note}", highlight=False)
-    console.print(f"[green]written[/] {path}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]note[/] {plain(note)}", highlight=False)
+    print_written(path, console)
 
 
 def _measures(content: bytes) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -620,3 +621,124 @@ def test_a_state_that_has_a_value(tmp_path: Path) -> None:
     anatomy = dissect(OnnxFile(path))
     assert anatomy.optional == []
     assert anatomy.hidden == ["GRU 'GRU[0]'"]
+
+
+def exit_code(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    """What the command returns for a file, and what it prints."""
+    code = main(["inspect", str(path), *more])
+    printed = capsys.readouterr()
+    return code, " ".join((printed.out + printed.err).split())
+
+
+def test_what_the_server_refuses_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Operators that nobody knows, data outside the folder: exit code 3, no proposal, nothing written."""
+    text = """g (float[N, 3] x, float[N, 4] h_in) => (float[N, 4] h_out, float[N, 1] y) {
+        a = my.ops.Magic(x)  s = Add(a, h_in)  h_out = Tanh(s)  y = MatMul(h_out, D)
+    }"""
+    unknown = model(text, {"D": draw(4, 1)})
+    unknown.opset_import.append(helper.make_opsetid("my.ops", 1))
+    outside = model(text.replace("my.ops.Magic(x)", "MatMul(x, A)"), {"A": draw(3, 4), "D": draw(4, 1)})
+    array = outside.graph.initializer[0]
+    array.ClearField("raw_data")
+    array.data_location = onnx.TensorProto.EXTERNAL
+    array.external_data.add(key="location", value="../../secret.bin")
+    for name, graph, says in (
+        ("unknown", unknown, "is a Magic of domain 'my.ops', which onnxruntime does not bring along"),
+        ("outside", outside, "is outside the model's folder"),
+    ):
+        path = place(tmp_path, name, graph)
+        code, printed = exit_code(path, capsys, "--write")
+        assert code == 3
+        assert "The server refuses the file, whatever a model.yaml says: " in printed
+        assert says in printed
+        assert "inputs:" not in printed
+        assert not (tmp_path / name / "model.yaml").exists()
+
+
+def test_no_output_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where every output could be a state's, that is to be decided and not left to the server's words."""
+    path = place(tmp_path, "any", model(DENOISER.replace(", float[N, 1] vad", ""), DENOISER_WEIGHTS))
+    code, printed = exit_code(path, capsys)
+    assert code == 3
+    assert "# decide: which outputs are served; each of them could be a state's" in printed
+
+
+def test_a_refusal_without_decisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A proposal that is whole and is refused all the same is no success: exit code 3, and why."""
+    path = write_lstm(tmp_path / "a.onnx", state=(1, 4, H))
+    code, printed = exit_code(path, capsys)
+    assert code == 3
+    assert "would refuse it all the same: model.yaml: " in printed
+    assert "a batch of 4 baked into" in printed
+
+
+def test_beside_how_to_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model.yaml that describes no graph keeps its keys and its comments, and gets the proposal."""
+    path = write_lstm(tmp_path / "tagger/1/model.onnx")
+    yaml_file = tmp_path / "tagger/model.yaml"
+    yaml_file.write_text("# ours\nversions: {latest: 2}")
+    assert exit_code(path, capsys, "--write")[0] == 0
+    assert yaml_file.read_text().startswith("# ours\nversions: {latest: 2}\n\n# Proposed by")
+    description = read(tmp_path / "tagger")
+    assert description is not None
+    assert description.versions is not None
+    assert (description.versions.latest, len(description.states)) == (2, 2)
+
+    yaml_file.write_text("{versions: {latest: 2}}")
+    code, printed = exit_code(path, capsys, "--write")
+    assert code == 2
+    assert "nothing can be added at its end" in printed
+    assert yaml_file.read_text() == "{versions: {latest: 2}}"
+
+
+def test_a_description_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is held against the file: taken, refused with the server's words, or no description at all."""
+    path = write_cell(tmp_path / "cell/1/model.onnx")
+    good = """\
+inputs: {x: {batch_axis: 0}}
+states: [{input: h_in, output: h_out, batch_axis: 0}, {input: c_in, output: c_out, batch_axis: 0}]
+outputs: {y: {batch_axis: 0}}
+"""
+    for text, code, says in (
+        (good, 0, "The server would take"),
+        (good.replace("c_in", "d_in"), 3, "the graph has no input 'd_in'"),
+        ("inputs: [", 3, "model.yaml is not valid"),
+    ):
+        (tmp_path / "cell/model.yaml").write_text(text)
+        found = exit_code(path, capsys)
+        assert found[0] == code
+        assert says in found[1]
+    path = graphs.write_lstm(tmp_path)
+    path.parents[1].joinpath("model.yaml").write_text(good)
+    code, printed = exit_code(path, capsys)
+    assert code == 3
+    assert "describes its graph too" in printed
+
+
+def test_a_manifest_does_not_speak_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences and markup out of a file's manifest are shown, not obeyed; and what it claims is called so."""
+    path = graphs.write_lstm(tmp_path)
+    file = onnx.load(path)
+    (entry,) = file.metadata_props
+    manifest = json.loads(entry.value)
+    bad = "a [/b] \x1b]0;title\x07"
+    row = {"case": bad, "batch": 1, "steps": 1, "outputs": 0.0, "states": 0.0, "bound": 1e-6}
+    manifest["parity"] = {"reference": bad, "provider": bad, "rows": [row]}
+    manifest["layers"] = [{"cell": bad, "input_size": 1, "hidden_size": 1, "activation": bad}]
+    entry.value = json.dumps(manifest)
+    onnx.save(file, path)
+    code, printed = exit_code(path, capsys)
+    assert code == 0
+    assert "\x1b" not in printed
+    assert printed.count(r"a [/b] \x1b]0;title\x07") >= 4
+    assert "as the file says; python -m export verify FILE holds the file against it" in printed
+    assert "Exported here" not in printed
+
+
+def test_a_repository_called_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder's name is a name when what was written is told."""
+    for name in ("[/b]", "[runs 2024]"):
+        path = write_lstm(tmp_path / name / "tagger/1/model.onnx")
+        code, printed = exit_code(path, capsys, "--write")
+        assert code == 0
+        assert f"written {tmp_path / name}/tagger/model.yaml" in printed
