@@ -15,6 +15,7 @@ from bench import report
 from bench.cases import CASES
 from bench.measure import Settings, measure
 from bench.results import Results, describe_host, describe_settings
+from bench.situations import SITUATIONS
 
 _DESCRIPTION = """\
 Measure the server, always beside its ceilings and its peers, in one run on one machine.
@@ -38,7 +39,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="of each subject; the median counts [%(default)s]")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each run [%(default)s]")
     parser.add_argument("--threads", type=int, default=1, help="inside one run of a model [%(default)s]")
-    parser.add_argument("--only", metavar="TEXT", help="cases whose title has this in it")
+    parser.add_argument("--only", metavar="TEXT", help="cases and situations whose title has this in it")
     parser.add_argument("--draw", action="store_true", help="measure nothing; draw and tabulate what is in --out anew")
     options = parser.parse_args()
     console = Console(highlight=False)
@@ -47,10 +48,12 @@ def main() -> int:
         return _write(results, options.out, console)
     settings = Settings(options.folder, options.runs, options.seconds, options.threads)
     cases = [case for case in CASES if options.only is None or options.only in case.title]
-    if not cases:
-        parser.error("no case has that in its title; there are:\n  " + "\n  ".join(case.title for case in CASES))
+    situations = [name for name in SITUATIONS if options.only is None or options.only in name]
+    if not cases and not situations:
+        titles = [*(case.title for case in CASES), *SITUATIONS]
+        parser.error("none has that in its title; there are:\n  " + "\n  ".join(titles))
     options.folder.mkdir(parents=True, exist_ok=True)
-    results = Results(describe_host(), describe_settings(settings), [])
+    results = Results(describe_host(), describe_settings(settings))
     console.print("; ".join(f"{name} {value}" for name, value in results.host.items()))
     began = time.perf_counter()
     for number, case in enumerate(cases, 1):
@@ -65,6 +68,13 @@ def main() -> int:
             measured = measure(case, settings, say)
         results.cases.append((case, measured))
         console.print(report.table(case, measured), "")
+    for name in situations:
+        console.print(f"      {time.perf_counter() - began:4.0f} s  {name}")
+        with console.status("") as status:
+            runs = [SITUATIONS[name](settings, status.update) for _ in range(settings.runs)]
+        results.situations[name] = runs
+        for figure, value in report.situation_rows(results, name):
+            console.print(f"  {figure:<24} {value}")
     console.print(f"{time.perf_counter() - began:.0f} s in all")
     return _write(results, options.out, console)
 

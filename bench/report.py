@@ -65,6 +65,12 @@ def table(case: Case, measured: Iterable[Measured]) -> Table:
     return drawn
 
 
+def situation_rows(results: Results, name: str) -> list[list[str]]:
+    """A situation's lines: figure, median over the runs."""
+    figures = dict.fromkeys(figure for run in results.situations.get(name, []) for figure in run)
+    return [[figure, f"{results.situation(name, figure):,.4g}"] for figure in figures]
+
+
 def targets(results: Results) -> list[list[str]]:
     """What was to be reached, what it is, and whether that is enough."""
     lines = []
@@ -88,6 +94,8 @@ def page(results: Results) -> str:
     text += ["", "## Every case", ""]
     for case, measured in results.cases:
         text += [f"### {case.title}", "", *_markdown(["", *_COLUMNS], rows(measured)), ""]
+    for name in results.situations:
+        text += [f"### {name[0].upper()}{name[1:]}", "", *_markdown(["", "median"], situation_rows(results, name)), ""]
     return "\n".join(text)
 
 

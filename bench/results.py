@@ -6,7 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+import statistics
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,18 @@ class Results:
         host: what it ran on, by name.
         settings: how, by name.
         cases: each with what was measured.
+        situations: the figures of each run, by situation.
     """
 
     host: dict[str, str]
     settings: dict[str, Any]
-    cases: list[tuple[Case, list[Measured]]]
+    cases: list[tuple[Case, list[Measured]]] = field(default_factory=list)
+    situations: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+
+    def situation(self, name: str, figure: str) -> float:
+        """The median of a figure over the runs of a situation; NaN if it was not measured."""
+        values = [run[figure] for run in self.situations.get(name, []) if figure in run]
+        return statistics.median(values) if values else float("nan")
 
     def find(self, subject: Subject, model: Model, **load: int) -> Measured | None:
         """What a subject did in the case of a model whose load has these values; None if it was not measured."""
@@ -44,7 +52,8 @@ class Results:
     def to_json(self) -> str:
         """As text that ``from_json`` reads."""
         cases = [{"case": asdict(case), "measured": [asdict(one) for one in measured]} for case, measured in self.cases]
-        return json.dumps({"host": self.host, "settings": self.settings, "cases": cases}, indent=1)
+        whole = {"host": self.host, "settings": self.settings, "cases": cases, "situations": self.situations}
+        return json.dumps(whole, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Results:
@@ -55,7 +64,7 @@ class Results:
             given = entry["case"]
             case = Case(**given | {"model": Model(**given["model"]), "subjects": tuple(given["subjects"])})
             cases.append((case, [Measured(**one) for one in entry["measured"]]))
-        return cls(read["host"], read["settings"], cases)
+        return cls(read["host"], read["settings"], cases, read["situations"])
 
 
 def describe_host() -> dict[str, str]:

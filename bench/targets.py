@@ -51,6 +51,10 @@ def _against_triton(chunks: int, sessions: int, streams: int) -> Callable[[Resul
     return find
 
 
+def _situation(name: str, figure: str) -> Callable[[Results], float]:
+    return lambda results: results.situation(name, figure)
+
+
 def _int8(sessions: int) -> Callable[[Results], float]:
     def find(results: Results) -> float:
         quick = results.find("conveyor", LARGE_INT8, sessions=sessions, chunks=64)
@@ -91,5 +95,26 @@ TARGETS = (
         True,
         _against_triton(64, 64, 1),
     ),
+    Target(
+        "p99 of streaming steps beside long batches that saturate the model, over p99 alone at the same rate",
+        2.0,
+        True,
+        _situation("streams beside batches", "ratio"),
+    ),
+    Target(
+        "cells computed and thrown away, log-normal lengths (sigma 1)",
+        0.05,
+        True,
+        _situation("streams beside batches", "wasted"),
+    ),
+    Target("4x overload: answered in time over the peak rate", 0.9, False, _situation("overload", "4x.in_time")),
+    Target("4x overload: milliseconds to a refusal, p99", 50.0, True, _situation("overload", "4x.refusal_p99_ms")),
+    Target(
+        "4x overload: growth of the server's memory over 2x, bytes",
+        0.0,
+        True,
+        _situation("overload", "4x.growth_bytes"),
+    ),
+    Target("tick time with 100,000 resident sessions over 1,000", 1.1, True, _situation("residents", "ratio")),
     Target(f"{LARGE.title}, 64 sessions: int8's steps per second over float32's", 2.7, False, _int8(64)),
 )
