@@ -18,6 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from export.errors import ExportError
+from service.description import NAME as DESCRIPTION
+from service.description import read
+from service.errors import LoadError
 
 FILE = "model.onnx"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -27,8 +30,8 @@ def choose_version(repository: Path, name: str, version: int | None, overwrite: 
     """The version to write: the one asked for, or the one after the last.
 
     Raises:
-        ExportError: the name or the version cannot be one, the version is there and may not be overwritten, or its
-            place cannot be written to.
+        ExportError: the name or the version cannot be one, the version is there and may not be overwritten, its
+            place cannot be written to, or the server would refuse what stands there for the model.yaml beside it.
     """
     if not NAME.fullmatch(name):
         raise ExportError(f"model name {name!r}: expected letters, digits, '.', '_' and '-', a letter or digit first")
@@ -43,6 +46,7 @@ def choose_version(repository: Path, name: str, version: int | None, overwrite: 
         if target.exists() and not overwrite:
             raise ExportError(f"{target} is there already: choose another version, or --overwrite it")
         _check_writable(target)
+    _check_description(folder)
     return version
 
 
@@ -129,6 +133,19 @@ def _made(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # somebody else has put something there, and it stays
                 each.rmdir()
         raise
+
+
+def _check_description(folder: Path) -> None:
+    """See that no model.yaml describes a graph: of what is exported here the file itself says all."""
+    try:
+        description = read(folder)
+    except LoadError as error:
+        raise ExportError(f"{folder / DESCRIPTION}: the server would refuse every version: {error}") from error
+    if description is not None and description.of_graph:
+        raise ExportError(
+            f"{folder / DESCRIPTION} describes a graph, and the server would refuse one that was exported here: choose "
+            "another name, or take its inputs, states, outputs and streamable out"
+        )
 
 
 def _check_writable(folder: Path) -> None:

@@ -148,3 +148,19 @@ def test_one_file(tmp_path: Path) -> None:
     write_file(path, b"one")
     assert write_file(path, b"two").read_bytes() == b"two"
     assert everything(tmp_path) == ["new", "new/model.onnx"]
+
+
+def test_a_model_that_is_described(tmp_path: Path) -> None:
+    """Beside a model.yaml that describes a graph an exported version would never be served, and is not written."""
+    (tmp_path / "digits").mkdir()
+    description = tmp_path / "digits" / "model.yaml"
+    for text, says in (
+        ("inputs: {x: {}}\noutputs: {y: {}}", "model.yaml describes a graph, and the server would refuse"),
+        ("versoins: [1]", "the server would refuse every version: .*unknown key 'versoins'"),
+    ):
+        description.write_text(text)
+        with pytest.raises(ExportError, match=says):
+            write_version(tmp_path, "digits", 1, b"model", overwrite=False)
+    assert everything(tmp_path / "digits") == ["model.yaml"]
+    description.write_text("versions: {latest: 2}")
+    assert write_version(tmp_path, "digits", 1, b"model", overwrite=False).exists()
