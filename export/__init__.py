@@ -1,6 +1,7 @@
-"""From a torch module to a verified ONNX file that says what it is.
+"""From a torch module, or arrays from elsewhere, to a verified ONNX file that says what it is; and into other files.
 
-Owns the way from ``models`` to a file that the server can load. Must not know the server beyond its manifest.
+Owns the way from ``models`` to a file that the server can load, and what a file from elsewhere needs to be loaded. Must
+not know the server beyond what describes and reads a model's files.
 """
 
 from __future__ import annotations

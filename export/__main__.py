@@ -1,4 +1,6 @@
-"""The command line: export a model, or verify a file again. ``python -m export --help`` tells all.
+"""The command line: export a model, from torch or from weights; verify a file, or look into one.
+
+``python -m export --help`` tells all, and each command's own page the rest.
 
 Owns output and exit codes: 0 done, 1 verification failed, 2 it could not be done as asked, 3 the user has to decide.
 Must not know how anything is done.

@@ -47,7 +47,7 @@ SPEC.yaml says of which cells the model is, and which array of which file is wha
 What no array tells is whether it was read as it was meant: matrices transposed, gates in another order. Give what the
 model computes where it comes from, as x and y in --data, and it is compared.
 
-three specs, the last with all that can be said:
+three specs, the last with most of what can be said:
 
 """
 
@@ -72,7 +72,7 @@ def export_parser() -> argparse.ArgumentParser:
     _add_place(parser)
     how = _add_form(parser)
     how.add_argument(
-        "--weights", type=Path, metavar="FILE", help="weights for the model: .safetensors, .npz, .h5 or .pt"
+        "--weights", type=Path, metavar="FILE", help="weights for the model: .safetensors, .npz, .h5, .pt or .ckpt"
     )
     _add_verification(parser, BOUNDS)
     return parser
@@ -113,10 +113,12 @@ def inspect_parser() -> argparse.ArgumentParser:
         description="Look into an .onnx file from anywhere: inputs and outputs, recurrent nodes and where onnxruntime "
         "would run them, sizes that are baked in; and propose the model.yaml that it needs to be served. What the "
         "graph does not tell for certain is left for you to decide.",
-        epilog="exit codes: 0 done; 2 it could not be done as asked; 3 the proposal needs your decision",
+        epilog="exit codes: 0 done; 2 it could not be done as asked; 3 the proposal needs your decision, or the server "
+        "would refuse the file",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="an .onnx file")
-    parser.add_argument("--write", action="store_true", help="write the proposal: NAME/model.yaml of NAME/VERSION/FILE")
+    write = "write the proposal: NAME/model.yaml of NAME/VERSION/FILE; what is there and describes no graph stays"
+    parser.add_argument("--write", action="store_true", help=write)
     return parser
 
 

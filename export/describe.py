@@ -6,7 +6,6 @@ know how a graph is made.
 
 from __future__ import annotations
 
-import base64
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from models.reference import initial_states
 from models.spec import ModelSpec
 from models.weights import Array, Weights, digest
 from service.manifest import METADATA_KEY, DType, LayerSpec, Manifest, StateSpec, TensorSpec
+from service.values import from_text, to_text
 
 Precision = Literal["float32", "float16", "int8"]
 
@@ -70,9 +70,7 @@ def describe(spec: ModelSpec, weights: Weights, lowerings: Sequence[Lowering], p
                 dtype=dtype,
                 shape=tensor.shape,
                 batch_axis=tensor.batch_axis,
-                initial=None
-                if initial is None
-                else _to_base64(initial[place].take(0, tensor.batch_axis).astype(dtype)),
+                initial=None if initial is None else to_text(initial[place].take(0, tensor.batch_axis).astype(dtype)),
             )
             for place, tensor in enumerate(state_tensors(spec))
         ),
@@ -149,9 +147,5 @@ def initial_state(state: StateSpec, N: int) -> Array:
     """The state that N rows start from, in the state's own shape and dtype."""
     one = np.zeros(state.tail, state.dtype)
     if state.initial is not None:
-        one = np.frombuffer(base64.b64decode(state.initial), one.dtype.newbyteorder("<")).reshape(state.tail)
+        one = from_text(state.initial, state.dtype, state.tail)
     return np.repeat(np.expand_dims(one, state.batch_axis), N, state.batch_axis)
-
-
-def _to_base64(array: Array) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()).decode()

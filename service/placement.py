@@ -2,7 +2,8 @@
 
 Owns what is known of the recurrent operators and of control flow; every other operator has a kernel on both, as far
 as this room knows. Must not know how a node was read. The rules are those of onnxruntime 1.31, and of cuDNN behind its
-CUDA provider; a run on the machine itself has the last word.
+CUDA provider; a run on the machine itself has the last word. So far ``python -m export inspect`` alone asks: the server
+will, to name the attribute for which onnxruntime does not run a node on CUDA.
 """
 
 from __future__ import annotations
