@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from service.description import Description, Initial, InputDescription, OutputDescription, StateDescription
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,11 +54,24 @@ def test_limits_have_the_defaults_that_are_named() -> None:
 
 
 def test_every_room_is_in_the_table() -> None:
-    """Each module of the server, and no other, has its line in the table of rooms."""
+    """Each module of the server, and no other, has its one line, in the order that imports are held to."""
     text = (ROOT / "docs/architecture.md").read_text()
     table = text.partition("## The rooms of the server")[2].partition("\n## ")[0]
     first_columns = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    rooms = set(re.findall(r"`(\w+)(?:\.py|/)`", " ".join(first_columns)))
+    rooms = re.findall(r"`(\w+)(?:\.py|/)`", " ".join(first_columns))
     modules = {path.stem for path in (ROOT / "service").glob("*.py")} - {"__init__"}
     packages = {path.parent.name for path in (ROOT / "service").glob("*/__init__.py")}
-    assert rooms == modules | packages
+    assert sorted(rooms) == sorted(modules | packages)
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract.get("containers") == ["service"])
+    level = {room: number for number, layer in enumerate(layers) for room in layer.replace(" ", "").split("|")}
+    assert [level[room] for room in rooms] == sorted(level[room] for room in rooms)
+
+
+def test_every_key_is_in_the_table() -> None:
+    """Each thing that model.yaml can say of a model, an input, a state and an output is in the table of keys."""
+    text = (ROOT / "docs/models.md").read_text()
+    table = " ".join(line for line in text.splitlines() if line.startswith("| `"))
+    for section in (Description, InputDescription, StateDescription, OutputDescription, Initial):
+        missing = [key for key in section.model_fields if not re.search(rf"\b{key}\b", table)]
+        assert missing == [], section.__name__
