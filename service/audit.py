@@ -7,7 +7,7 @@ chunks do not give what the whole gives is refused. Must not know files, onnxrun
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ from service.stepping import RowByRow
 Array = NDArray[np.generic]
 
 _ROWS, _STEPS = 3, 5
+_MANY = 33
+"""More rows than are compared: a graph may mix them from some number on."""
 _RAGGED = (5, 2, 4)
 _CUTS = ((2, 3), (1,) * 5)
 _TOLERANCE = {"float32": 1e-5, "float64": 1e-5, "float16": 1e-2, "int8": 5e-2}
@@ -36,6 +38,7 @@ class Audit:
         graph: what is to be served: the one that was given, or a loop over its rows.
         rows: largest difference between a row alone and among others; None where it was not compared, or would not run.
         chunks: largest difference between whole and chunked sequences; None where that was not compared.
+            Both are None too where results hold NaN, which is equal to itself and shows nothing.
         warnings: what its operator should know, a sentence each.
     """
 
@@ -45,48 +48,77 @@ class Audit:
     warnings: tuple[str, ...]
 
 
-def audit(graph: Graph, strict: bool = False, tolerance: float | None = None) -> Audit:
+def audit(graph: Graph, strict: bool = False, tolerance: float | None = None, described: bool = False) -> Audit:
     """Hold a graph against what the server relies on.
 
     Args:
         graph: to be served.
         strict: refuse what would be served with a warning.
-        tolerance: largest difference that passes, as a share where values are beyond 1; None for what suits the dtype.
-            Values that are no real numbers must be equal.
+        tolerance: largest difference that passes, as a share where values are beyond 1; of integers and bools, the
+            share of them that differ. None for what suits the dtype.
+        described: whether its states were paired by hand.
 
     Raises:
         LoadError: if it does not run, gives what its manifest does not say, or its states do not carry a sequence.
     """
-    return _Auditor(graph, strict, tolerance).audit()
+    return _Auditor(graph, strict, tolerance, described).audit()
 
 
 Row = tuple[list[Array], list[Array]]
 """A row's outputs [T, ...] or [...], and its states."""
+Rows = Sequence[Sequence[Array]]
+"""The inputs, or the states, of each of some rows."""
 
 
 class _Auditor:
-    def __init__(self, graph: Graph, strict: bool, tolerance: float | None) -> None:
+    def __init__(self, graph: Graph, strict: bool, tolerance: float | None, described: bool) -> None:
         self._graph = graph
         self._manifest = graph.manifest
         self._strict = strict
         self._tolerance = tolerance
+        self._described = described
         self._warnings: list[str] = []
         self._steps = _STEPS if all(spec.time_axis is not None for spec in self._manifest.inputs) else 1
-        random = np.random.default_rng(0)
-        self._inputs = [[_draw(random, spec, self._steps) for spec in self._manifest.inputs] for _ in range(_ROWS)]
+        self._inputs: list[list[Array]] = []
 
     def audit(self) -> Audit:
-        try:
-            alone = [self._run([inputs])[0] for inputs in self._inputs]
-        except Exception as error:  # whatever the engine raises
-            raise LoadError(f"the model does not run: {_said(error)}{self._free_sizes()}") from error
+        # Some graphs give numbers for positive input alone: those that take a logarithm.
+        for lowest in (-1.0, 0.0):
+            alone = self._draw(lowest)
+            if not (unknown := _has_nan(alone)):
+                break
         self._check_repeats(alone[0])
+        self._check_pairs()
         self._check_round_trip(alone[0])
         rows = self._check_rows(alone)
         chunks = None
         if self._manifest.streamable and self._manifest.steps_per_run is None and self._steps > 1:
             chunks = self._check_chunks()
+        if unknown:
+            self._warn("rows and chunks could not be checked: results hold NaN after random input")
+            rows = chunks = None
         return Audit(self._graph, rows, chunks, tuple(self._warnings))
+
+    def _draw(self, lowest: float) -> list[Row]:
+        """Draw the input, real numbers from ``lowest`` to 1, and return what the first rows of it give alone."""
+        random = np.random.default_rng(0)
+        inputs = self._manifest.inputs
+        self._inputs = [[_drawn(random, spec, self._steps, lowest) for spec in inputs] for _ in range(_ROWS)]
+        try:
+            return [self._run([row])[0] for row in self._inputs]
+        except Exception as error:  # whatever the engine raises
+            raise LoadError(f"the model does not run: {_said(error)}{self._tried()}{self._free_sizes()}") from error
+
+    def _check_pairs(self) -> None:
+        """Tell of states that nothing but their description pairs."""
+        kinds = [(state.dtype, state.shape) for state in self._manifest.states]
+        alike = [state.name for state, kind in zip(self._manifest.states, kinds, strict=True) if kinds.count(kind) > 1]
+        if self._described and self._manifest.steps_per_run == 1 and alike:
+            # No reason to refuse it, however strict: every cell of an LSTM is so.
+            self._warnings.append(
+                f"states {', '.join(map(repr, alike))} are alike and a run takes one step: nothing here can show "
+                "whether each has its own output in model.yaml"
+            )
 
     def _check_repeats(self, first: Row) -> None:
         again = self._run([self._inputs[0]])[0]
@@ -106,27 +138,36 @@ class _Auditor:
         """Compare rows alone with rows together, and turn to one at a time where they differ."""
         if self._manifest.rows_per_run == 1:
             return None
-        cases = [([self._steps] * _ROWS, alone)]
-        if self._manifest.lengths is not None and self._steps == _STEPS:
-            shorter = [[array[:length] for array in row] for row, length in zip(self._inputs, _RAGGED, strict=True)]
-            cases.append((list(_RAGGED), [self._run([row])[0] for row in shorter]))
-        worst = 0.0
-        try:
-            for lengths, expected in cases:
-                given = [[array[:n] for array in row] for row, n in zip(self._inputs, lengths, strict=True)]
-                error, wrong = self._compare(self._run(given), expected)
-                worst = max(worst, error)
-                if wrong:
-                    reason = f"a row among {_ROWS} gives other results than alone ({wrong})"
-                    break
-            else:
-                return worst
-        except Exception as error:
-            worst, reason = None, f"it does not run on {_ROWS} rows ({_said(error)})"  # type: ignore[assignment]
+        worst, reason = 0.0, ""
+        for count, rows, states, expected in self._row_cases(alone):
+            try:
+                together = self._run(rows, states)
+            except Exception as error:
+                worst, reason = np.nan, f"it does not run on {count} rows ({_said(error)})"
+                break
+            difference, wrong = self._compare(together[:_ROWS], expected)
+            worst = max(worst, difference)
+            if wrong:
+                reason = f"a row among {count} gives other results than alone ({wrong})"
+                break
+        if not reason:
+            return worst
         self._warn(f"{reason}; it is run row by row")
         self._graph = RowByRow(self._graph)
         self._manifest = self._graph.manifest
-        return worst
+        return None if np.isnan(worst) else worst
+
+    def _row_cases(self, alone: Sequence[Row]) -> Iterator[tuple[int, Rows, Rows | None, Sequence[Row]]]:
+        """Rows to be run together: how many, their inputs, their states, and what the first of them should give."""
+        yield _ROWS, self._inputs, None, alone
+        # From states that differ: those of the beginning are the same in every row.
+        states = [row[1] for row in alone]
+        carried = [self._run([row], [state])[0] for row, state in zip(self._inputs, states, strict=True)]
+        yield _ROWS, self._inputs, states, carried
+        yield _MANY, self._inputs * (_MANY // _ROWS), states * (_MANY // _ROWS), carried
+        if self._manifest.lengths is not None and self._steps == _STEPS:
+            shorter = [[array[:length] for array in row] for row, length in zip(self._inputs, _RAGGED, strict=True)]
+            yield _ROWS, shorter, None, [self._run([row])[0] for row in shorter]
 
     def _check_chunks(self) -> float:
         try:
@@ -143,7 +184,8 @@ class _Auditor:
             raise LoadError(f"the model does not run on chunks of a sequence: {_said(error)}") from error
         raise LoadError(
             f"a sequence in chunks gives other results than whole ({wrong}): two states of one shape may be swapped, "
-            "or a state left out; of a graph that reads both ways, model.yaml says streamable: false"
+            "or a state left out; of a graph that reads both ways, model.yaml says streamable: false; where a graph "
+            "only rounds coarsely, tolerance lets more pass"
         )
 
     def _run_in_chunks(self, cut: Sequence[int]) -> list[Row]:
@@ -164,7 +206,7 @@ class _Auditor:
             joined.append((outputs, last[1]))
         return joined
 
-    def _run(self, rows: Sequence[Sequence[Array]], states: Sequence[Sequence[Array]] | None = None) -> list[Row]:
+    def _run(self, rows: Rows, states: Rows | None = None) -> list[Row]:
         """Run some rows together, from their states or the initial ones."""
         manifest = self._manifest
         lengths = [len(row[0]) for row in rows]
@@ -200,15 +242,16 @@ class _Auditor:
             for name, array, should in zip(names, row[0] + row[1], other[0] + other[1], strict=True):
                 error, allowed = _difference(array, should), self._allowed(should.dtype.name)
                 if error > max(allowed, worst):
-                    wrong = f"{name} by {error:.2g}, {allowed:.2g} allowed"
+                    kind = "" if should.dtype.kind == "f" else f" of its {should.dtype.name} values"
+                    wrong = f"{name} by {error:.2g}{kind}, {allowed:.2g} allowed"
                 worst = max(worst, error)
         return worst, wrong
 
     def _allowed(self, dtype: str) -> float:
-        if not dtype.startswith("float"):
-            return 0.0
         if self._tolerance is not None:
             return self._tolerance
+        if not dtype.startswith("float"):
+            return 0.0
         manifest = self._manifest
         bounds = [_TOLERANCE[dtype], _TOLERANCE[manifest.precision]]
         if manifest.parity is not None:
@@ -221,6 +264,16 @@ class _Auditor:
             raise LoadError(f"{text}, and model.yaml says strict")
         self._warnings.append(text)
 
+    def _tried(self) -> str:
+        """The shape that failed, where two of its axes may have been taken for each other."""
+        x = self._manifest.inputs[0]
+        if not self._described or x.time_axis is None or x.absent:
+            return ""
+        shape = [size or 1 for size in x.shape]
+        shape[x.time_axis] = self._steps
+        tried = f"{x.name!r} was {shape}, 1 row and {self._steps} steps"
+        return f"; {tried}: are time_axis and batch_axis as the graph has them?"
+
     def _free_sizes(self) -> str:
         free = [spec.name for spec in self._manifest.inputs if None in spec.tail]
         return (
@@ -228,21 +281,21 @@ class _Auditor:
         )
 
 
-def _draw(random: np.random.Generator, spec: TensorSpec, steps: int) -> Array:
+def _drawn(random: np.random.Generator, spec: TensorSpec, steps: int, lowest: float) -> Array:
     """Random input of one row: [T, ...]."""
     shape = (steps, *(size or 1 for size in spec.tail))
     if spec.dtype.startswith("float"):
-        return random.uniform(-1, 1, shape).astype(spec.dtype)
+        return random.uniform(lowest, 1, shape).astype(spec.dtype)
     below = min(spec.below or 2, np.iinfo(spec.dtype).max) if spec.dtype != "bool" else 2
     return random.integers(0, below, shape).astype(spec.dtype)
 
 
 def _difference(array: Array, expected: Array) -> float:
-    """The largest difference, as a share of expected values beyond 1; infinite between unequal discrete values."""
+    """The largest difference, as a share of expected values beyond 1; of discrete values, the share that differs."""
     if array.shape != expected.shape:
         return float("inf")
     if array.dtype.kind != "f":
-        return 0.0 if np.array_equal(array, expected) else float("inf")
+        return float((array != expected).mean()) if array.size else 0.0
     ours, theirs = array.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
         errors = np.where(
@@ -251,6 +304,10 @@ def _difference(array: Array, expected: Array) -> float:
             np.abs(ours - theirs) / np.maximum(1.0, np.abs(theirs)),
         )
     return float(np.nan_to_num(errors, nan=np.inf).max(initial=0.0))
+
+
+def _has_nan(rows: Sequence[Row]) -> bool:
+    return any(array.dtype.kind == "f" and np.isnan(array).any() for row in rows for array in row[0] + row[1])
 
 
 def _said(error: Exception) -> str:

@@ -186,8 +186,12 @@ def read(model_folder: Path) -> Description | None:
     Raises:
         LoadError: if it cannot be read, or says what it must not; the text names the place in the file.
     """
+    path = model_folder / NAME
     try:
-        with (model_folder / NAME).open("rb") as file:
+        # Opening a pipe waits until somebody writes.
+        if path.exists() and not path.is_file():
+            raise LoadError(f"cannot read {NAME}: it is no file")
+        with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return None

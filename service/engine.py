@@ -34,6 +34,10 @@ _DTYPES = {
 }
 
 
+class NoManifest(LoadError):
+    """Neither the file nor whoever loads it says what its inputs and outputs are."""
+
+
 class Engine:
     """A loaded graph. It takes as many rows and steps a run as its manifest says, and no other number.
 
@@ -75,12 +79,17 @@ class Engine:
             self.manifest = _manifest(self._session)
         else:
             self.manifest = describe(signature)
-            digests.append(self.manifest.model_dump_json())
+            # Without defaults, so that a field that is added to manifests some day changes no digest.
+            digests.append(self.manifest.model_dump_json(exclude_defaults=True))
         self.digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
         _check(signature, self.manifest)
         manifest = self.manifest
         self._results: list[TensorSpec | StateSpec] = [*manifest.outputs, *manifest.states]
-        self._outputs = [spec.name for spec in manifest.outputs] + [spec.output for spec in manifest.states]
+        results = [spec.name for spec in manifest.outputs] + [spec.output for spec in manifest.states]
+        # A state that is served as an output too is fetched once.
+        self._outputs = list(dict.fromkeys(results))
+        self._places = None if results == self._outputs else [self._outputs.index(name) for name in results]
+        self._options = onnxruntime.RunOptions()
         self._constants = {one.name: from_text(one.value, one.dtype, one.shape) for one in manifest.constants}
         self._absent = {spec.name: spec.absent for spec in manifest.inputs if spec.absent}
         self._absent |= {spec.input: spec.absent for spec in manifest.states if spec.absent}
@@ -104,7 +113,9 @@ class Engine:
             given[name] = given[name].squeeze(absent)
         if self._wide_lengths is not None:
             given[self._wide_lengths] = given[self._wide_lengths].astype(np.int64)
-        arrays = self._session.run(self._outputs, given)
+        arrays = self._session.run(self._outputs, given, self._options)
+        if self._places is not None:
+            arrays = [arrays[place] for place in self._places]
         for index, absent in self._absent_after:
             arrays[index] = np.expand_dims(arrays[index], absent)
         x = self.manifest.inputs[0]
@@ -113,6 +124,10 @@ class Engine:
             _check_result(spec, array, sizes[x.batch_axis], 1 if x.time_axis is None else sizes[x.time_axis])
         split = len(self.manifest.outputs)
         return arrays[:split], arrays[split:]
+
+    def interrupt(self) -> None:
+        """End the run that is under way, from another thread; it raises, and so does every later one."""
+        self._options.terminate = True
 
 
 def _check_result(spec: TensorSpec | StateSpec, array: Array, rows: int, steps: int) -> None:
@@ -174,7 +189,7 @@ def _start_cuda(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.
 def _manifest(session: onnxruntime.InferenceSession) -> Manifest:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
-        raise LoadError(
+        raise NoManifest(
             f"the file has no manifest (metadata entry {METADATA_KEY!r}), and no model.yaml beside its versions "
             "describes it; export it with python -m export, or let python -m export inspect FILE propose a model.yaml"
         )
@@ -192,13 +207,13 @@ def _check(signature: Signature, manifest: Manifest) -> None:
     inputs |= {one.name: Port(one.dtype, one.shape) for one in manifest.constants}
     if manifest.lengths is not None:
         inputs[manifest.lengths] = Port(manifest.lengths_dtype, (manifest.rows_per_run,))
-    outputs = {spec.name: _port(spec, manifest) for spec in manifest.outputs}
-    outputs |= {spec.output: _port(spec, manifest) for spec in manifest.states}
+    outputs = [(spec.name, _port(spec, manifest)) for spec in manifest.outputs]
+    outputs += [(spec.output, _port(spec, manifest)) for spec in manifest.states]
     if missing := sorted(signature.inputs.keys() - inputs.keys()):
         raise LoadError(f"the graph's inputs {missing} are not in its manifest")
     takes = {**signature.optional, **signature.inputs}
-    for kind, want, have in (("input", inputs, takes), ("output", outputs, signature.outputs)):
-        for name, port in want.items():
+    for kind, want, have in (("input", inputs.items(), takes), ("output", outputs, signature.outputs)):
+        for name, port in want:
             if name not in have:
                 raise LoadError(f"the manifest's {kind} {name!r} is not in the graph, which has {sorted(have)}")
             dtype, shape = have[name].dtype, have[name].shape

@@ -6,8 +6,10 @@ sessions. Called in a thread of its own: all of it may take long.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +17,8 @@ from pathlib import Path
 import structlog
 
 from service.audit import audit
-from service.description import Description, read
-from service.engine import Engine
+from service.description import NAME, Description, read
+from service.engine import Engine, NoManifest
 from service.errors import LoadError
 from service.graph import Graph, Signature
 from service.manifest import METADATA_KEY, Manifest
@@ -36,11 +38,13 @@ class Loaded:
         graph: to be run.
         provider: the onnxruntime execution provider that runs it.
         warnings: what its operator should know, a sentence each.
+        interrupt: ends a run of it that is under way, from another thread; none can follow.
     """
 
     graph: Graph
     provider: str
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...]
+    interrupt: Callable[[], None]
 
 
 def load_model(path: Path, settings: Settings) -> Loaded:
@@ -66,9 +70,65 @@ def load_model(path: Path, settings: Settings) -> Loaded:
         if description.of_graph:
             if METADATA_KEY in file.metadata:
                 raise LoadError("the file has a manifest inside, and model.yaml describes its graph too: remove one")
-            describe = partial(present, description, folder=folder, initializer=file.initializer)
-    engine = Engine(path, settings.device, settings.threads, describe, external)
-    return _audited(path, engine, description)
+            describe = partial(
+                present, description, folder=folder, initializer=file.initializer, precision=file.precision
+            )
+    try:
+        engine = Engine(path, settings.device, settings.threads, describe, external)
+    except NoManifest as error:
+        raise LoadError(f"{error}{_near_misses(folder, path)}") from error
+    _check_sizes(engine.manifest, settings.max_message_bytes)
+    with no_longer_than(settings.load_timeout_s, engine.interrupt):
+        return _audited(path, engine, description)
+
+
+@contextmanager
+def no_longer_than(seconds: float, interrupt: Callable[[], None]) -> Iterator[None]:
+    """Interrupt what runs within, once it has taken too long.
+
+    Raises:
+        LoadError: if it has, instead of what was raised within because of that.
+    """
+    ended = threading.Event()
+
+    def end() -> None:
+        ended.set()
+        interrupt()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception:
+        if not ended.is_set():
+            raise
+    finally:
+        timer.cancel()
+        timer.join()
+    if ended.is_set():
+        raise LoadError(too_long(seconds))
+
+
+def too_long(seconds: float) -> str:
+    """What is said of a model that took too long."""
+    return f"the model was not loaded within {seconds:g} s (--load-timeout-s)"
+
+
+def _check_sizes(manifest: Manifest, limit: int) -> None:
+    """Refuse sizes that no request could have, before memory is taken for them."""
+    for what, size in (("one step of its inputs", manifest.step_bytes), ("the states of a row", manifest.state_bytes)):
+        if size > limit:
+            raise LoadError(f"{what} would take {size} bytes; this server takes up to {limit} (--max-message-bytes)")
+
+
+def _near_misses(folder: Path, path: Path) -> str:
+    """What stands in the folder that may have been meant to describe the model."""
+    if (folder / NAME).exists():
+        return f"; {NAME} is there, and says nothing of inputs, states and outputs"
+    near = [folder / "model.yml", path.parent / NAME, path.parent / "model.yml"]
+    there = [str(file.relative_to(folder)) for file in near if file.exists()]
+    return f"; there is {there[0]}, which is not read: expected {folder.name}/{NAME}" if there else ""
 
 
 def _audited(path: Path, engine: Engine, description: Description) -> Loaded:
@@ -78,7 +138,7 @@ def _audited(path: Path, engine: Engine, description: Description) -> Loaded:
         graph = StepByStep(graph)
     if graph.manifest.rows_per_run == 1 or description.row_by_row:
         graph = RowByRow(graph)
-    found = audit(graph, description.strict, description.tolerance)
+    found = audit(graph, description.strict, description.tolerance, description.of_graph)
     name, version = path.parent.parent.name, path.parent.name
     log.info(
         "model audited",
@@ -93,4 +153,4 @@ def _audited(path: Path, engine: Engine, description: Description) -> Loaded:
     )
     for warning in found.warnings:
         log.warning("model served with a reservation", model=name, version=version, reason=warning)
-    return Loaded(found.graph, engine.provider, found.warnings)
+    return Loaded(found.graph, engine.provider, found.warnings, engine.interrupt)

@@ -15,7 +15,12 @@ METADATA_KEY = "conveyor.manifest"
 """The key under which the manifest's JSON stands in the ONNX file's metadata."""
 
 DType = Literal["float32", "float16", "float64", "int64", "int32", "int8", "bool"]
+Precision = Literal["float32", "float16", "int8"]
 _ITEM_BYTES = {"float32": 4, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
+RESERVED = frozenset(
+    ["sequence_ids", "sequence_start", "sequence_end", "sequence_positions", "sequence_epochs", "sequence_lengths"]
+)
+"""Names of tensors that mean something else in a request of the Open Inference Protocol."""
 Size = Annotated[int, Field(ge=1)] | None
 """The size of an axis; None where the graph takes any."""
 
@@ -160,7 +165,7 @@ class Manifest(_Part):
     streamable: bool = Field(description="whether whole and chunked runs agree: no layer reads backward")
     layers: tuple[LayerSpec, ...] = ()
     head_on: Literal["every", "last"] = "every"
-    precision: Literal["float32", "float16", "int8"] = "float32"
+    precision: Precision = "float32"
     weights_digest: str | None = Field(
         default=None,
         description="sha256 over the names, shapes and values of the weights, as the exporter reads them from the file",
@@ -176,15 +181,34 @@ class Manifest(_Part):
             *(constant.name for constant in self.constants),
             *(s.input for s in self.states),
         ]
-        graph_outputs = [*(y.name for y in self.outputs), *(s.output for s in self.states)]
+        outputs = [y.name for y in self.outputs]
+        states = [state.name for state in self.states]
         for kind, names in (
             ("graph input", graph_inputs),
-            ("graph output", graph_outputs),
-            ("state", [state.name for state in self.states]),
+            ("output", outputs),
+            # What a state has become may be served as an output too: the new h of a bare cell, say.
+            ("a state's output", [state.output for state in self.states]),
+            ("state", states),
         ):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{kind} {twice[0]!r} stands twice")
+        # By its own input's name a state may go: nothing else comes under it.
+        others = {*outputs, *graph_inputs} - ({state.input for state in self.states} - {*outputs})
+        if taken := sorted(others.intersection(states)):
+            raise ValueError(f"a state is called {taken[0]!r}, and so is an input or output; expected another name")
+        if reserved := sorted(RESERVED.intersection([*graph_inputs, *outputs, *states])):
+            raise ValueError(f"a tensor is called {reserved[0]!r}, which means something else in requests")
         return self
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of one step of one row's inputs; a size that is free counts as 1."""
+        return sum(math.prod(size or 1 for size in x.tail) * _ITEM_BYTES[x.dtype] for x in self.inputs)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one row's states."""
+        return sum(math.prod(state.tail) * _ITEM_BYTES[state.dtype] for state in self.states)
 
     def reply_bytes(self, steps: int, states: bool = False) -> int:
         """Bytes of one row's outputs, and of its states where asked; a size that is free counts as 1."""

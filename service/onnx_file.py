@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from service.errors import LoadError
 from service.graph import Port, Signature
+from service.manifest import Precision
 
 Array = NDArray[np.generic]
 
@@ -107,13 +109,27 @@ class OnnxFile:
     def tensors(self) -> Iterator[Any]:
         """Every TensorProto of the file: initializers and attributes, wherever they stand."""
         yield from _initializers(self.model.graph)
-        for node in self.nodes():
-            for attribute in node.proto.attribute:
-                yield from (attribute.t, *attribute.tensors)
-                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                    yield from (sparse.values, sparse.indices)
-                for graph in (attribute.g, *attribute.graphs):
-                    yield from _initializers(graph)
+        # A function's attributes have defaults, which are attributes themselves.
+        holders = [
+            *(node.proto.attribute for node in self.nodes()),
+            *(function.attribute_proto for function in self.model.functions),
+        ]
+        for attribute in chain.from_iterable(holders):
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _initializers(graph)
+
+    @property
+    def precision(self) -> Precision:
+        """In what the graph computes, whatever goes in and comes out: its coarsest."""
+        if any(node.proto.op_type.startswith(("DynamicQuantize", "QuantizeLinear")) for node in self.nodes()):
+            return "int8"
+        from onnx import TensorProto
+
+        half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in self.tensors())
+        return "float16" if half else "float32"
 
     def external(self) -> list[External]:
         """The tensors whose data lies outside the file."""

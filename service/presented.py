@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from service.description import NAME, Description, InputDescription, OutputDescription, Shape, StateDescription
 from service.errors import LoadError
 from service.graph import Port, Signature
-from service.manifest import ConstantSpec, DType, Manifest, StateSpec
+from service.manifest import ConstantSpec, DType, Manifest, Precision, StateSpec
 from service.values import from_file, from_yaml, to_text
 
 Array = NDArray[np.generic]
@@ -29,7 +29,13 @@ Initializer = Callable[[str], Array | None]
 DTYPES: tuple[str, ...] = get_args(DType)
 
 
-def present(description: Description, signature: Signature, folder: Path, initializer: Initializer) -> Manifest:
+def present(
+    description: Description,
+    signature: Signature,
+    folder: Path,
+    initializer: Initializer,
+    precision: Precision = "float32",
+) -> Manifest:
     """Return the manifest that a graph would have.
 
     Args:
@@ -37,12 +43,13 @@ def present(description: Description, signature: Signature, folder: Path, initia
         signature: the graph's inputs and outputs.
         folder: DIR/NAME, where files that the description names stand.
         initializer: gives the graph's own values.
+        precision: in which the graph computes; that of its inputs is told from them.
 
     Raises:
         LoadError: where description and graph disagree, or the graph cannot be served; the text names the place.
     """
     try:
-        return _Presenter(description, signature, folder, initializer).manifest()
+        return _Presenter(description, signature, folder, initializer, precision).manifest()
     except ValidationError as error:
         wrong = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
         raise LoadError(f"{NAME}: {wrong}") from error
@@ -83,8 +90,16 @@ class _Tensor:
 
 
 class _Presenter:
-    def __init__(self, description: Description, signature: Signature, folder: Path, initializer: Initializer) -> None:
+    def __init__(
+        self,
+        description: Description,
+        signature: Signature,
+        folder: Path,
+        initializer: Initializer,
+        precision: Precision,
+    ) -> None:
         self._folder = folder
+        self._precision = precision
         self._initializer = initializer
         self._description = description
         self._signature = signature
@@ -127,7 +142,9 @@ class _Presenter:
                     self._state(tensor, one) for tensor, one in zip(self._states, self._description.states, strict=True)
                 ],
                 "streamable": self._description.streamable,
-                "precision": "float16" if any(x.dtype == "float16" for x in self._inputs) else "float32",
+                "precision": "float16"
+                if self._precision == "float32" and any(x.dtype == "float16" for x in self._inputs)
+                else self._precision,
             }
         )
 
@@ -154,11 +171,17 @@ class _Presenter:
         # Exporters write their example's sizes into outputs although a run gives others; each run's are checked.
         told = self._outputs if any(going_in) else []
         for tensor in (*self._inputs, *self._states, *told):
-            if (tensor.size(tensor.batch_axis) or 1) > 1:
+            size, axis = tensor.size(tensor.batch_axis), tensor.batch_axis
+            if size is not None and size > 1:
+                free = [other for other, any_size in enumerate(tensor.shape) if any_size is None]
+                free = [other for other in free if other != tensor.time_axis]
                 raise _wrong(
                     f"{tensor.where}.batch_axis",
-                    f"the graph has a batch of {tensor.size(tensor.batch_axis)} baked into {tensor.name!r}; export it "
-                    "with a batch axis that takes any size, or 1",
+                    f"axis {axis} of {tensor.name!r}, of shape {_show(tensor.shape)}, is {size}; axis {free[0]} takes "
+                    f"any size: batch_axis: {free[0]}?"
+                    if free
+                    else f"the graph has a batch of {size} baked into {tensor.name!r}; export it with a batch axis "
+                    "that takes any size, or 1",
                 )
         for y in self._outputs:
             if y.batch_axis is None and not any(going_in):

@@ -85,7 +85,7 @@ class Runner:
         self._wake = threading.Condition()
         self._stopping = False
         self._ended = asyncio.Event()
-        self._thread = threading.Thread(target=self._work, name=f"engine-{name}-{version}", daemon=True)
+        self._thread: threading.Thread | None = None
         labels = (name, str(version))
         self._steps = metrics.steps.labels(*labels)
         self._padding = metrics.padding.labels(*labels)
@@ -126,6 +126,9 @@ class Runner:
         labels = (self.name, str(self.version))
         self._metrics.row_by_row.labels(*labels).set(self.manifest.rows_per_run == 1)
         self._metrics.show(*labels, self._queue_length)
+        # Not made before: a thread that has not started holds this runner, and in a circle.
+        name = f"engine-{self.name}-{self.version}"
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, rows: Sequence[Row]) -> None:
@@ -165,7 +168,7 @@ class Runner:
         self._deliver(refused)
         # From here on nothing but whoever asks holds this runner.
         self._metrics.hide(self.name, str(self.version), self._queue_length)
-        if not self._thread.is_alive():
+        if self._thread is None or not self._thread.is_alive():
             return True
         try:
             await asyncio.wait_for(self._ended.wait(), timeout_s)
@@ -305,7 +308,7 @@ class Runner:
                 steps += row.steps
                 applied += 1
             try:
-                row.on_end(row)
+                row.tell()
             except Exception:
                 # A caller that cannot take its result must not cost the others theirs.
                 log.exception("a result was not taken", model=self.name, version=self.version)

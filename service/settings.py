@@ -50,7 +50,8 @@ class Settings(BaseModel):
     poll_interval_s: Seconds = 15.0
     """Seconds between two looks at the folder. A change counts when two of them see the same."""
     load_models: tuple[str, ...] = ()
-    """With explicit control, the models to load at the start, with commas between them; * for all."""
+    """With explicit control, the models to load at the start, with commas between them; * for all. Of those that are
+    named, at least one has to load, or the server does not start."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all interfaces."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8500
@@ -90,6 +91,8 @@ class Settings(BaseModel):
     """Most steps in one run of a model, padding counted, unless one row alone has more."""
     max_model_bytes: Positive = 4 * 1024 * 1024 * 1024
     """Largest model that is loaded: its file and what that names beside it."""
+    load_timeout_s: Seconds = 300.0
+    """Seconds that loading a model may take; one that takes longer, or whose run never ends, is left out."""
     short_tick_ms: Milliseconds = 2.0
     """Milliseconds that one run of a model should take while chunks of sessions come: longer chunks, and the sequences
     of batches, run in slices."""
@@ -212,6 +215,7 @@ _METAVARS = {
     "host": "ADDRESS",
     "port": "PORT",
     "metrics_port": "PORT",
+    "load_timeout_s": "SECONDS",
     "idle_timeout_s": "SECONDS",
     "drain_timeout_s": "SECONDS",
     "max_queued_s": "SECONDS",

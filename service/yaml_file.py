@@ -6,6 +6,7 @@ know what any of them says.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from reprlib import repr as abridged
 from typing import Any, TypeVar
@@ -82,6 +83,12 @@ def _place(path: Sequence[str | int]) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML without aliases, which can blow a small file up, with keys as they are written and each only once."""
 
+    # Its own table: that of YAML 1.1, which PyYAML reads, takes 1e-3 and .5e1 for text.
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own name and form
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases are not taken, {self.peek_event().start_mark}")  # type: ignore[no-untyped-call]
@@ -97,3 +104,17 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"{key.value!r} stands twice, {key.start_mark}")
             mapping[key.value] = self.construct_object(value, deep=True)
         return mapping
+
+
+# The core schema of YAML 1.2, section 10.3.2, but for whole numbers.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$
+        |[-+]?[0-9]+[eE][-+]?[0-9]+$
+        |[-+]?\.(inf|Inf|INF)$
+        |\.(nan|NaN|NAN)$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)

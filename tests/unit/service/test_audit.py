@@ -8,11 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnxruntime.quantization import quantize_dynamic
 
+from service.audit import audit
+from service.description import parse
+from service.engine import Engine
 from service.errors import LoadError
 from service.loading import Loaded, load_model
+from service.manifest import Parity, ParityRow
+from service.presented import present
 from service.settings import Settings
-from tests.any_graphs import CASES, CELL, GRU, LSTM, H, draw, model, place
+from tests.any_graphs import CASES, CELL, GRU, LSTM, H, I, draw, model, place
 
 BY_NAME = {case.name: case for case in CASES}
 SWAPPED = """\
@@ -137,8 +143,9 @@ def test_states_that_are_no_numbers(tmp_path: Path) -> None:
     graph = """g (float[N, 3] x, float[N, 4] h) => (float[N, 4] y, float[N, 4] h_next) {
         a = MatMul(x, W)  l = Log(a)  h_next = Add(l, h)  y = MatMul(a, R)
     }"""
-    (warning,) = load(tmp_path, graph, CELL, STEP).warnings
-    assert warning == "state 'h' holds NaN or infinity after random input"
+    state, unknown = load(tmp_path, graph, CELL, STEP).warnings
+    assert state == "state 'h' holds NaN or infinity after random input"
+    assert unknown == "rows and chunks could not be checked: results hold NaN after random input"
 
 
 def test_a_graph_whose_results_are_not_as_described(tmp_path: Path) -> None:
@@ -178,3 +185,168 @@ def test_a_tolerance_of_its_own(tmp_path: Path) -> None:
     loaded = load_model(path, Settings(threads=1))
     assert loaded.warnings == ()
     assert loaded.graph.manifest.rows_per_run is None
+
+
+# --- what shows only later, elsewhere, or not at all ---
+
+BATCH_FIRST = """\
+    inputs: {x: {batch_axis: 0, time_axis: 1}}
+    states: [{input: h0, output: hT, batch_axis: 1}]
+    outputs: {y: {batch_axis: 0, time_axis: 1}}
+    """
+MIXED_STATES = """g (float[N, T, 3] x, float[1, N, 4] h0) => (float[N, T, 4] y, float[1, N, 4] hT) {
+    mean = ReduceMean<keepdims = 1>(h0, rows)  zero = Sub(h0, h0)  h = Add(zero, mean)
+    t = Transpose<perm = [1, 0, 2]>(x)
+    Y, hT = GRU<hidden_size = 4>(t, W, R, , , h)
+    u = Squeeze(Y, axis)  y = Transpose<perm = [1, 0, 2]>(u)
+}"""
+
+
+@pytest.mark.parametrize("also", ["", "streamable: false"])
+def test_rows_that_are_mixed_through_their_states(tmp_path: Path, also: str) -> None:
+    """From the beginning, where all states are alike, it does not show; of a stream or of whole sequences."""
+    loaded = load(tmp_path, MIXED_STATES, GRU | {"rows": np.array([1])}, dedent(BATCH_FIRST) + also)
+    (warning,) = loaded.warnings
+    assert warning.startswith("a row among 3 gives other results than alone (")
+    assert loaded.graph.manifest.rows_per_run == 1
+
+
+def test_rows_that_are_mixed_when_there_are_many(tmp_path: Path) -> None:
+    """A graph may keep three rows apart, and not four."""
+    graph = """g (float[N, 3] x, float[N, 4] h) => (float[N, 2] y, float[N, 4] h_next) {
+        n = Shape<start = 0, end = 1>(x)  size = Cast<to = 1>(n)  over = Sub(size, three)  on = Clip(over, zero, one)
+        mean = ReduceMean<keepdims = 1>(x, rows)  m = Mul(mean, on)  d = Add(x, m)
+        a = MatMul(d, W)  b = MatMul(h, R)  s = Add(a, b)  h_next = Tanh(s)  y = MatMul(h_next, V)
+    }"""
+    numbers = {name: np.array(value, np.float32) for name, value in (("zero", 0), ("one", 1), ("three", 3))}
+    (warning,) = load(tmp_path, graph, CELL | numbers | {"rows": np.array([0])}, STEP).warnings
+    assert warning.startswith("a row among 33 gives other results than alone (")
+
+
+def test_input_that_must_be_positive(tmp_path: Path) -> None:
+    """NaN is equal to itself and hides whatever is wrong: input is drawn anew where results hold it."""
+    graph = LSTM_GRAPH.replace(
+        "Y, hT, cT = LSTM<hidden_size = 4>(x,", "l = Log(x)  Y, hT, cT = LSTM<hidden_size = 4>(l,"
+    )
+    with pytest.raises(LoadError, match="two states of one shape may be swapped"):
+        load(tmp_path / "wrong", graph, LSTM, SWAPPED)
+    right = SWAPPED.replace("cT", "?").replace("hT", "cT").replace("?", "hT")
+    assert load(tmp_path / "right", graph, LSTM, right).warnings == ()
+
+
+def test_results_that_show_nothing(tmp_path: Path) -> None:
+    """NaN whatever goes in: no difference is told as though it had been seen."""
+    graph = """g (float[N, T, 3] x, float[1, N, 4] h0) => (float[N, T, 4] y, float[1, N, 4] hT) {
+        n = Neg(x)  m = Sub(n, one)  l = Sqrt(m)  t = Transpose<perm = [1, 0, 2]>(l)
+        Y, hT = GRU<hidden_size = 4>(t, W, R, , , h0)
+        u = Squeeze(Y, axis)  y = Transpose<perm = [1, 0, 2]>(u)
+    }"""
+    loaded = load(tmp_path, graph, GRU | {"one": np.array(1, np.float32)}, BATCH_FIRST)
+    found = audit(loaded.graph)
+    assert (found.rows, found.chunks) == (None, None)
+    assert "rows and chunks could not be checked: results hold NaN after random input" in loaded.warnings
+
+
+def test_a_state_in_which_the_graph_does_not_run(tmp_path: Path) -> None:
+    """It runs from the beginning and not from what that gives: no sequence would get past its first step."""
+    graph = """g (float[T, N, 3] x, float[1, N, 4] h0) => (float[T, N, 4] y, float[1, N, 4] hT) {
+        used = Abs(h0)  most = ReduceMax<keepdims = 0>(used)  far = Ceil(most)
+        i = Cast<to = 7>(far)  g = Gather(only, i)  h = Add(h0, g)
+        Y, hT = GRU<hidden_size = 4>(x, W, R, , , h)  y = Squeeze(Y, axis)
+    }"""
+    description = BATCH_FIRST.replace("batch_axis: 0, time_axis: 1", "batch_axis: 1, time_axis: 0")
+    with pytest.raises(LoadError, match="does not run from the states that it gives"):
+        load(tmp_path, graph, GRU | {"only": np.zeros(1, np.float32)}, description)
+
+
+def test_a_graph_whose_single_steps_differ(tmp_path: Path) -> None:
+    """Chunks of two and three steps are right, and those of one step are not."""
+    graph = """g (float[T, N, 3] x, float[1, N, 4] h0) => (float[T, N, 4] y, float[1, N, 4] hT) {
+        n = Shape<start = 0, end = 1>(x)  size = Cast<to = 1>(n)  short = Sub(two, size)  on = Clip(short, zero, one)
+        d = Add(x, on)  Y, hT = GRU<hidden_size = 4>(d, W, R, , , h0)  y = Squeeze(Y, axis)
+    }"""
+    numbers = {name: np.array(value, np.float32) for name, value in (("zero", 0), ("one", 1), ("two", 2))}
+    description = BATCH_FIRST.replace("batch_axis: 0, time_axis: 1", "batch_axis: 1, time_axis: 0")
+    with pytest.raises(LoadError, match="a sequence in chunks gives other results than whole"):
+        load(tmp_path, graph, GRU | numbers, description)
+
+
+def test_integers_have_a_tolerance_too(tmp_path: Path) -> None:
+    """Rounded from real numbers, some of them differ by chance: refused, told how to let it pass, and then served."""
+    graph = """g (float[T, N, 3] x, float[1, N, 4] h0) => (int32[T, N, 4] y, float[1, N, 4] hT) {
+        Y, hT = GRU<hidden_size = 4>(x, W, R, , , h0)  u = Squeeze(Y, axis)
+        n = Shape<start = 0, end = 1>(x)  size = Cast<to = 1>(n)  share = Mul(size, little)
+        v = Add(u, share)  z = Mul(v, scale)  r = Round(z)  y = Cast<to = 6>(r)
+    }"""
+    numbers = {"scale": np.array(1e4, np.float32), "little": np.array(2e-6, np.float32)}
+    description = dedent(BATCH_FIRST.replace("batch_axis: 0, time_axis: 1", "batch_axis: 1, time_axis: 0"))
+    says = r"output 'y' by 0\.\d+ of its int32 values, 0 allowed.* tolerance lets more pass"
+    with pytest.raises(LoadError, match=says):
+        load(tmp_path / "a", graph, GRU | numbers, description)
+    assert load(tmp_path / "b", graph, GRU | numbers, description + "tolerance: 0.4").warnings == ()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_graph_that_was_quantised(tmp_path: Path, swapped: bool) -> None:
+    """Its scale follows each run's input: chunks differ by what int8 differs by, and a swapped pair by more."""
+    size = 64
+    weights = {
+        "W": 0.2 * draw(1, 4 * size, I),
+        "R": 0.2 * draw(1, 4 * size, size),
+        "B": draw(1, 8 * size),
+        "axis": np.array([1]),
+    }
+    graph = LSTM_GRAPH.replace("4", str(size))
+    path = place(tmp_path, "any", model(graph, weights), "")
+    quantize_dynamic(path, path)
+    right = SWAPPED.replace("cT", "?").replace("hT", "cT").replace("?", "hT")
+    (path.parent.parent / "model.yaml").write_text(dedent(SWAPPED if swapped else right))
+    if swapped:
+        with pytest.raises(LoadError, match=r"0\.05 allowed"):
+            load_model(path, Settings(threads=1))
+    else:
+        loaded = load_model(path, Settings(threads=1))
+        assert loaded.graph.manifest.precision == "int8"
+        assert audit(loaded.graph).chunks > 1e-5  # type: ignore[operator]
+
+
+def test_states_that_only_their_description_pairs(tmp_path: Path) -> None:
+    """Two of one shape, one step a run: told, but no reason to refuse, because each LSTM cell is such a graph."""
+    graph = """g (float[N, 3] x, float[N, 4] h, float[N, 4] c) => (float[N, 4] h_next, float[N, 4] c_next) {
+        a = MatMul(x, W)  b = MatMul(h, R)  s = Add(a, b)  c_next = Add(c, s)  h_next = Tanh(c_next)
+    }"""
+    description = """\
+        inputs: {x: {batch_axis: 0}}
+        states: [{input: h, output: h_next, batch_axis: 0}, {input: c, output: c_next, batch_axis: 0}]
+        outputs: {h_next: {batch_axis: 0}}
+        strict: true
+        """
+    (warning,) = load(tmp_path, graph, CELL, description).warnings
+    assert warning.startswith("states 'h', 'c' are alike and a run takes one step: nothing here can show")
+
+
+def test_axes_that_were_taken_for_each_other(tmp_path: Path) -> None:
+    """Of a graph that fails on what was tried, that is told."""
+    swapped = SWAPPED.replace("time_axis: 0, batch_axis: 1", "time_axis: 1, batch_axis: 0")
+    with pytest.raises(LoadError, match=r"'x' was \[1, 5, 3\], 1 row and 5 steps: are time_axis and batch_axis as the"):
+        load(tmp_path, LSTM_GRAPH, LSTM, swapped)
+
+
+@pytest.mark.parametrize(("bound", "passes"), [(1e-3, True), (1e-7, False)])
+def test_what_export_measured_is_allowed(tmp_path: Path, bound: float, passes: bool) -> None:
+    """A model whose rounding errors grow was let through by its export: two runs may differ by twice that."""
+    mixed = BY_NAME["rows that are mixed"]
+    weights = {**mixed.weights, "little": np.array(1e-4, np.float32)}
+    graph = mixed.graph.replace("d = Add(x, mean)", "m = Mul(mean, little)  d = Add(x, m)")
+    engine = Engine(
+        place(tmp_path, "any", model(graph, weights)),
+        threads=1,
+        describe=lambda signature: present(
+            parse(dedent(mixed.description)), signature, tmp_path, lambda name: None
+        ).model_copy(update={"parity": Parity(reference="", provider="", rows=(_row(bound), _row(np.inf)))}),
+    )
+    assert (audit(engine).graph is engine) == passes
+
+
+def _row(bound: float) -> ParityRow:
+    return ParityRow(case="", batch=1, steps=1, outputs=0, states=0, bound=bound)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -119,5 +120,27 @@ def test_read(tmp_path: Path) -> None:
         read(tmp_path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(LoadError, match=r"cannot read model\.yaml: Is a directory"):
+    with pytest.raises(LoadError, match=r"cannot read model\.yaml: it is no file"):
         read(tmp_path)
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(LoadError, match=r"cannot read model\.yaml: it is no file"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E+3", "-2.5e-1", ".5", "1.", "+0.1", "1e3"])
+def test_numbers_as_people_write_them(text: str) -> None:
+    """PyYAML alone takes those with an exponent and no point for text."""
+    value = (
+        parse(f"{{inputs: {{x: {{}}, s: {{role: constant, value: {text}}}}}, outputs: {{y: {{}}}}}}").inputs["s"].value
+    )
+    assert (type(value), value) == (float, float(text))
+
+
+@pytest.mark.parametrize("text", ["1e", "e3", "1.2.3", "-", "."])
+def test_what_is_no_number(text: str) -> None:
+    """Stays text."""
+    assert (
+        parse(f"{{inputs: {{x: {{}}, s: {{role: constant, file: {text}}}}}, outputs: {{y: {{}}}}}}").inputs["s"].file
+        == text
+    )

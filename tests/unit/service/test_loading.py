@@ -12,10 +12,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from pydantic import create_model
 
 from service.engine import Engine
 from service.errors import LoadError
 from service.loading import load_model
+from service.manifest import Manifest
 from service.settings import Settings
 from tests.any_graphs import CASES, CELL, Case, model, place
 from tests.graphs import write_lstm
@@ -156,3 +158,85 @@ def test_onnx_is_not_imported_for_files_that_were_exported_here(tmp_path: Path) 
     for path, imported in ((write_lstm(tmp_path), 0), (STEP.write(tmp_path), 1)):
         done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, check=False)
         assert done.returncode == imported, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("model.yaml", "", r"; model\.yaml is there, and says nothing of inputs, states and outputs$"),
+        ("model.yml", STEP.description, r"; there is model\.yml, which is not read: expected any/model\.yaml$"),
+        ("1/model.yaml", STEP.description, r"; there is 1/model\.yaml, which is not read: expected any/model\.yaml$"),
+    ],
+)
+def test_a_description_that_is_not_read(tmp_path: Path, name: str, text: str, says: str) -> None:
+    """An empty one, and those under a name or in a place where none is looked for."""
+    path = place(tmp_path, "any", model(STEP.graph, STEP.weights))
+    (tmp_path / "any" / name).write_text(text)
+    with pytest.raises(LoadError, match=says):
+        load_model(path, SETTINGS)
+
+
+ENDLESS = """g (float[N, 3] x, float[N, 4] h) => (float[N, 2] y, float[N, 4] h_next) {
+    a = MatMul(x, W)  b = MatMul(h, R)  s = Add(a, b)
+    t = Loop (trips, yes, s) <
+        body = again (int64 i, bool go, float[N, 4] before) => (bool go_on, float[N, 4] after) {
+            go_on = Identity(go)  after = Tanh(before)
+        }
+    >
+    h_next = Tanh(t)  y = MatMul(h_next, V)
+}"""
+
+
+def test_a_run_that_does_not_end(tmp_path: Path) -> None:
+    """It is interrupted: nothing of it goes on."""
+    weights = CELL | {"trips": np.array(1 << 40), "yes": np.array(True)}
+    path = place(tmp_path, "any", model(ENDLESS, weights), STEP.description)
+    with pytest.raises(LoadError, match=r"^the model was not loaded within 0\.1 s \(--load-timeout-s\)$"):
+        load_model(path, Settings(threads=1, load_timeout_s=0.1))
+
+
+@pytest.mark.parametrize(
+    ("graph", "what"),
+    [
+        (
+            """g (float[N, 4000000000] x, float[N, 4] h) => (float[N, 4] y, float[N, 4] h_next) {
+                h_next = Tanh(h)  y = Identity(h_next)
+            }""",
+            "one step of its inputs",
+        ),
+        (
+            """g (float[N, 3] x, float[N, 4000000000] h) => (float[N, 3] y, float[N, 4000000000] h_next) {
+                h_next = Identity(h)  y = Identity(x)
+            }""",
+            "the states of a row",
+        ),
+    ],
+)
+def test_sizes_that_no_request_has(tmp_path: Path, graph: str, what: str) -> None:
+    """Refused before memory is taken for them."""
+    path = place(tmp_path, "any", model(graph), STEP.description)
+    with pytest.raises(LoadError, match=f"{what} would take 16000000000 bytes; this server takes up to 67108864"):
+        load_model(path, SETTINGS)
+
+
+def test_a_state_that_is_an_output_too(tmp_path: Path) -> None:
+    """A bare cell: its new h is what it gives, and what goes in again."""
+    graph = """g (float[N, 3] x, float[N, 4] h) => (float[N, 4] h_next) {
+        a = MatMul(x, W)  b = MatMul(h, R)  s = Add(a, b)  h_next = Tanh(s)
+    }"""
+    described = STEP.description.replace("y:", "h_next:")
+    graph_alone = load_model(place(tmp_path, "any", model(graph, CELL), described), SETTINGS).graph
+    x = np.ones((2, 1, 3), np.float32)
+    lengths = np.ones(2, np.int32)
+    (y,), (h,) = graph_alone.run({"x": x, "h": np.zeros((2, 4), np.float32), "conveyor.lengths": lengths})
+    np.testing.assert_allclose(np.asarray(h, np.float32), np.tanh(x[:, 0] @ CELL["W"]), atol=1e-6)
+    np.testing.assert_array_equal(y[:, 0], h)
+
+
+def test_what_manifests_get_some_day_changes_no_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that has its default: sessions outlive the release that adds it."""
+    path = STEP.write(tmp_path)
+    before = digest(path)
+    later = create_model("Manifest", __base__=Manifest, another=(str | None, None))
+    monkeypatch.setattr("service.presented.Manifest", later)
+    assert digest(path) == before

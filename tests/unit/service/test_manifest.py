@@ -85,7 +85,11 @@ def test_manifests_that_cannot_be(change: dict[str, Any], says: str) -> None:
     [
         ({"inputs": [X, X]}, "graph input 'x' stands twice"),
         ({"lengths": "h0"}, "graph input 'h0' stands twice"),
-        ({"outputs": [X | {"name": "hT"}]}, "graph output 'hT' stands twice"),
+        ({"outputs": [X, X]}, "output 'x' stands twice"),
+        ({"states": [H, H | {"name": "c", "input": "c0"}]}, "a state's output 'hT' stands twice"),
+        ({"states": [H | {"name": "y"}], "outputs": [X | {"name": "y"}]}, "a state is called 'y', and so is an input"),
+        ({"states": [H | {"name": "h0"}], "outputs": [X | {"name": "h0"}]}, "a state is called 'h0', and so is an"),
+        ({"outputs": [X | {"name": "sequence_start"}]}, "a tensor is called 'sequence_start', which means something"),
         ({"states": [H, H | {"input": "c0", "output": "cT"}]}, "state 'h' stands twice"),
     ],
     ids=lambda case: str(case)[:40],

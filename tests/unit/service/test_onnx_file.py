@@ -45,7 +45,12 @@ def outside(where: str, place: str) -> Any:
         yes = numpy_helper.from_array(np.array(True), "yes")
         nodes, initializers = [helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)], [yes]
     else:
+        if place == "default of a function":
+            constant = helper.make_node("Constant", [], ["w"])
+            constant.attribute.add(name="value", type=onnx.AttributeProto.TENSOR, ref_attr_name="shift")
         functions = [helper.make_function("own", "Shift", ["x"], ["y"], [constant, add], opsets[:1])]
+        if place == "default of a function":
+            functions[0].attribute_proto.append(helper.make_attribute("shift", tensor))
         nodes = [helper.make_node("Shift", ["x"], ["y"], domain="own")]
     graph = helper.make_graph(nodes, "g", [x], [y], initializers)
     return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
@@ -85,7 +90,7 @@ def test_what_is_no_model(tmp_path: Path, content: bytes) -> None:
         OnnxFile(path)
 
 
-PLACES = ["initializer", "node", "branch", "function"]
+PLACES = ["initializer", "node", "branch", "function", "default of a function"]
 
 
 @pytest.mark.parametrize("place", PLACES)

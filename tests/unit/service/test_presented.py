@@ -160,7 +160,10 @@ H0 = "{input: h0, output: hT, batch_axis: 1}"
             but("  sr:", "  h0: {batch_axis: 1, time_axis: 0, shape: [null, null, 5]}\n  sr:"),
             r"inputs\.h0: 'h0' is the input of a state too",
         ),
-        (but("output: cT", "output: hT"), r"graph output 'hT' stands twice"),
+        (but("output: cT", "output: hT"), r"a state's output 'hT' stands twice"),
+        (but("name: c", "name: x"), r"a state is called 'x', and so is an input or output"),
+        (but("name: c", "name: y"), r"a state is called 'y', and so is an input or output"),
+        (but("name: c", "name: sequence_ids"), r"a tensor is called 'sequence_ids', which means something else"),
         (but("name: c", "name: h0"), r"state 'h0' stands twice"),
         (
             but("x: {time_axis: 0", "x: {time_axis: 3"),
@@ -168,7 +171,10 @@ H0 = "{input: h0, output: hT, batch_axis: 1}"
         ),
         (but(H0, H0.replace("1}", "3}")), r"states\[0\]\.batch_axis: 'h0' has no axis 3"),
         (but("x: {time_axis: 0", "x: {time_axis: 1"), r"inputs\.x: axis 1 cannot be both batch and time"),
-        (but("batch_axis: 1}\n  lens", "batch_axis: 2}\n  lens"), r"inputs\.x\.batch_axis: .* a batch of 3 baked into"),
+        (
+            but("batch_axis: 1}\n  lens", "batch_axis: 2}\n  lens"),
+            r"inputs\.x\.batch_axis: axis 2 of 'x', of shape \[any, any, 3\], is 3; axis 1 takes any.* batch_axis: 1\?",
+        ),
         (
             but("x: {time_axis: 0", "x: {time_axis: 2"),
             r"inputs\.x\.time_axis: 'x' takes exactly 3 steps; leave time_ax",
