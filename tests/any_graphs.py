@@ -235,6 +235,61 @@ CASES = [
         row_by_row=True,
     ),
     Case(
+        "states that a Scan and a Loop carry",
+        """g (float[T, N, 3] x, float[N, 4] h_in, float[N, 4] total_in)
+            => (float[T, N, 4] y, float[N, 4] h_out, float[N, 4] total_out) {
+            h_out, y = Scan <num_scan_inputs = 1, body = step (float[N, 4] h, float[N, 3] x_t)
+                => (float[N, 4] h_t, float[N, 4] y_t) {
+                a = MatMul(x_t, W)  b = MatMul(h, R)  s = Add(a, b)  h_t = Tanh(s)  y_t = Identity(h_t)
+            }> (h_in, x)
+            sizes = Shape(x)  steps = Gather(sizes, first)
+            total_out = Loop (steps, yes, total_in) <
+                body = add (int64 i, bool go, float[N, 4] before) => (bool go_on, float[N, 4] after) {
+                    go_on = Identity(go)  y_i = Gather(y, i)  after = Add(before, y_i)
+                }
+            >
+        }""",
+        {"W": draw(I, H), "R": draw(H, H), "first": np.array(0), "yes": np.array(True)},
+        """\
+        inputs: {x: {time_axis: 0, batch_axis: 1}}
+        states:
+          - {input: h_in, output: h_out, batch_axis: 0}
+          - {input: total_in, output: total_out, batch_axis: 0}
+        outputs: {y: {time_axis: 0, batch_axis: 1}}
+        """,
+        {"h_in": np.zeros((1, H), np.float32), "total_in": np.zeros((1, H), np.float32)},
+        {"h_in": "h_out", "total_in": "total_out"},
+        lambda inputs: [{"x": inputs["x"][:, None]}],
+        lambda runs: {"y": runs[0]["y"][:, 0]},
+    ),
+    Case(
+        "two layers in one state [2, N, H], in the body of a Loop",
+        """g (float[T, N, 3] x, float[2, N, 4] h0) => (float[T, N, 4] y, float[2, N, 4] hT) {
+            first, second = Split <axis = 0, num_outputs = 2> (h0)
+            Y1, h1 = GRU<hidden_size = 4>(x, W, R, , , first)
+            between = Squeeze(Y1, axis)
+            h2, y = Loop (once, yes, second, between) <
+                body = layer (int64 i, bool go, float[1, N, 4] h, float[T, N, 4] below)
+                    => (bool go_on, float[1, N, 4] h_next, float[T, N, 4] above) {
+                    go_on = Identity(go)
+                    Y2, h_next = GRU<hidden_size = 4>(below, W2, R, , , h)
+                    above = Squeeze(Y2, axis)
+                }
+            >
+            hT = Concat <axis = 0> (h1, h2)
+        }""",
+        GRU | {"W2": draw(1, 3 * H, H), "once": np.array(1), "yes": np.array(True)},
+        """\
+        inputs: {x: {time_axis: 0, batch_axis: 1}}
+        states: [{input: h0, output: hT, batch_axis: 1}]
+        outputs: {y: {time_axis: 0, batch_axis: 1}}
+        """,
+        {"h0": np.zeros((2, 1, H), np.float32)},
+        {"h0": "hT"},
+        lambda inputs: [{"x": inputs["x"][:, None]}],
+        lambda runs: {"y": runs[0]["y"][:, 0]},
+    ),
+    Case(
         "a state that has a value of its own",
         """g (float[T, 1, 3] x, float[1, 1, 4] h, float[1, 12, 3] W) => (float[T, 4] y, float[1, 1, 4] h_next) {
             Y, h_next = GRU<hidden_size = 4>(x, W, R, , , h)
