@@ -6,9 +6,6 @@ rounded to float16, or int8 times their scales.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
-
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -20,6 +17,7 @@ from export.stored import canonical_weights
 from models.spec import PREFIXES, Layer, ModelSpec
 from models.weights import Array, Weights, check_shapes
 from service.manifest import Manifest
+from service.onnx_file import tensors_of
 
 
 def restore(model: onnx.ModelProto, manifest: Manifest) -> tuple[ModelSpec, dict[str, Array]]:
@@ -35,8 +33,7 @@ def restore(model: onnx.ModelProto, manifest: Manifest) -> tuple[ModelSpec, dict
     Raises:
         ExportError: the file's initializers are not those that the manifest tells of, or stand in another file.
     """
-    tensors = chain(_tensors(model.graph), *(_tensors_in(function.node) for function in model.functions))
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors_of(model)):
         raise ExportError(
             "the file keeps weights in another file, and was not exported here: one file holds everything"
         )
@@ -58,23 +55,6 @@ def stored_precision(model: onnx.ModelProto) -> Precision:
     if onnx.TensorProto.INT8 in kinds:
         return "int8"
     return "float16" if onnx.TensorProto.FLOAT16 in kinds else "float32"
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """All tensors that a graph holds, those of its nodes and of the graphs in them too."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _tensors_in(graph.node)
-
-
-def _tensors_in(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for attribute in chain.from_iterable(node.attribute for node in nodes):
-        yield from (attribute.t, *attribute.tensors)
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
-        for graph in (attribute.g, *attribute.graphs):
-            yield from _tensors(graph)
 
 
 def _spec(manifest: Manifest, arrays: Weights) -> ModelSpec:

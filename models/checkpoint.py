@@ -88,7 +88,8 @@ def load_arrays(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, Array
 def _load_safetensors(path: Path, max_bytes: int) -> dict[str, Any]:
     from safetensors import deserialize
 
-    return {name: _from_safetensors(**entry) for name, entry in deserialize(path.read_bytes())}
+    entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    return {name: _from_safetensors(**entry) for name, entry in entries}
 
 
 def _from_safetensors(dtype: str, shape: list[int], data: bytes) -> Array:

@@ -84,9 +84,9 @@ class OnnxFile:
         """The graph's inputs and outputs, as far as the file says them."""
         required, optional = self.inputs()
         return Signature(
-            {value.name: _port(value) for value in required},
-            {value.name: _port(value) for value in self.model.graph.output},
-            {value.name: _port(value) for value in optional},
+            {value.name: port(value) for value in required},
+            {value.name: port(value) for value in self.model.graph.output},
+            {value.name: port(value) for value in optional},
         )
 
     def inputs(self) -> tuple[list[Any], list[Any]]:
@@ -102,24 +102,11 @@ class OnnxFile:
 
     def nodes(self) -> Iterator[Node]:
         """Every node: of the graph, of the bodies of If, Loop and Scan, and of the file's own functions."""
-        yield from _nodes(self.model.graph, "")
-        for function in self.model.functions:
-            yield from _nodes(function, f"{function.domain}.{function.name}/")
+        yield from _all_nodes(self.model)
 
     def tensors(self) -> Iterator[Any]:
         """Every TensorProto of the file: initializers and attributes, wherever they stand."""
-        yield from _initializers(self.model.graph)
-        # A function's attributes have defaults, which are attributes themselves.
-        holders = [
-            *(node.proto.attribute for node in self.nodes()),
-            *(function.attribute_proto for function in self.model.functions),
-        ]
-        for attribute in chain.from_iterable(holders):
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _initializers(graph)
+        yield from tensors_of(self.model)
 
     @property
     def precision(self) -> Precision:
@@ -242,7 +229,24 @@ def check_size(files: list[Path], max_bytes: int) -> None:
         raise LoadError(f"the model has {size} bytes; this server loads up to {max_bytes} (--max-model-bytes)")
 
 
-def _port(value: Any) -> Port:
+def tensors_of(model: Any) -> Iterator[Any]:
+    """Every TensorProto of an onnx ModelProto: initializers and attributes, wherever they stand."""
+    yield from _initializers(model.graph)
+    # A function's attributes have defaults, which are attributes themselves.
+    holders = [
+        *(node.proto.attribute for node in _all_nodes(model)),
+        *(function.attribute_proto for function in model.functions),
+    ]
+    for attribute in chain.from_iterable(holders):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _initializers(graph)
+
+
+def port(value: Any) -> Port:
+    """What an onnx ValueInfoProto says: of what is no tensor the kind, and no axes."""
     from onnx import helper
 
     kind = value.type.WhichOneof("value")
@@ -257,6 +261,12 @@ def _port(value: Any) -> Port:
         dtype,
         tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in tensor.shape.dim),
     )
+
+
+def _all_nodes(model: Any) -> Iterator[Node]:
+    yield from _nodes(model.graph, "")
+    for function in model.functions:
+        yield from _nodes(function, f"{function.domain}.{function.name}/")
 
 
 def _nodes(graph: Any, before: str) -> Iterator[Node]:

@@ -1,7 +1,7 @@
 """What an .onnx file holds, as far as it matters for serving it.
 
-Owns the reading: inputs and outputs with the names of their sizes, recurrent nodes and bodies wherever they stand,
-sizes that are baked in. Must not know how it is shown, nor what is proposed.
+Owns the reading: inputs and outputs with the names of their sizes, recurrent nodes and bodies wherever they stand. Must
+not know how it is shown, nor what is proposed.
 """
 
 from __future__ import annotations
@@ -13,31 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
-from onnx import helper, numpy_helper, shape_inference
+from onnx import helper, numpy_helper
 
-from export.inspect.dataflow import Dataflow, Value, follow
-from service.onnx_file import Node, OnnxFile
+from export.inspect.baked import baked_outputs, baked_shapes, baked_states
+from export.inspect.dataflow import Dataflow, follow
+from export.inspect.shapes import MAX_INFERRED_BYTES, Axis, axes_of, infer, known_axes, name_axes
+from service.onnx_file import Node, OnnxFile, port
 from service.placement import CONTROL_FLOW, CPU_ONLY, RECURRENT, Attribute, Placement, place
 
 _SHOWN_ATTRIBUTES = 12
-_MAX_INFERRED_BYTES = 1 << 30
-"""Shapes are inferred of files up to this size; the inference copies the file."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis: its size where it is fixed, else the name that the file gives it; neither where it says nothing.
-
-    A size of an output is only claimed where nothing but the file's word for it is known. Exporters write the sizes of
-    their example there, also of axes that are free.
-    """
-
-    size: int | None = None
-    name: str | None = None
-    claimed: bool = False
-
-    def __str__(self) -> str:
-        return str(self.size if self.size is not None else self.name or "?")
 
 
 @dataclass(frozen=True)
@@ -103,11 +87,11 @@ def dissect(file: OnnxFile) -> Anatomy:
     """Read a file through."""
     model = file.model
     flow = follow(model)
-    _name_axes(model)
-    said = {value.name: _axes(value) for value in model.graph.output}
+    name_axes(model)
+    said = {value.name: axes_of(value) for value in model.graph.output}
     # The inference puts functions in the place of their calls, as often as they are called: it has no limit of its own.
-    told = _infer(model) if flow.whole and file.path.stat().st_size <= _MAX_INFERRED_BYTES else None
-    inferred = _known_axes(model.graph if told is None else told.graph, said, told is not None)
+    told = infer(model) if flow.whole and file.path.stat().st_size <= MAX_INFERRED_BYTES else None
+    inferred = known_axes(model.graph if told is None else told.graph, said, told is not None)
     model = told or model
     inputs, optional = ([_tensor(value, inferred) for value in values] for values in file.inputs())
     constants = dict(_small_constants(model.graph))
@@ -128,9 +112,9 @@ def dissect(file: OnnxFile) -> Anatomy:
         outputs=[_tensor(value, inferred) for value in model.graph.output],
         recurrences=recurrences,
         baked=[
-            *_baked_outputs(said, inferred),
-            *_baked_states(flow, inferred, given),
-            *_baked_shapes(model.graph, constants, inferred, varied),
+            *baked_outputs(said, inferred),
+            *baked_states(flow, inferred, given),
+            *baked_shapes(model.graph, constants, inferred, varied),
         ],
         hidden=list(_hidden(flow, [*inputs, *optional])),
         backward=any(each.attributes.get("direction") in ("reverse", "bidirectional") for each in recurrences),
@@ -140,86 +124,9 @@ def dissect(file: OnnxFile) -> Anatomy:
     )
 
 
-def _name_axes(model: Any) -> None:
-    """Give every free axis of an input a name, so that it is known where it comes out."""
-    for value in model.graph.input:
-        for number, axis in enumerate(value.type.tensor_type.shape.dim):
-            if not axis.HasField("dim_value") and not axis.dim_param:
-                axis.dim_param = f"{value.name}.{number}"
-
-
-def _infer(model: Any) -> Any:
-    """The model with the axes of its tensors, outputs too, as far as the graph tells them; None where onnx cannot.
-
-    What the file itself says of them is left out: exporters write the sizes of their example there.
-    """
-    graph = model.graph
-    outputs, values = (
-        [type(value).FromString(value.SerializeToString()) for value in part] for part in _annotated(graph)
-    )
-    for value in graph.output:
-        if value.type.HasField("tensor_type"):
-            value.type.tensor_type.ClearField("shape")
-    del graph.value_info[:]
-    try:
-        return shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # onnx raises whatever it meets; without the inference less is known, and nothing is wrong
-        return None
-    finally:
-        for part, said in zip(_annotated(graph), (outputs, values), strict=True):
-            del part[:]
-            part.extend(said)
-
-
-def _annotated(graph: Any) -> tuple[Any, Any]:
-    return graph.output, graph.value_info
-
-
-def _known_axes(
-    graph: Any, said: Mapping[str, tuple[Axis, ...] | None], outputs_are_inferred: bool
-) -> dict[str, tuple[Axis, ...]]:
-    values = [*graph.value_info, *graph.input, *(graph.output if outputs_are_inferred else ())]
-    axes = {value.name: _axes(value) for value in values}
-    # The inference makes names up for sizes that it cannot tell.
-    given = {axis.name for value in graph.input for axis in axes[value.name] or ()}
-    for name, known in axes.items():
-        axes[name] = known and tuple(axis if axis.size or axis.name in given else Axis() for axis in known)
-    axes |= {tensor.name: tuple(Axis(size) for size in tensor.dims) for tensor in graph.initializer}
-    axes |= {name: _merged(axes.get(name), theirs) for name, theirs in said.items()}
-    return {name: known for name, known in axes.items() if known is not None}
-
-
-def _merged(known: tuple[Axis, ...] | None, said: tuple[Axis, ...] | None) -> tuple[Axis, ...] | None:
-    """What is known of an output, and where nothing is, what the file says."""
-    if said is None or (known is not None and len(known) != len(said)):
-        return known
-    known = known or tuple(Axis() for _ in said)
-    return tuple(
-        ours if ours != Axis() else Axis(theirs.size, theirs.name, claimed=theirs.size is not None)
-        for ours, theirs in zip(known, said, strict=True)
-    )
-
-
-def _axes(value: Any) -> tuple[Axis, ...] | None:
-    tensor = value.type.tensor_type
-    if not tensor.HasField("shape"):
-        return None
-    return tuple(
-        Axis(axis.dim_value) if axis.HasField("dim_value") else Axis(name=axis.dim_param or None)
-        for axis in tensor.shape.dim
-    )
-
-
 def _tensor(value: Any, inferred: Mapping[str, tuple[Axis, ...]]) -> Tensor:
-    kind = value.type.WhichOneof("value")
-    if kind != "tensor_type":
-        return Tensor(value.name, str(kind), None)
-    element = value.type.tensor_type.elem_type
-    try:
-        dtype = "bfloat16" if element == onnx.TensorProto.BFLOAT16 else helper.tensor_dtype_to_np_dtype(element).name
-    except KeyError:
-        dtype = f"type {element}"
-    return Tensor(value.name, dtype, inferred.get(value.name, _axes(value)))
+    axes = inferred.get(value.name, axes_of(value)) if value.type.HasField("tensor_type") else None
+    return Tensor(value.name, port(value).dtype, axes)
 
 
 def _recurrence(node: Node, dtypes: Mapping[str, str]) -> Recurrence:
@@ -257,46 +164,6 @@ def _bytes(tensor: Any) -> int:
     return size
 
 
-def _baked_outputs(
-    said: Mapping[str, tuple[Axis, ...] | None], inferred: Mapping[str, tuple[Axis, ...]]
-) -> Iterator[str]:
-    for name, axes in said.items():
-        known = inferred.get(name, ())
-        if (
-            axes
-            and len(axes) == len(known)
-            and any(a.size and a.size != b.size for a, b in zip(axes, known, strict=True))
-        ):
-            yield f"output {name!r} is said to be {shape_text(axes)}; the graph gives {shape_text(known)}"
-
-
-def _baked_states(flow: Dataflow, inferred: Mapping[str, tuple[Axis, ...]], given: set[Value]) -> Iterator[str]:
-    for memory in flow.memories:
-        if not memory.recurrent or memory.entry is None or memory.entry in given or memory.entry[0]:
-            continue
-        axes = inferred.get(memory.entry[1], ())
-        if len(axes) == 3 and axes[1].size is not None:
-            yield (
-                f"{memory.begins} of {memory.node} is a constant of shape {shape_text(axes)}: "
-                f"a batch of {axes[1].size} is baked in"
-            )
-
-
-def _baked_shapes(
-    graph: Any, constants: Mapping[str, list[int]], inferred: Mapping[str, tuple[Axis, ...]], varied: set[Value]
-) -> Iterator[str]:
-    for index, node in enumerate(graph.node):
-        if node.op_type not in ("Reshape", "Expand") or len(node.input) != 2:
-            continue
-        wanted, now = constants.get(node.input[1], []), inferred.get(node.input[0])
-        fixed = now is not None and all(axis.size is not None for axis in now)
-        if len(wanted) < 2 or min(wanted) < 1 or fixed or ("", node.input[0]) not in varied:
-            continue
-        if node.op_type == "Reshape" or max(wanted) > 1:
-            name = node.name or f"{node.op_type}[{index}]"
-            yield f"{node.op_type} {name!r} makes {wanted} of what comes in: no size is free there"
-
-
 def _small_constants(graph: Any) -> Iterator[tuple[str, list[int]]]:
     tensors = [(tensor.name, tensor) for tensor in graph.initializer]
     for node in graph.node:
@@ -316,8 +183,3 @@ def _hidden(flow: Dataflow, inputs: list[Tensor]) -> Iterator[str]:
         if (memory.recurrent or memory.node.startswith("Scan")) and memory.entry not in given
     )
     return iter(names)
-
-
-def shape_text(axes: tuple[Axis, ...] | None) -> str:
-    """A shape in one line."""
-    return "not said" if axes is None else f"[{', '.join(map(str, axes))}]"

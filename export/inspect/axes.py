@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from export.inspect.anatomy import Anatomy, Axis, Tensor, shape_text
+from export.inspect.anatomy import Anatomy, Tensor
 from export.inspect.roles import Roles
+from export.inspect.shapes import Axis, shape_text
 
 _BATCHES = re.compile(r"^(n|b|bs|bsz|batch.*)$")
 _TIMES = re.compile(r"^(t|time.*|seq.*|steps?|(num_?)?(frames|samples)|len|length)$")

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.inspect.anatomy import Anatomy, Recurrence, shape_text
+from export.inspect.anatomy import Anatomy, Recurrence
 from export.inspect.proposal import Proposal, quoted
+from export.inspect.shapes import shape_text
 from export.show import layer_line, parity_table, plain, printable
 from service.description import NAME
 from service.manifest import Manifest

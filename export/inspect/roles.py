@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from export.inspect.anatomy import Anatomy, Axis, Tensor
+from export.inspect.anatomy import Anatomy, Tensor
+from export.inspect.shapes import Axis
 
 _STATES = re.compile(r"(^|_)(h|c|hx|cx|hc|hh|cc)(_|$)|state|hidden|cell|cache|memory|buffer")
 _SEQUENCES = re.compile(
