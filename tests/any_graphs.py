@@ -52,6 +52,14 @@ LSTM = {"W": draw(1, 4 * H, I), "R": draw(1, 4 * H, H), "B": draw(1, 8 * H), "ax
 GRU = {"W": draw(1, 3 * H, I), "R": draw(1, 3 * H, H), "axis": np.array([1], np.int64)}
 
 
+def close(given: Array, expected: Array) -> None:
+    """Equal to the bit where values are discrete, and as float32 or float16 may differ elsewhere."""
+    assert given.dtype == expected.dtype
+    assert given.shape == expected.shape
+    bound = {"float16": 2e-3, "float32": 2e-6, "float64": 1e-12}.get(expected.dtype.name, 0)
+    np.testing.assert_allclose(given.astype(np.float64), expected.astype(np.float64), rtol=0, atol=bound)
+
+
 def _features(random: np.random.Generator, steps: int) -> Arrays:
     return {"x": random.uniform(-1, 1, (steps, I)).astype(np.float32)}
 

@@ -154,6 +154,19 @@ def test_load_and_unload(tmp_path: Path) -> None:
     close(seen["again"], y)
 
 
+def test_load_and_unload_with_asyncio(tmp_path: Path) -> None:
+    """The same calls of the asyncio client."""
+    repository = tmp_path / "repository"
+    write_lstm(repository)
+    with ServerProcess(repository, "--model-control", "explicit") as server:
+        seen = run("asynchronous_control", server, tmp_path)
+        assert server.terminate() == 0
+    assert seen["loaded"] == {"lstm": "READY"}
+    close(seen["y"], y)
+    assert seen["unloaded"] == {"lstm": "UNAVAILABLE"}
+    assert seen["no such model"] == "StatusCode.NOT_FOUND"
+
+
 def test_the_example_in_the_documents(tmp_path: Path) -> None:
     """What docs/protocol.md shows works as it stands there."""
     write_lstm(tmp_path, "digits")

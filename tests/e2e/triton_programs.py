@@ -225,8 +225,34 @@ def control(target: str, x: Array) -> Seen:
     return seen
 
 
+def asynchronous_control(target: str, x: Array) -> Seen:
+    """Models loaded and unloaded with the asyncio client."""
+
+    async def main() -> Seen:
+        seen: Seen = {}
+        async with triton_aio.InferenceServerClient(target) as client:
+
+            async def index() -> dict[str, str]:
+                models = (await client.get_model_repository_index(as_json=True))["models"]
+                return {model["name"]: model["state"] for model in models}
+
+            await client.load_model("lstm")
+            seen["loaded"] = await index()
+            seen["y"] = (await client.infer("lstm", inputs(x))).as_numpy("y").tolist()
+            await client.unload_model("lstm")
+            seen["unloaded"] = await index()
+            try:
+                await client.load_model("none")
+            except InferenceServerException as failed:
+                seen["no such model"] = failed.status()
+        return seen
+
+    return asyncio.run(main())
+
+
 PROGRAMS: dict[str, Callable[[str, Array], Seen]] = {
-    program.__name__: program for program in (told, batch, sequences, stream, asynchronous, control)
+    program.__name__: program
+    for program in (told, batch, sequences, stream, asynchronous, control, asynchronous_control)
 }
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from conveyor import AsyncClient, EngineFailed, InvalidRequest
 from service.errors import LoadError
 from service.loading import load_model
 from service.settings import Settings
-from tests.any_graphs import CASES, CELL, Case, model, place
+from tests.any_graphs import CASES, CELL, Case, close, model, place
 from tests.conftest import running
+from tests.wire.doors import DOORS, MODEL, Chunk, through
 
 Array = NDArray[Any]
 LENGTHS = [5, 2, 7, 1]
@@ -26,14 +27,6 @@ def case(request: pytest.FixtureRequest) -> Case:
     """Each graph in turn."""
     assert isinstance(request.param, Case)
     return request.param
-
-
-def close(given: Array, expected: Array) -> None:
-    """Equal to the bit where values are discrete, and as float32 or float16 may differ elsewhere."""
-    assert given.dtype == expected.dtype
-    assert given.shape == expected.shape
-    bound = {"float16": 2e-3, "float32": 2e-6, "float64": 1e-12}.get(expected.dtype.name, 0)
-    np.testing.assert_allclose(given.astype(np.float64), expected.astype(np.float64), rtol=0, atol=bound)
 
 
 def named(outputs: Any) -> dict[str, Array]:
@@ -84,6 +77,32 @@ async def test_sessions_are_the_plain_loop(tmp_path: Path, case: Case) -> None:
         expected, _ = case.loop(path, row)
         for name in parts[0]:
             close(np.concatenate([part[name] for part in parts]), expected[name])
+
+
+ONE_X = [case for case in CASES if "float[T, N, 3] x)" in case.graph or "float[T, N, 3] x," in case.graph]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("one", [case for case in ONE_X if "lengths" not in case.description], ids=lambda one: one.name)
+async def test_a_chunk_counts_once(tmp_path: Path, one: Case, door: str) -> None:
+    """Through either door: sent again it gets its reply, out of place it is refused, and the states stay."""
+    path = one.write(tmp_path)
+    path.parents[1].rename(tmp_path / MODEL)
+    path = tmp_path / MODEL / "1/model.onnx"
+    row = one.inputs(np.random.default_rng(3), 7)
+    async with running(tmp_path) as server, through(door, server) as calls:
+        session = await calls.open()
+        parts = []
+        for begin, end in ((0, 3), (3, 4), (4, 7)):
+            chunk = Chunk(session, begin, row["x"][begin:end])
+            (answer,) = await calls.step(chunk)
+            assert await calls.step(chunk) == [answer]
+            (early,) = await calls.step(Chunk(session, end + 1, row["x"][:1]))
+            assert (early.error, early.position) == ("ABORTED", end)
+            assert not answer.error
+            parts.append(np.frombuffer(answer.data, "<f4").reshape(end - begin, -1))
+    expected, _ = one.loop(path, row)
+    close(np.concatenate(parts), expected["y"])
 
 
 async def test_which_run_row_by_row_is_told(tmp_path: Path, case: Case) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from service.manifest import Manifest
 from service.wire.inference_stubs import inference_pb2 as pb
-from tests.any_graphs import CASES, Case
+from tests.any_graphs import CASES, Case, close
 from tests.conftest import running
 from tests.wire.inference import calling, output, refusal, request
 
@@ -29,14 +29,6 @@ def case(request: pytest.FixtureRequest) -> Case:
     """Each graph in turn."""
     assert isinstance(request.param, Case)
     return request.param
-
-
-def close(given: Array, expected: Array) -> None:
-    """Equal to the bit where values are discrete, and as float32 or float16 may differ elsewhere."""
-    assert given.dtype == expected.dtype
-    assert given.shape == expected.shape
-    bound = {"float16": 2e-3, "float32": 2e-6, "float64": 1e-12}.get(expected.dtype.name, 0)
-    np.testing.assert_allclose(given.astype(np.float64), expected.astype(np.float64), rtol=0, atol=bound)
 
 
 def calls(manifest: Manifest, row: dict[str, Array]) -> Iterator[dict[str, Array]]:

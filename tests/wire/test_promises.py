@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from conveyor.v1 import conveyor_pb2 as pb
 from conveyor.v1 import conveyor_pb2_grpc as stubs
+from models.reference import run_model
 from service.server import Server
 from tests.clock import Clock
 from tests.conftest import calling, running
-from tests.graphs import INPUT, expected, write_lstm
+from tests.graphs import INPUT, SPEC, expected, weights, write_lstm
 from tests.wire import native
 from tests.wire.doors import DOORS, Answer, Chunk, Door, through
 from tests.wire.gate import Gate, gated, until
@@ -313,6 +314,21 @@ def test_chunk_invariance(loop: asyncio.Runner, server: Server, name: str, cuts:
             assert ways[0] == ways[1] == ways[2]
 
     loop.run(run())
+
+
+@every_door
+async def test_parity_of_a_batch(lstm_repository: Path, name: str) -> None:
+    """Outputs and final states of a ragged batch are the reference's."""
+    lengths = [7, 1, 12, 4]
+    x = np.random.default_rng(0).standard_normal((len(lengths), max(lengths), INPUT)).astype(np.float32)
+    exact = {key: array.astype(np.float64) for key, array in weights().items()}
+    reference, (final,) = run_model(SPEC, exact, x.astype(np.float64), np.array(lengths))
+    async with running(lstm_repository) as server, through(name, server) as door:
+        outputs, finals = await door.infer(x, lengths)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(outputs[row, :length], reference[row, :length], rtol=0, atol=BOUND)
+    for given_, expected_ in zip(finals, final, strict=True):
+        np.testing.assert_allclose(given_.reshape(expected_.shape), expected_, rtol=0, atol=BOUND)
 
 
 @every_door

@@ -49,6 +49,15 @@ def test_a_manifest_and_a_description_of_one_graph(tmp_path: Path) -> None:
         load_model(path, SETTINGS)
 
 
+def test_operators_that_nobody_knows(tmp_path: Path) -> None:
+    """A file with a description is refused for them by name, before onnxruntime sees it."""
+    graph = model(STEP.graph.replace("MatMul(x, W)", "my.ops.Magic(x, W)"), STEP.weights)
+    graph.opset_import.append(onnx.helper.make_opsetid("my.ops", 1))
+    path = place(tmp_path, "any", graph, STEP.description)
+    with pytest.raises(LoadError, match=r"is a Magic of domain 'my\.ops', which onnxruntime does not bring along"):
+        load_model(path, SETTINGS)
+
+
 def test_neither(tmp_path: Path) -> None:
     """Both ways are told."""
     path = place(tmp_path, "any", model(STEP.graph, STEP.weights), "strict: true")
