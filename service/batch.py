@@ -92,4 +92,4 @@ class Batch:
     def _give_up(self) -> None:
         for row in self.rows:
             if self._runner.cancel(row):
-                self._on_end(row)
+                row.tell()

@@ -101,6 +101,14 @@ class Fair(Generic[Item]):
         for line in [line for line in self._lines.values() if not line.items]:
             del self._lines[line.caller]
 
+    def keep(self, wanted: Callable[[Item], bool]) -> None:
+        """Take everything out that is not wanted."""
+        for line in [*self._lines.values()]:
+            line.items = deque(item for item in line.items if wanted(item))
+            if not line.items:
+                del self._lines[line.caller]
+        self._count = sum(len(line.items) for line in self._lines.values())
+
     def drain(self) -> list[Item]:
         """Take everything out."""
         items = [item for line in self._lines.values() for item in line.items]

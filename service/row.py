@@ -48,7 +48,7 @@ class Row:
         inputs: the arrays, one an input of the model; none once refused.
         size: bytes that they hold.
         deadline: the time after which the row must not be applied; None for never.
-        on_end: called once, by whoever delivers, when the row has ended.
+        on_end: called once, by ``tell``, when the row has ended.
         priority: 1 first, 2 as usual, 3 last.
         caller: among whom the model's time is shared out evenly.
         batch: whether it is a sequence of a batch, and not a chunk of a session.
@@ -114,6 +114,11 @@ class Row:
         self.error: ConveyorError | None = None
         self.unwanted = False
 
+    def tell(self) -> None:
+        """Call ``on_end``, and hold no longer what it does."""
+        on_end, self.on_end = self.on_end, _told
+        on_end(self)
+
     @property
     def left(self) -> int:
         """How many steps have not run."""
@@ -121,7 +126,11 @@ class Row:
 
     def refuse(self, error: ConveyorError) -> None:
         """End the row without applying it."""
-        # A cancelled row stays in the queue until a tick is cut: it must not hold memory that nobody counts any more.
+        # A cancelled row may stay in its queue for a while: it must not hold memory that nobody counts any more.
         self.inputs = self.parts = []
         self.phase = Phase.REFUSED
         self.error = error
+
+
+def _told(row: Row) -> None:
+    pass

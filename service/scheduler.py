@@ -31,6 +31,8 @@ _CAUTION = 1.25
 """How much longer than expected the work ahead may take without making late what was accepted."""
 _LIVELY_S = 1.0
 """How long after the last chunk ticks stay short."""
+_STALE = 64
+"""How many rows that were given up may stand in a queue beyond those that wait."""
 
 
 Kind: TypeAlias = tuple[bool, int]
@@ -112,6 +114,8 @@ class Scheduler:
         kinds = [(batch, priority) for batch in (False, True) for priority in PRIORITIES]
         self._queues: dict[Kind, Fair[Row]] = {kind: Fair() for kind in kinds}
         self._steps = dict.fromkeys(kinds, 0)
+        # Rows that were given up and still stand in the queue.
+        self._stale = dict.fromkeys(kinds, 0)
         self._patience = dict.fromkeys(kinds, _PATIENCE)
         self._batch_led = True
         self._waiting = 0
@@ -199,10 +203,20 @@ class Scheduler:
         if row.phase is not Phase.QUEUED:
             row.unwanted = True
             return False
-        # It stays in its queue until cut comes by: taking it out of the middle would cost the length of the queue.
+        in_queue = row.track.waiting[0] is row
         self._leave(row)
         self._end(row, _gone())
+        if in_queue:
+            self._let_go(_kind(row))
         return True
+
+    def _let_go(self, kind: Kind) -> None:
+        """Take rows that were given up out of their queue, once they are many: each alone would cost its length."""
+        self._stale[kind] += 1
+        queue = self._queues[kind]
+        if len(queue) > 2 * (len(queue) - self._stale[kind]) + _STALE:
+            queue.keep(_waits)
+            self._stale[kind] = 0
 
     def cut(self, now: float) -> tuple[Tick | None, list[Row]]:
         """Take the rows of the next tick.
@@ -223,7 +237,8 @@ class Scheduler:
         soon = now + self.pace.step_s(min(self._waiting, most), 1)
 
         def give(row: Row) -> int | None:
-            if row.phase is not Phase.QUEUED:
+            if not _waits(row):
+                self._stale[_kind(row)] -= 1
                 return 0
             if (error := _unfit(row, soon)) is not None:
                 self._leave(row)
@@ -327,7 +342,8 @@ class Scheduler:
     def clear(self, error: ConveyorError) -> list[Row]:
         """Refuse every row that still waits, and return them."""
         rows: list[Row] = []
-        while heads := [row for queue in self._queues.values() for row in queue.drain() if row.phase is Phase.QUEUED]:
+        while heads := [row for queue in self._queues.values() for row in queue.drain() if _waits(row)]:
+            self._stale = dict.fromkeys(self._stale, 0)
             for row in heads:
                 self._leave(row)
                 self._end(row, error)
@@ -362,6 +378,10 @@ class Scheduler:
 
 def _kind(row: Row) -> Kind:
     return row.batch, row.priority
+
+
+def _waits(row: Row) -> bool:
+    return row.phase is Phase.QUEUED
 
 
 def _unfit(row: Row, soon: float) -> ConveyorError | None:

@@ -538,3 +538,29 @@ def test_random_traffic_ends_every_row_once_and_in_order(data: st.DataObject) ->
             sum(before.steps for before in rows[:index]) for index in range(len(rows))
         ]
         assert track.position == sum(each.steps for each in rows)
+
+
+def test_what_is_given_up_does_not_pile_up() -> None:
+    """While no tick is cut, callers that come and go leave no more behind than a few times what waits."""
+    queue = scheduler(tick_rows=3)
+    waiting = [row() for _ in range(10)]
+    queue.submit(waiting[:5])
+    for _ in range(1000):
+        gone = row()
+        queue.submit([gone])
+        assert queue.cancel(gone)
+        assert sum(map(len, queue._queues.values())) <= 2 * 5 + 65
+    queue.submit(waiting[5:])
+    assert queue.queued == 10
+    assert [one for tick in ticks(queue) for one in tick] == waiting
+    assert not any(queue._stale.values())
+
+
+def test_a_row_that_has_been_told_holds_nobody() -> None:
+    """Whom it told is let go of: a row may stay in its queue for a while after that."""
+    told: list[Row] = []
+    one = Row(Track(0), 0, 1, (), told.append)
+    one.tell()
+    one.tell()
+    assert told == [one]
+    assert one.on_end is not told.append
