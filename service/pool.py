@@ -69,7 +69,11 @@ class Pool:
             if not self._free:
                 self._grow()
             slot = self._free.pop()
-        self.write(slot, self._initial if states is None else states)
+        try:
+            self.write(slot, self._initial if states is None else states)
+        except BaseException:
+            self.free(slot)
+            raise
         return slot
 
     def free(self, slot: int) -> None:
@@ -108,10 +112,13 @@ class Pool:
         if grown == self._capacity:
             raise Full(f"all {self.limit} state slots of the model are taken")
         more = grown - self._capacity
-        for index, (array, axis) in enumerate(zip(self._arrays, self._axes, strict=True)):
+        arrays = []
+        for array, axis in zip(self._arrays, self._axes, strict=True):
             room = list(array.shape)
             room[axis] = more
-            self._arrays[index] = np.concatenate([array, np.zeros(room, array.dtype)], axis)
+            arrays.append(np.concatenate([array, np.zeros(room, array.dtype)], axis))
+        # All of them or, should memory run out, none.
+        self._arrays = arrays
         self._free.extend(range(grown - 1, self._capacity - 1, -1))
         self._capacity = grown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,3 +141,35 @@ def test_a_model_without_states_has_slots_all_the_same() -> None:
     slot = pool.allocate()
     assert (pool.read(slot), pool.gather(slots(slot))) == ([], [])
     pool.scatter(slots(slot), slots(0), [])
+
+
+def test_memory_that_runs_out_while_growing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool is as it was, whichever of its arrays had grown already, and grows the next time."""
+    states = [spec((None, 3)), spec((None, 3))]
+    pool = Pool(states, limit=4, capacity=2)
+    held = [value(states[0], 1), value(states[1], 2)]
+    first, _ = pool.allocate(held), pool.allocate()
+    real, calls = np.concatenate, []
+
+    def second_fails(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "concatenate", second_fails)
+        with pytest.raises(MemoryError):
+            pool.allocate()
+    assert pool.taken == 2
+    third = pool.allocate(held)
+    for array, other in zip(pool.read(first), pool.read(third), strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+def test_states_that_cannot_be_written_take_no_slot() -> None:
+    """What does not fit is raised, and the slot is free."""
+    pool = Pool([spec((None, 3))], limit=4)
+    with pytest.raises(ValueError, match="broadcast"):
+        pool.allocate([np.zeros(5, np.float32)])
+    assert pool.taken == 0
