@@ -4,7 +4,11 @@
 
     ConveyorError
     ├── InvalidRequest            the request can never succeed as it stands
-    │   └── LoadFailed            a model was to be loaded, and its files do not allow it
+    │   ├── LoadFailed            a model was to be loaded, and its files do not allow it
+    │   └── SequenceMissing       a step without START, and no live sequence: none of that id was seen
+    │       ├── SequenceEnded     its END has been applied
+    │       ├── SequenceExpired   it was idle for too long
+    │       └── SequenceLost      its state is gone through no doing of its owner
     ├── NotFound
     │   ├── ModelUnknown
     │   ├── SessionUnknown        no session has had this id here, or it was closed
@@ -50,6 +54,30 @@ class LoadFailed(InvalidRequest):
     """The model that was to be loaded does not load as its files stand."""
 
     reason = "load_failed"
+
+
+class SequenceMissing(InvalidRequest):
+    """A step without START is for a sequence that is not live."""
+
+    reason = "sequence_unknown"
+
+
+class SequenceEnded(SequenceMissing):
+    """The sequence was ended by its client."""
+
+    reason = "sequence_ended"
+
+
+class SequenceExpired(SequenceMissing):
+    """The sequence was idle for longer than its timeout."""
+
+    reason = "sequence_expired"
+
+
+class SequenceLost(SequenceMissing):
+    """The sequence's state is gone, through no doing of its owner."""
+
+    reason = "sequence_lost"
 
 
 class NotFound(ConveyorError):

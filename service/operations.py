@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from service.batch import Batch
 from service.errors import (
-    ConveyorError,
     Draining,
     Loading,
     NotStreamable,
@@ -174,6 +173,7 @@ class Operations:
         priority: int = USUAL,
         accepted: float | None = None,
         caller: Hashable = None,
+        former: Session | None = None,
     ) -> Pending | None:
         """Queue a chunk. The waiter is answered once, now or later, unless it is abandoned.
 
@@ -188,6 +188,7 @@ class Operations:
             priority: 1 first, 2 as usual, 3 last.
             accepted: when the chunk was accepted, if that was before this; it is taken then also while draining.
             caller: among whom the model's time is shared out evenly.
+            former: the session that ends if this chunk is applied, and its reply with it.
 
         Returns:
             What to abandon if the caller goes away; None if the waiter has been answered already.
@@ -208,19 +209,18 @@ class Operations:
             return match
         if accepted is None:
             self.take_new_work()
-        began = self._clock() if accepted is None else accepted
         reply_bytes = runner.manifest.reply_bytes(steps)
         row = Row(
             session.track,
             position,
             steps,
             inputs,
-            lambda row: self._ended(session, runner, row, reply_bytes, began),
+            lambda row: self._ended(session, row, reply_bytes),
             deadline,
             priority,
             caller,
         )
-        self.replies.reserve(reply_bytes, session.last)
+        self.replies.reserve(reply_bytes, session.last if former is None else former.last)
         try:
             runner.submit([row])
         except BaseException:
@@ -242,14 +242,14 @@ class Operations:
         if pending.waiters:
             return
         if runner.cancel(pending.row):
-            pending.row.on_end(pending.row)
+            pending.row.tell()
         else:
             session.orphan(pending)
 
     def cancel(self, session: Session, pending: Pending) -> None:
         """Give a chunk up whose waiters still want to be told what became of it, now or when its run has ended."""
         if self.runner(session).cancel(pending.row):
-            pending.row.on_end(pending.row)
+            pending.row.tell()
 
     def expire(self) -> int:
         """End the sessions that have been idle for too long, and forget what is kept of those that ended long ago.
@@ -284,7 +284,7 @@ class Operations:
             self.sessions.set_aside(former)
         try:
             session = self._open(owner, identity, runner, None, 0)
-        except ConveyorError:
+        except BaseException:
             if former is not None:
                 self.sessions.put_back(former)
             raise
@@ -371,12 +371,11 @@ class Operations:
             raise PositionConflict(f"the session is at position {session.position}, not {position}", session.position)
         yield session
 
-    def _ended(self, session: Session, runner: Runner, row: Row, reply_bytes: int, began: float) -> None:
+    def _ended(self, session: Session, row: Row, reply_bytes: int) -> None:
         before = session.last
         told = session.end(row)
         self.replies.replace(before, session.last, reply_bytes)
         self.sessions.touch(session)
-        runner.statistics.request(row.error is None, self._clock() - began)
         try:
             # Last of all: whoever is told may go on with the session at once, or end it.
             told.tell()
@@ -423,7 +422,6 @@ class Operations:
             Draining, Full, Late, EngineFailed: as their names say.
         """
         self.take_new_work()
-        accepted = self._clock()
         batch = Batch(runner)
         try:
             for n, length in enumerate(lengths):
@@ -434,12 +432,9 @@ class Operations:
             batch.free()
             raise
         self.count_in(1)
-        succeeded = False
         try:
             await batch.end()
-            succeeded = True
         finally:
-            runner.statistics.request(succeeded, self._clock() - accepted)
             self.count_out(1)
         return [list(row.outputs or ()) for row in batch.rows], [batch.states[row.track] for row in batch.rows]
 

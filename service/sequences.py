@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import structlog
@@ -26,9 +26,12 @@ from service.errors import (
     EngineFailed,
     Full,
     InvalidRequest,
-    ModelUnknown,
     NotFound,
     PositionConflict,
+    SequenceEnded,
+    SequenceExpired,
+    SequenceLost,
+    SequenceMissing,
     SessionExpired,
     SessionLost,
 )
@@ -44,6 +47,21 @@ Key = tuple[bytes, str]
 log = structlog.get_logger()
 
 
+class Load:
+    """What a request holds while steps of it wait for their turns, counted once however many they are.
+
+    Attributes:
+        size: bytes.
+        steps: how many of its steps wait.
+    """
+
+    __slots__ = ("size", "steps")
+
+    def __init__(self, size: int = 0) -> None:
+        self.size = size
+        self.steps = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """Consecutive steps of one sequence, as they were asked for.
@@ -55,9 +73,9 @@ class Step:
         identity: the sequence's id as text; the number 5 and the text "5" are one sequence.
         start: whether the sequence begins with them; a live one begins anew.
         end: whether it ends with them.
-        read: decodes the inputs for the model that the sequence is on: one array [T, ...] an input. Called at most
-            once, when the turn of the steps has come; what it raises is the answer.
-        size: bytes that they hold while they wait for their turn.
+        read: decodes the inputs for the manifest of the model that the sequence is on: one array [T, ...] an input.
+            Called at most once, when the turn of the steps has come; what it raises is the answer.
+        load: of the request that they are part of.
         position: where they begin; None for where the sequence then is.
         epoch: the life of the sequence that they are meant for, a number that its client drew for the START; 0 for
             whichever there is.
@@ -72,8 +90,8 @@ class Step:
     identity: str
     start: bool
     end: bool
-    read: Callable[[Runner], Sequence[Array]]
-    size: int = 0
+    read: Callable[[Manifest], Sequence[Array]]
+    load: Load = field(default_factory=Load)
     position: int | None = None
     epoch: int = 0
     deadline: float | None = None
@@ -83,7 +101,7 @@ class Step:
     @property
     def key(self) -> Key:
         """Owner and id of the sequence's session."""
-        return self.owner + b"/" + self.model.encode(), self.identity
+        return _key(self.owner, self.model, self.identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +150,15 @@ class Ticket:
 
     def tell(self, result: Stepped | ConveyorError) -> None:
         """Tell the caller, unless it has gone."""
+        answer = self._answer
+        self.let_go()
         if self.wanted:
-            self._answer(result)
+            answer(result)
+
+    def let_go(self) -> None:
+        """Hold nothing any more: whoever keeps the ticket must not keep inputs, model and itself by it."""
+        self.session = self.start = self.pending = None
+        del self.step, self._answer
 
 
 class Line:
@@ -172,6 +197,17 @@ class Sequences:
         """How many steps wait for earlier ones of their sequences."""
         return self._waiting
 
+    def runner(self, owner: bytes, model: str, version: int, identity: str, start: bool) -> Runner:
+        """The model that a step would run on, as things stand.
+
+        Raises:
+            Loading, ModelUnknown: as their names say.
+        """
+        if not start:
+            with suppress(NotFound):
+                return self._operations.runner(self._operations.find(*_key(owner, model, identity)))
+        return self._operations.repository.find(model, version)
+
     def submit(self, step: Step, answer: Answer) -> Ticket:
         """Take a step. It is answered once, now or later, on this thread, unless it is abandoned.
 
@@ -192,7 +228,7 @@ class Sequences:
             self._go_on(ticket.key, line)
             return ticket
         try:
-            self._check_room(step)
+            self._check_room(step.load)
         except ConveyorError as error:
             ticket.tell(error)
             return ticket
@@ -200,7 +236,9 @@ class Sequences:
         ticket.accepted = self._clock()
         ticket.waits = True
         self._waiting += 1
-        self._waiting_bytes += step.size
+        if not step.load.steps:
+            self._waiting_bytes += step.load.size
+        step.load.steps += 1
         self._operations.count_in(1)
         return ticket
 
@@ -212,27 +250,30 @@ class Sequences:
             return
         if ticket.waits:
             del line.tickets[ticket]
-            self._wait_no_more(ticket)
+            self._wait_no_more(ticket.step.load)
+            ticket.let_go()
         elif ticket.pending is not None and ticket.session is not None:
             self._operations.cancel(ticket.session, ticket.pending)
 
-    def _check_room(self, step: Step) -> None:
+    def _check_room(self, load: Load) -> None:
         self._operations.take_new_work()
         if self._waiting >= self._max_waiting:
             raise Full(
                 f"{self._waiting} steps are waiting for earlier ones of their sequences, which is the limit; "
                 "try again later"
             )
-        if self._waiting_bytes + step.size > self._max_waiting_bytes:
+        more = 0 if load.steps else load.size
+        if self._waiting_bytes + more > self._max_waiting_bytes:
             raise Full(
-                f"{self._waiting_bytes} bytes are waiting for earlier steps of their sequences and {step.size} more "
+                f"{self._waiting_bytes} bytes are waiting for earlier steps of their sequences and {more} more "
                 f"would pass the limit of {self._max_waiting_bytes}; try again later"
             )
 
-    def _wait_no_more(self, ticket: Ticket) -> None:
-        ticket.waits = False
+    def _wait_no_more(self, load: Load) -> None:
         self._waiting -= 1
-        self._waiting_bytes -= ticket.step.size
+        load.steps -= 1
+        if not load.steps:
+            self._waiting_bytes -= load.size
         self._operations.count_out(1)
 
     def _go_on(self, key: Key, line: Line) -> None:
@@ -242,10 +283,10 @@ class Sequences:
         line.moving = True
         while line.tickets:
             ticket = next(iter(line.tickets))
-            waited, ticket.waits = ticket.waits, False
+            waited, ticket.waits, load = ticket.waits, False, ticket.step.load
             self._begin(ticket)
             if waited:
-                self._wait_no_more(ticket)
+                self._wait_no_more(load)
             if ticket in line.tickets:
                 break
         line.moving = False
@@ -256,7 +297,8 @@ class Sequences:
         try:
             self._step(ticket)
         except ConveyorError as error:
-            self._settle(ticket, error)
+            # Where it was raised is nobody's business, and would hold the step for as long as the error is held.
+            self._settle(ticket, error.with_traceback(None))
         except Exception:
             log.exception("a step of a sequence failed", model=ticket.step.model)
             self._settle(ticket, EngineFailed("internal error"))
@@ -269,12 +311,13 @@ class Sequences:
         try:
             session = operations.find(*ticket.key)
         except NotFound as error:
-            gone = error
+            # An error holds this frame, which must not hold the error.
+            gone = type(error)
         ended = operations.replies.ended(ticket.key)
         position = 0 if step.start else step.position
         if step.start and not _same_life(step, session or ended):
             runner = operations.repository.find(step.model, step.version)
-            inputs = step.read(runner)
+            inputs = step.read(runner.manifest)
             accepted = ticket.accepted is not None
             ticket.start = operations.start(*ticket.key, runner, session, step.epoch, accepted)
             session = ticket.start.session
@@ -285,7 +328,7 @@ class Sequences:
                     f"request is for version {step.version}: START it anew to change"
                 )
             runner = operations.runner(session)
-            inputs = step.read(runner)
+            inputs = step.read(runner.manifest)
         elif ended is not None and position is not None and self._is_answered(step, position, ended):
             operations.count_replay()
             self._finish(ticket, Stepped(ended.reply, ended.version, ended.manifest, ended.position, ended.epoch))
@@ -304,21 +347,16 @@ class Sequences:
             step.priority,
             ticket.accepted,
             step.caller,
+            None if ticket.start is None else ticket.start.former,
         )
 
     def _is_answered(self, step: Step, position: int, ended: Ended) -> bool:
         """Whether a step is the last one of a sequence that has ended, sent again."""
         if position != ended.reply.position or step.epoch not in (0, ended.epoch):
             return False
-        if step.version not in (0, ended.version):
-            return False
-        with suppress(ModelUnknown):
-            runner = self._operations.repository.find(step.model, ended.version)
-            return len(step.read(runner)[0]) == ended.reply.steps
-        # The model has gone since, and with it whoever could count the steps.
-        return True
+        return step.version in (0, ended.version) and len(step.read(ended.manifest)[0]) == ended.reply.steps
 
-    def _missing(self, step: Step, gone: NotFound | None, ended: Ended | None) -> ConveyorError:
+    def _missing(self, step: Step, gone: type[NotFound] | None, ended: Ended | None) -> ConveyorError:
         """Say that there is no sequence to step, and what became of the one that there was."""
         self._operations.check_streamable(self._operations.repository.find(step.model, step.version))
         if step.start and ended is not None:
@@ -330,13 +368,13 @@ class Sequences:
             "the first request of the sequence"
         )
         if ended is not None:
-            text += f"; the last one was ended at position {ended.position}"
-        elif isinstance(gone, SessionExpired):
+            return SequenceEnded(f"{text}; the last one was ended at position {ended.position}")
+        if gone is SessionExpired:
             timeout_s = self._operations.sessions.idle_timeout_s
-            text += f"; the last one has expired: it was idle for more than {timeout_s:g} s"
-        elif isinstance(gone, SessionLost):
-            text += "; the last one is lost: the server was started anew without its state"
-        return InvalidRequest(text)
+            return SequenceExpired(f"{text}; the last one has expired: it was idle for more than {timeout_s:g} s")
+        if gone is SessionLost:
+            return SequenceLost(f"{text}; the last one is lost: the server was started anew without its state")
+        return SequenceMissing(text)
 
     def _settle(self, ticket: Ticket, result: Reply | ConveyorError) -> None:
         """Make what hangs on a step's end follow it, then answer."""
@@ -360,14 +398,17 @@ class Sequences:
     def _finish(self, ticket: Ticket, result: Stepped | ConveyorError) -> None:
         line = self._lines[ticket.key]
         del line.tickets[ticket]
-        # Whoever keeps the ticket must not keep the model by it.
-        ticket.session = ticket.start = ticket.pending = None
+        model = ticket.step.model
         try:
             ticket.tell(result)
         except Exception:
             # A caller that cannot take its answer must not hold those behind it up.
-            log.exception("an answer was not taken", model=ticket.step.model)
+            log.exception("an answer was not taken", model=model)
         self._go_on(ticket.key, line)
+
+
+def _key(owner: bytes, model: str, identity: str) -> Key:
+    return owner + b"/" + model.encode(), identity
 
 
 def _check(step: Step) -> None:

@@ -3,10 +3,10 @@
 Plain counters. Written from the event loop and from the model's thread, read from anywhere. Must not know anything else
 of the server.
 
-A request is what a caller sent and the server accepted, which is to say, queued for a run: a chunk, a step of a
-sequence, or a batch. It is counted once, when it ends; what is answered with a reply that was kept is none. A row is a
-chunk, a step, or one sequence of a batch. The times of a run are counted for each of its rows in full, since each of
-them waits for the whole run: the time divided by the count is what a row has seen.
+A request is what a caller sent for a model that was found: a chunk, a batch, or a request for sequences, of however many
+rows. The door counts it once, when it is answered, with a kept reply too, or refused, or given up by its caller. A row
+is a chunk, a step, or one sequence of a batch. The times of a run are counted for each of its rows in full, since each
+of them waits for the whole run: the time divided by the count is what a row has seen.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Counts:
         inference_count: rows that were applied.
         execution_count: runs of the graph that succeeded.
         last_inference_ms: when the last of them ended, in milliseconds since 1970; 0 for never.
-        success: requests that were answered with a result, from acceptance to end.
-        fail: requests that were accepted and came to nothing.
+        success: requests that were answered with a result, from arrival to end.
+        fail: requests that were refused, failed, or given up by their callers.
         queue: rows that ran, and how long they waited for their run.
         compute_input: rows that ran, and the gathering and packing of their runs.
         compute_infer: the same of the runs themselves.
@@ -74,7 +74,7 @@ class Statistics:
         self._lock = threading.Lock()
 
     def request(self, succeeded: bool, seconds: float) -> None:
-        """Count a request that has ended, and how long after its acceptance."""
+        """Count a request that has ended, and how long after its arrival."""
         with self._lock:
             (self._counts.success if succeeded else self._counts.fail).add(seconds)
 

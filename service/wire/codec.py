@@ -7,7 +7,7 @@ InvalidRequest, which says what was wrong and what was expected. Must not know t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -34,13 +34,33 @@ class Tensor(NamedTuple):
         name: the caller's name for it.
         dtype: NumPy's name; empty for none that the door knows.
         shape: as the caller says.
-        data: the elements in row-major order, little-endian.
+        data: the elements in row-major order, little-endian; or makes them of what came, which may take a while and is
+            to be asked only of a tensor whose shape is known to be right.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | Callable[[], bytes]
+
+    def array(self, what: str) -> Array:
+        """Read the elements.
+
+        Args:
+            what: this is, for the error.
+
+        Raises:
+            InvalidRequest: if they are not as many as the shape says.
+        """
+        data = self.data if isinstance(self.data, bytes) else self.data()
+        little = little_endian(self.dtype)
+        expected = math.prod(self.shape) * little.itemsize
+        if len(data) != expected:
+            raise InvalidRequest(
+                f"{what} holds {len(data)} bytes; expected {expected} for shape {_show(self.shape)} of {self.dtype}"
+            )
+        array: Array = np.frombuffer(data, little).reshape(self.shape)
+        return array
 
 
 def little_endian(dtype: str) -> np.dtype[np.generic]:
@@ -84,7 +104,7 @@ class Codec:
         manifest: of the model.
         max_steps: most steps of one sequence or chunk.
         max_batch: most sequences of one batch.
-        max_bytes: most bytes of the arrays in one reply.
+        max_bytes: most bytes of one tensor, and of the arrays in one reply.
         finite: whether NaN and infinity are refused.
         one_step: whether the sequences of a batch come without a time axis, one step each.
     """
@@ -111,19 +131,21 @@ class Codec:
         Returns:
             One array [T, ...] an input, T alike.
         """
-        arrays = [
-            self._read(tensor, f"input {spec.name!r}", spec.dtype, (None, *spec.tail), "T")
-            for spec, tensor in self._pair(self._manifest.inputs, tensors, "input")
-        ]
-        steps = len(arrays[0])
-        for spec, array in zip(self._manifest.inputs, arrays, strict=True):
-            self._check_steps(len(array))
-            if len(array) != steps or (spec.time_axis is None and steps != 1):
+        pairs = self._pair(self._manifest.inputs, tensors, "input")
+        shapes = [self._shape(tensor, f"input {spec.name!r}", spec, (None,), "T") for spec, tensor in pairs]
+        steps = shapes[0][0]
+        for (spec, _), (length, *_tail) in zip(pairs, shapes, strict=True):
+            self._check_steps(length)
+            if length != steps or (spec.time_axis is None and steps != 1):
                 raise InvalidRequest(
-                    f"input {spec.name!r} has {len(array)} steps; expected {1 if spec.time_axis is None else steps}"
+                    f"input {spec.name!r} has {length} steps; expected {1 if spec.time_axis is None else steps}"
                 )
-            self._check_values(array, f"input {spec.name!r}", spec.below)
         self.check_reply(1, steps)
+        arrays = []
+        for spec, tensor in pairs:
+            array = tensor.array(f"input {spec.name!r}")
+            self._check_values(array, f"input {spec.name!r}", spec.below)
+            arrays.append(array)
         return arrays
 
     def batch(self, tensors: Sequence[Tensor], lengths: Sequence[int]) -> tuple[list[Array], list[int]]:
@@ -134,23 +156,18 @@ class Codec:
         """
         axes = "N" if self._one_step else "N, T"
         free = (None,) if self._one_step else (None, None)
-        arrays = [
-            self._read(tensor, f"input {spec.name!r}", spec.dtype, (*free, *spec.tail), axes)
-            for spec, tensor in self._pair(self._manifest.inputs, tensors, "input")
-        ]
-        if self._one_step:
-            arrays = [array[:, None] for array in arrays]
-        rows, steps = arrays[0].shape[:2]
+        pairs = self._pair(self._manifest.inputs, tensors, "input")
+        shapes = [self._shape(tensor, f"input {spec.name!r}", spec, free, axes) for spec, tensor in pairs]
+        rows, steps = shapes[0][0], 1 if self._one_step else shapes[0][1]
         if rows < 1:
             raise InvalidRequest("the batch has no rows (N = 0); expected at least 1")
         if rows > self.max_batch:
             raise InvalidRequest(f"the batch has {rows} rows; this server takes up to {self.max_batch}")
         self._check_steps(steps)
-        for spec, array in zip(self._manifest.inputs, arrays, strict=True):
-            if array.shape[:2] != (rows, steps):
-                raise InvalidRequest(
-                    f"input {spec.name!r} is {_show(array.shape)}; expected [{rows}, {steps}, ...] as the first"
-                )
+        for (spec, _), shape in zip(pairs, shapes, strict=True):
+            if shape[: len(free)] != shapes[0][: len(free)]:
+                first = ", ".join(map(str, shapes[0][: len(free)]))
+                raise InvalidRequest(f"input {spec.name!r} is {_show(shape)}; expected [{first}, ...] as the first")
         if lengths and len(lengths) != rows:
             raise InvalidRequest(f"there are {len(lengths)} lengths for {rows} rows; expected one a row, or none")
         for row, length in enumerate(lengths):
@@ -158,9 +175,14 @@ class Codec:
                 raise InvalidRequest(f"row {row} has length {length}; expected 1 to {steps}")
         lengths = list(lengths) or [steps] * rows
         valid = np.arange(steps) < np.array(lengths)[:, None]
-        for spec, array in zip(self._manifest.inputs, arrays, strict=True):
+        arrays = []
+        for spec, tensor in pairs:
+            array = tensor.array(f"input {spec.name!r}")
+            if self._one_step:
+                array = array[:, None]
             # What stands in the padding is nobody's business: it goes nowhere.
             self._check_values(array if valid.all() else array[valid], f"input {spec.name!r}", spec.below)
+            arrays.append(array)
         return arrays, lengths
 
     def states(self, tensors: Sequence[Tensor], rows: int | None) -> list[Array] | None:
@@ -179,7 +201,8 @@ class Codec:
         arrays = []
         for spec, tensor in self._pair(self._manifest.states, tensors, "state"):
             what = f"state {spec.name!r}"
-            array = self._read(tensor, what, spec.dtype, (*batch, *spec.tail), "")
+            self._shape(tensor, what, spec, batch, "")
+            array = tensor.array(what)
             self._check_values(array, what)
             arrays.append(array)
         return arrays
@@ -199,7 +222,7 @@ class Codec:
                 "send fewer rows, or fewer steps"
             )
 
-    def _pair(self, specs: Sequence[Spec], tensors: Sequence[Tensor], kind: str) -> Iterable[tuple[Spec, Tensor]]:
+    def _pair(self, specs: Sequence[Spec], tensors: Sequence[Tensor], kind: str) -> Sequence[tuple[Spec, Tensor]]:
         if len(specs) == 1 and len(tensors) == 1 and tensors[0].name in ("", specs[0].name):
             return ((specs[0], tensors[0]),)
         by_name = {tensor.name: tensor for tensor in tensors}
@@ -210,9 +233,13 @@ class Codec:
             )
         return [(spec, by_name[spec.name]) for spec in specs]
 
-    def _read(self, tensor: Tensor, what: str, dtype: str, sizes: tuple[int | None, ...], free: str) -> Array:
-        if tensor.dtype != dtype:
-            raise InvalidRequest(f"{what} is {tensor.dtype or 'of no known dtype'}; expected {dtype}")
+    def _shape(
+        self, tensor: Tensor, what: str, spec: TensorSpec | StateSpec, lead: tuple[int | None, ...], free: str
+    ) -> tuple[int, ...]:
+        """Check what a tensor says of itself, and return its shape, before its elements are looked at."""
+        sizes = (*lead, *spec.tail)
+        if tensor.dtype != spec.dtype:
+            raise InvalidRequest(f"{what} is {tensor.dtype or 'of no known dtype'}; expected {spec.dtype}")
         shape = tensor.shape
         if len(shape) != len(sizes) or any(
             not 0 <= size < _LARGEST_SIZE or (want is not None and size != want)
@@ -222,14 +249,11 @@ class Codec:
             raise InvalidRequest(
                 f"{what} has shape {_show(shape)}; expected [{', '.join([free] * bool(free) + fixed)}]"
             )
-        little = little_endian(dtype)
-        expected = math.prod(shape) * little.itemsize
-        if len(tensor.data) != expected:
+        if (size := math.prod(shape) * little_endian(spec.dtype).itemsize) > self.max_bytes:
             raise InvalidRequest(
-                f"{what} holds {len(tensor.data)} bytes; expected {expected} for shape {_show(shape)} of {dtype}"
+                f"{what} has shape {_show(shape)}, which is {size} bytes; this server takes up to {self.max_bytes}"
             )
-        array: Array = np.frombuffer(tensor.data, little).reshape(shape)
-        return array
+        return shape
 
     def _check_values(self, array: Array, what: str, below: int | None = None) -> None:
         if array.dtype.kind == "f":

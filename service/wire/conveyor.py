@@ -54,13 +54,16 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:
         """Run a batch of whole sequences."""
         runner = self._find(request.model, request.version)
-        codec = self.codec(runner)
-        inputs, lengths = codec.batch(decode(request.inputs), request.lengths)
-        states = codec.states(decode(request.initial_states), rows=len(lengths))
-        codec.check_reply(len(lengths), inputs[0].shape[1], request.return_states)
-        left = context.time_remaining()
-        deadline = None if left is None else self.clock() + left
-        outputs, finals = await self.operations.infer(runner, inputs, lengths, states, deadline, caller=caller(context))
+        with self.counting(runner):
+            codec = self.codec(runner.manifest)
+            inputs, lengths = codec.batch(decode(request.inputs), request.lengths)
+            states = codec.states(decode(request.initial_states), rows=len(lengths))
+            codec.check_reply(len(lengths), inputs[0].shape[1], request.return_states)
+            left = context.time_remaining()
+            deadline = None if left is None else self.clock() + left
+            outputs, finals = await self.operations.infer(
+                runner, inputs, lengths, states, deadline, caller=caller(context)
+            )
         response = pb.InferResponse(version=runner.version)
         for index, output in enumerate(runner.manifest.outputs):
             rows = [row[index] for row in outputs]
@@ -90,7 +93,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.OpenSessionResponse:
         """Open a session at position 0."""
         runner = self._find(request.model, request.version)
-        states = self.codec(runner).states(decode(request.initial_states), rows=None)
+        states = self.codec(runner.manifest).states(decode(request.initial_states), rows=None)
         session = self.operations.open(owner(context), request.session_id, runner, states)
         return pb.OpenSessionResponse(session=self._session(session))
 
@@ -140,7 +143,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
         runner = self._find(state.model, state.version)
         if not 0 <= state.position <= _LAST_POSITION:
             raise InvalidRequest(f"the state is at position {state.position}; expected 0 to {_LAST_POSITION}")
-        states = self.codec(runner).states(decode(state.states), rows=None)
+        states = self.codec(runner.manifest).states(decode(state.states), rows=None)
         if states is None and runner.manifest.states:
             raise InvalidRequest(f"the state is empty; expected {[spec.name for spec in runner.manifest.states]}")
         session = self.operations.open(owner(context), request.session_id, runner, states, state.position)

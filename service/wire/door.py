@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, TypeAlias, TypeVar
-from weakref import WeakKeyDictionary
 
 import grpc
 
 from service.errors import Full
+from service.manifest import Manifest
 from service.operations import Operations
 from service.runner import Runner
 from service.settings import Settings
@@ -78,24 +78,29 @@ class Door:
         self.settings = settings
         self.places = places
         self.clock = clock
-        # A model that is no longer served must not be kept alive by its reader.
-        self._codecs: WeakKeyDictionary[Runner, Codec] = WeakKeyDictionary()
         self._streams: set[Flow[Any, Any, Any]] = set()
 
-    def codec(self, runner: Runner) -> Codec:
+    def codec(self, manifest: Manifest) -> Codec:
         """The reader of a model's tensors."""
-        codec = self._codecs.get(runner)
-        if codec is None:
-            settings = self.settings
-            codec = self._codecs[runner] = Codec(
-                runner.manifest,
-                max_steps=settings.max_steps,
-                max_batch=settings.max_batch,
-                max_bytes=settings.max_message_bytes,
-                finite=settings.non_finite == "reject",
-                one_step=self.ONE_STEP and runner.manifest.steps_per_run == 1,
-            )
-        return codec
+        settings = self.settings
+        return Codec(
+            manifest,
+            max_steps=settings.max_steps,
+            max_batch=settings.max_batch,
+            max_bytes=settings.max_message_bytes,
+            finite=settings.non_finite == "reject",
+            one_step=self.ONE_STEP and manifest.steps_per_run == 1,
+        )
+
+    @contextmanager
+    def counting(self, runner: Runner) -> Iterator[None]:
+        """Count what goes on within as one request for a model."""
+        began, succeeded = self.clock(), False
+        try:
+            yield
+            succeeded = True
+        finally:
+            runner.statistics.request(succeeded, self.clock() - began)
 
     @asynccontextmanager
     async def streaming(self, stream: Flow[Any, Any, Any], context: Context) -> AsyncIterator[None]:
@@ -128,6 +133,7 @@ def told_always(
                 raise request.error
             return await method(self, request, context)
         except Exception as error:
+            del request  # for the same reason for which ``abort`` lets go of the error's frames
             await abort(context, error)
 
     return call

@@ -70,9 +70,15 @@ class Flow(ABC, Generic[Request, Part, Reply]):
         """Make the next message of replies, by ``take``; there is at least one."""
 
     def wait(self, waiting: Waiting, size: int = 0) -> None:
-        """Note what has not been answered, and how many bytes it holds."""
+        """Note what has not been answered, and how many bytes it holds, or its reply will if they are more."""
         self._waiting[waiting] = size
         self._bytes += size
+
+    def grow(self, waiting: Waiting, size: int) -> None:
+        """Note that it holds so many bytes, if they are more than were known."""
+        more = max(0, size - self._waiting[waiting])
+        self._waiting[waiting] += more
+        self._bytes += more
 
     def answered(self, waiting: Waiting) -> None:
         """Note that it has."""

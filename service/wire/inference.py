@@ -143,7 +143,7 @@ class InferenceServicer(Door, stubs.GRPCInferenceServiceServicer):
                 result.set_result(response)
 
         inference = Inference(self, self._sequences, owner(context), caller(context), request, done)
-        inference.begin(context.time_remaining())
+        inference.begin(request, context.time_remaining())
         try:
             return await result
         except asyncio.CancelledError:
@@ -154,7 +154,7 @@ class InferenceServicer(Door, stubs.GRPCInferenceServiceServicer):
         self, requests: AsyncIterable[pb.ModelInferRequest | Malformed], context: Context
     ) -> None:
         """Run batches and step sequences, any number of them."""
-        stream = InferenceStream(self, self._sequences, owner(context), caller(context))
+        stream = InferenceStream(self, self._sequences, owner(context), caller(context), context.time_remaining)
         async with self.streaming(stream, context):
             await stream.run(requests, context)
 
@@ -167,7 +167,7 @@ class InferenceServicer(Door, stubs.GRPCInferenceServiceServicer):
         return pb.RepositoryIndexResponse(
             models=[
                 pb.RepositoryIndexResponse.ModelIndex(
-                    name=entry.name, version=str(entry.version), state=entry.state, reason=entry.reason
+                    name=entry.name, version=str(entry.version or ""), state=entry.state, reason=entry.reason
                 )
                 for entry in self.operations.repository.index()
                 if entry.state == "READY" or not request.ready

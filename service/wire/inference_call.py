@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from service.errors import ConveyorError, InvalidRequest, ModelUnknown, PositionConflict
 from service.manifest import Manifest
 from service.runner import Runner
-from service.sequences import Sequences, Step, Stepped, Ticket
+from service.sequences import Load, Sequences, Step, Stepped, Ticket
 from service.wire.codec import Array, join
 from service.wire.door import Door
 from service.wire.inference_request import Request, SequenceRow, identities, read, split
@@ -24,6 +25,10 @@ from service.wire.inference_stubs import inference_pb2 as pb
 from service.wire.inference_tensors import add_output
 
 Done = Callable[[pb.ModelInferResponse | Exception], None]
+
+
+def _ignore(size: int) -> None:
+    pass
 
 
 class _Decoded(NamedTuple):
@@ -48,7 +53,7 @@ class Inference:
         sequences: those of the server.
         owner: digest of the caller's key.
         caller: among whom a model's time is shared out.
-        message: the request.
+        message: the request; it is not kept.
         done: takes the reply, or why there is none; called once, on this thread, unless the request is abandoned.
 
     Raises:
@@ -69,69 +74,112 @@ class Inference:
         self._sequences = sequences
         self._owner = owner
         self._caller = caller
-        self._message = message
+        self._model = message.model_name
+        self._id = message.id
         self._done: Done | None = done
         self._batch: asyncio.Task[None] | None = None
         self._tickets: list[Ticket] = []
-        self._decoded: dict[Runner, _Decoded] = {}
+        self._decoded: list[tuple[Manifest, _Decoded]] = []
         self._steps = 0
+        # That it is counted for.
+        self._runner: Runner | None = None
+        self._began = door.clock()
 
-    def begin(self, time_left_s: float | None = None) -> None:
+    def begin(
+        self, message: pb.ModelInferRequest, time_left_s: float | None = None, expect: Callable[[int], None] = _ignore
+    ) -> None:
         """Ask for it.
 
         Args:
+            message: the request again.
             time_left_s: until the caller stops waiting; None for never.
+            expect: told how many bytes the reply will have, as far as the request says.
         """
         try:
-            request = read(self._message, self.ids, self._door.settings.max_batch)
+            request = read(message, self.ids, self._door.settings.max_batch)
             limits = [limit for limit in (time_left_s, request.timeout_s) if limit is not None]
-            deadline = self._door.clock() + min(limits) if limits else None
+            deadline = self._began + min(limits) if limits else None
             if request.rows:
+                first = request.rows[0]
+                with suppress(ConveyorError):  # that is what it is answered, in its turn
+                    self._runner = self._sequences.runner(
+                        self._owner, request.model, request.version, first.identity, first.start
+                    )
+                    expect(self._reply_bytes(request, self._runner))
                 self._step(request, deadline)
             else:
-                self._batch = asyncio.create_task(self._infer(request, deadline))
+                self._runner = self._door.operations.repository.find(request.model, request.version)
+                expect(self._reply_bytes(request, self._runner))
+                self._batch = asyncio.create_task(self._infer(request, self._runner, deadline))
         except Exception as error:
             self._end(error)
 
     def abandon(self) -> None:
         """Give it up: nobody waits for it any more."""
+        self._count(False)
         self._done = None
         if self._batch is not None:
             self._batch.cancel()
-        for ticket in self._tickets:
+        # The newest first, as with a stream: giving up a row must not be preceded by its turn.
+        for ticket in reversed(self._tickets):
             self._sequences.abandon(ticket)
+        self._let_go()
 
     def _end(self, result: pb.ModelInferResponse | Exception) -> None:
-        self._decoded.clear()
+        self._count(not isinstance(result, Exception))
+        self._let_go()
         if isinstance(result, ModelUnknown):
-            result = unknown(self._message.model_name, result)
+            result = unknown(self._model, result)
+        elif isinstance(result, ConveyorError):
+            # Where it was raised is nobody's business, and would hold the request for as long as the error is held.
+            result = result.with_traceback(None)
         if self._done is not None:
             done, self._done = self._done, None
             done(result)
 
+    def _count(self, succeeded: bool) -> None:
+        if self._runner is not None:
+            self._runner.statistics.request(succeeded, self._door.clock() - self._began)
+
+    def _let_go(self) -> None:
+        # In a circle with its tickets it would hold inputs and model until the collector comes by.
+        self._tickets.clear()
+        self._decoded.clear()
+        self._runner = None
+
+    def _reply_bytes(self, request: Request, runner: Runner) -> int:
+        """Bytes of the reply, by the shapes that the request says, which nobody has checked yet."""
+        manifest, most = runner.manifest, self._door.settings.max_message_bytes
+        rows, steps = 0, 1
+        names = {spec.name for spec in manifest.inputs}
+        for shape in (tensor.shape for tensor in request.tensors if tensor.name in names):
+            rows = max(rows, 0, *shape[:1])
+            steps = max(steps, 1, *shape[1:2])
+        states = not {spec.name for spec in manifest.outputs}.issuperset(request.wanted)
+        # More than that is refused.
+        return min(rows * manifest.reply_bytes(steps if manifest.steps_per_run is None else 1, states), most)
+
     # --- a batch ---
 
-    async def _infer(self, request: Request, deadline: float | None) -> None:
+    async def _infer(self, request: Request, runner: Runner, deadline: float | None) -> None:
         try:
-            self._end(await self._infer_batch(request, deadline))
+            self._end(await self._infer_batch(request, runner, deadline))
         except Exception as error:
             self._end(error)
 
-    async def _infer_batch(self, request: Request, deadline: float | None) -> pb.ModelInferResponse:
-        operations = self._door.operations
-        runner = operations.repository.find(request.model, request.version)
+    async def _infer_batch(self, request: Request, runner: Runner, deadline: float | None) -> pb.ModelInferResponse:
         manifest = runner.manifest
         states_by_name = {name: index for index, s in enumerate(manifest.states) for name in (s.output, s.name)}
         outputs_by_name = {spec.name: index for index, spec in enumerate(manifest.outputs)}
         wanted = request.wanted or tuple(outputs_by_name)
         _check_wanted(request, wanted, {**states_by_name, **outputs_by_name})
         given = split(request, manifest, self._door.settings.max_batch)
-        codec = self._door.codec(runner)
+        codec = self._door.codec(manifest)
         inputs, lengths = codec.batch(given.inputs, given.lengths)
         rows, steps = inputs[0].shape[:2]
         states = codec.states(given.states, rows)
         codec.check_reply(rows, steps, any(name not in outputs_by_name for name in wanted))
-        outputs, finals = await operations.infer(
+        outputs, finals = await self._door.operations.infer(
             runner, inputs, lengths, states, deadline, request.priority, self._caller
         )
         response = self._response(runner.version)
@@ -148,7 +196,7 @@ class Inference:
     def _step(self, request: Request, deadline: float | None) -> None:
         """Hand each row to its sequence; what it is answered may come at once."""
         results: dict[int, Stepped | ConveyorError] = {}
-        size = sum(len(tensor.data) for tensor in request.tensors) // len(request.rows)
+        load = Load(request.size)
 
         def step(n: int, row: SequenceRow) -> Ticket:
             def answered(result: Stepped | ConveyorError) -> None:
@@ -164,8 +212,8 @@ class Inference:
                     row.identity,
                     row.start,
                     row.end,
-                    lambda runner: self._read(request, runner).row(n),
-                    size,
+                    lambda manifest: self._read(request, manifest).row(n),
+                    load,
                     row.position,
                     row.epoch,
                     deadline,
@@ -178,30 +226,31 @@ class Inference:
         for n, row in enumerate(request.rows):
             self._tickets.append(step(n, row))
 
-    def _read(self, request: Request, runner: Runner) -> _Decoded:
+    def _read(self, request: Request, manifest: Manifest) -> _Decoded:
         """Read the inputs for the model that a row's sequence is on; once for all rows that are on the same."""
-        decoded = self._decoded.get(runner)
-        if decoded is None:
-            manifest = runner.manifest
-            if self._decoded and _form(manifest) != _form(next(iter(self._decoded)).manifest):
-                raise _unlike()
-            _check_wanted_of_sequence(request, manifest)
-            given = split(request, manifest, self._door.settings.max_batch)
-            if given.states:
-                raise InvalidRequest(
-                    f"input {given.states[0].name!r} is a state, and the server keeps those of sequences; "
-                    "send states with a batch"
-                )
-            codec = self._door.codec(runner)
-            inputs, lengths = codec.batch(given.inputs, given.lengths)
-            if len(lengths) != len(request.rows):
-                raise InvalidRequest(
-                    f"the inputs have {len(lengths)} rows for {len(request.rows)} sequences; expected one for each "
-                    "(several go into one request by sequence_ids)"
-                )
-            self._steps = inputs[0].shape[1]
-            codec.check_reply(len(lengths), self._steps)
-            decoded = self._decoded[runner] = _Decoded(inputs, lengths)
+        for known, decoded in self._decoded:
+            if known is manifest:
+                return decoded
+        if self._decoded and _form(manifest) != _form(self._decoded[0][0]):
+            raise _unlike()
+        _check_wanted_of_sequence(request, manifest)
+        given = split(request, manifest, self._door.settings.max_batch)
+        if given.states:
+            raise InvalidRequest(
+                f"input {given.states[0].name!r} is a state, and the server keeps those of sequences; "
+                "send states with a batch"
+            )
+        codec = self._door.codec(manifest)
+        inputs, lengths = codec.batch(given.inputs, given.lengths)
+        if len(lengths) != len(request.rows):
+            raise InvalidRequest(
+                f"the inputs have {len(lengths)} rows for {len(request.rows)} sequences; expected one for each "
+                "(several go into one request by sequence_ids)"
+            )
+        self._steps = inputs[0].shape[1]
+        codec.check_reply(len(lengths), self._steps)
+        decoded = _Decoded(inputs, lengths)
+        self._decoded.append((manifest, decoded))
         return decoded
 
     def _end_together(self, request: Request, results: Sequence[Stepped | ConveyorError]) -> None:
@@ -219,21 +268,25 @@ class Inference:
         if failed:
             return failed[0][1] if len(results) == 1 else _of_rows(request, failed)
         stepped = [result for result in results if isinstance(result, Stepped)]
-        manifest = stepped[0].manifest
-        # A reply that was kept comes without a look at the request.
-        if any(_form(one.manifest) != _form(manifest) for one in stepped):
-            return _unlike()
         try:
-            wanted = _check_wanted_of_sequence(request, manifest)
+            return self._reply(request, stepped)
         except InvalidRequest as error:
-            return error
+            return type(error)(f"{error}; the rows were applied, up to positions {[one.position for one in stepped]}")
+
+    def _reply(self, request: Request, stepped: Sequence[Stepped]) -> pb.ModelInferResponse:
+        manifest = stepped[0].manifest
+        # Whether they stand in one tensor is known only now, also of replies that were kept.
+        if any(_form(one.manifest) != _form(manifest) for one in stepped):
+            raise _unlike()
+        wanted = _check_wanted_of_sequence(request, manifest)
+        steps = max(self._steps, *(one.reply.steps for one in stepped))
+        self._door.codec(manifest).check_reply(len(stepped), steps)
         response = self._response(stepped[0].version)
         outputs = [one.reply.outputs for one in stepped]
-        steps = max(self._steps, *(one.reply.steps for one in stepped))
         for name, index in wanted.items():
             add_output(response, name, _output(manifest, index, outputs, steps))
         parameters = response.parameters
-        if "sequence_id" in self._message.parameters and len(stepped) == 1:
+        if request.alone:
             parameters["sequence_position"].int64_param = stepped[0].position
             parameters["sequence_epoch"].int64_param = stepped[0].epoch
         else:
@@ -244,9 +297,7 @@ class Inference:
     # --- what replies are made of ---
 
     def _response(self, version: int) -> pb.ModelInferResponse:
-        response = pb.ModelInferResponse(
-            model_name=self._message.model_name, model_version=str(version), id=self._message.id
-        )
+        response = pb.ModelInferResponse(model_name=self._model, model_version=str(version), id=self._id)
         response.parameters["triton_final_response"].bool_param = True
         return response
 

@@ -6,6 +6,7 @@ Owns the names of the parameters, and what they mean together. What the model it
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _LAST_PRIORITY = 3
 _LARGEST = (1 << 63) - 1
 _PER_ROW = ("sequence_ids", "sequence_start", "sequence_end", "sequence_positions", "sequence_epochs")
+_OF_SEQUENCES = ("sequence_id", *_PER_ROW, "sequence_position", "sequence_epoch")
 LENGTHS = "sequence_lengths"
 
 
@@ -48,7 +50,7 @@ class SequenceRow:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request, read.
+    """A request, read; of the message it holds nothing more.
 
     Attributes:
         model: its name.
@@ -58,6 +60,8 @@ class Request:
         wanted: names of outputs; empty for all of the model's.
         timeout_s: seconds from now until it must be applied; None for no limit.
         priority: 1 first, 2 as usual, 3 last.
+        alone: whether its one sequence was named by ``sequence_id``.
+        size: bytes that it holds, with its message, which a unary call keeps until it is answered.
     """
 
     model: str
@@ -67,6 +71,8 @@ class Request:
     wanted: tuple[str, ...]
     timeout_s: float | None
     priority: int
+    alone: bool
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,20 +143,25 @@ def read(message: pb.ModelInferRequest, ids: Sequence[str], max_rows: int) -> Re
         InvalidRequest: if something in it is not as it should be.
         Unsupported: if it asks for what is not offered.
     """
+    for name in message.parameters:
+        # Misspelt, a position would be none, and the step be applied twice.
+        if name.startswith("sequence") and name not in _OF_SEQUENCES:
+            raise InvalidRequest(f"parameter {name[:64]!r} is unknown; there are: {', '.join(_OF_SEQUENCES)}")
     timeout_us = parameters.integer(message.parameters, "timeout", 0, _LARGEST) or 0
     priority = parameters.integer(message.parameters, "priority", 0, 2 * _LARGEST + 1) or USUAL
+    tensors = tuple(
+        inference_tensors.tensor(message, index) for index, one in enumerate(message.inputs) if one.name not in _PER_ROW
+    )
     return Request(
         message.model_name,
         version_number(message.model_version),
         _rows(message, ids, max_rows),
-        tuple(
-            inference_tensors.tensor(message, index)
-            for index, one in enumerate(message.inputs)
-            if one.name not in _PER_ROW
-        ),
+        tensors,
         _wanted(message),
         timeout_us * 1e-6 or None,
         min(priority, _LAST_PRIORITY),
+        "sequence_id" in message.parameters and len(ids) == 1,
+        message.ByteSize() + sum(inference_tensors.size(tensor) for tensor in tensors),
     )
 
 
@@ -177,7 +188,7 @@ def split(request: Request, manifest: Manifest, max_rows: int) -> Given:
         elif tensor.name in (LENGTHS, manifest.lengths):
             given.lengths.extend(inference_tensors.integers(tensor, max_rows))
         elif tensor.name in constants:
-            _check_constant(tensor, constants[tensor.name])
+            _check_constant(tensor, constants[tensor.name], max_rows)
         elif tensor.name in states:
             given.states.append(tensor._replace(name=states[tensor.name]))
         else:
@@ -185,10 +196,13 @@ def split(request: Request, manifest: Manifest, max_rows: int) -> Given:
     return given
 
 
-def _check_constant(tensor: Tensor, constant: ConstantSpec) -> None:
+def _check_constant(tensor: Tensor, constant: ConstantSpec, max_rows: int) -> None:
     """Let clients send a constant that the server has anyway, once or for each row."""
     value = base64.b64decode(constant.value)
-    if tensor.dtype != constant.dtype or tensor.data != value * (len(tensor.data) // max(len(value), 1) or 1):
+    size = math.prod(constant.shape)
+    times = math.prod(tensor.shape) // max(size, 1)
+    like = tensor.dtype == constant.dtype and math.prod(tensor.shape) == times * size and 0 <= times <= max_rows
+    if not like or tensor.array(f"input {tensor.name!r}").tobytes() != value * times:
         raise InvalidRequest(f"input {tensor.name!r} is a constant of this model; leave it out, or send its value")
 
 
@@ -264,7 +278,7 @@ def _tensor(message: pb.ModelInferRequest, name: str) -> Tensor | None:
         return None
     if len(found) > 1:
         raise InvalidRequest(f"input {name!r} stands {len(found)} times; expected it once")
-    return inference_tensors.tensor(message, found[0])
+    return inference_tensors.tensor(message, found[0], control=True)
 
 
 def _wanted(message: pb.ModelInferRequest) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ request means is the call's to know, how much may be unanswered the flow's.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TypeAlias
 
 from service.errors import ConveyorError, PositionConflict
@@ -29,14 +29,23 @@ class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, pb.ModelS
         sequences: those of the server.
         owner: digest of the caller's key.
         caller: among whom a model's time is shared out.
+        time_left_s: tells the time until the caller stops waiting; None for never.
     """
 
-    def __init__(self, door: Door, sequences: Sequences, owner: bytes, caller: Hashable) -> None:
+    def __init__(
+        self,
+        door: Door,
+        sequences: Sequences,
+        owner: bytes,
+        caller: Hashable,
+        time_left_s: Callable[[], float | None],
+    ) -> None:
         super().__init__(door.settings.max_stream_chunks, door.settings.max_message_bytes)
         self._door = door
         self._sequences = sequences
         self._owner = owner
         self._caller = caller
+        self._time_left_s = time_left_s
         # The unanswered requests of each sequence, oldest first; one of several rows stands in several lines.
         self._lines: dict[Key, deque[_Waiting]] = {}
 
@@ -56,14 +65,14 @@ class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, pb.ModelS
         try:
             inference = Inference(self._door, self._sequences, self._owner, self._caller, request, waiting.done)
         except ConveyorError as error:
-            self.put(failure(request, error))
+            self.put(failure(waiting.head, error))
             return
         waiting.inference = inference
         waiting.keys = [(request.model_name, identity) for identity in inference.ids]
         for key in waiting.keys:
             self._lines.setdefault(key, deque()).append(waiting)
         self.wait(waiting, request.ByteSize())
-        inference.begin()
+        inference.begin(request, self._time_left_s(), lambda size: self.grow(waiting, size))
 
     def release(self, first: _Waiting) -> None:
         """Send a reply that is there, unless an earlier one of its sequences is not; then those behind it."""
@@ -88,20 +97,24 @@ class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, pb.ModelS
 class _Waiting:
     """A request of this stream whose reply has not been sent."""
 
-    __slots__ = ("_request", "_stream", "inference", "keys", "reply")
+    __slots__ = ("_stream", "head", "inference", "keys", "reply")
 
     def __init__(self, stream: InferenceStream, request: pb.ModelInferRequest) -> None:
         self.inference: Inference | None = None
         self.keys: list[Key] = []
         self.reply: pb.ModelStreamInferResponse | None = None
+        # What a failure repeats of the request; the rest of it goes with the inference.
+        self.head = pb.ModelInferResponse(
+            model_name=request.model_name, model_version=request.model_version, id=request.id
+        )
         self._stream = stream
-        self._request = request
 
     def done(self, result: pb.ModelInferResponse | Exception) -> None:
         if isinstance(result, Exception):
-            self.reply = failure(self._request, result)
+            self.reply = failure(self.head, result)
         else:
             self.reply = pb.ModelStreamInferResponse(infer_response=result)
+        self._stream.grow(self, self.reply.ByteSize())
         self._stream.release(self)
 
     def abandon(self) -> None:
@@ -109,15 +122,15 @@ class _Waiting:
             self.inference.abandon()
 
 
-def failure(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
-    """Return an error as it stands in-band, with its code and reason for programs."""
+def failure(head: pb.ModelInferResponse, error: Exception) -> pb.ModelStreamInferResponse:
+    """Return an error as it stands in-band, with its code and reason for programs.
+
+    Args:
+        head: the request's model, version and id.
+        error: what it came to.
+    """
     told = detail(error)
-    response = pb.ModelStreamInferResponse(
-        error_message=told.message,
-        infer_response=pb.ModelInferResponse(
-            model_name=request.model_name, model_version=request.model_version, id=request.id
-        ),
-    )
+    response = pb.ModelStreamInferResponse(error_message=told.message, infer_response=head)
     parameters = response.infer_response.parameters
     parameters["triton_final_response"].bool_param = True
     parameters["error_code"].string_param = code(error).name if isinstance(error, ConveyorError) else "INTERNAL"

@@ -6,12 +6,13 @@ Owns datatypes, raw and typed elements, and the tensors that hold one value a ro
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import numpy as np
 
 from service.errors import InvalidRequest, Unsupported
-from service.wire.codec import MOST_AXES, MOST_TENSORS, Array, Tensor, little_endian, to_bytes
+from service.wire.codec import MOST_AXES, MOST_TENSORS, Array, Tensor, to_bytes
 from service.wire.inference_stubs import inference_pb2 as pb
 
 DATATYPES = {
@@ -47,23 +48,30 @@ _CONTENTS = {
     "float64": "fp64_contents",
     "bytes": "bytes_contents",
 }
+_AS_RAW = ("bool_contents", "fp32_contents", "fp64_contents")
+"""Fields whose elements stand in the message as they do in raw contents."""
 _LENGTH_BYTES = 4
 """Before each element of a BYTES tensor stands its length. Source: the protocol's binary tensor data extension."""
 
 
 def check_counts(request: pb.ModelInferRequest) -> None:
-    """Refuse a request of more tensors than any has.
+    """Refuse a request of more tensors or parameters than any has.
 
     Raises:
         InvalidRequest: if it has.
     """
-    for what in ("inputs", "outputs"):
+    for what in ("inputs", "outputs", "parameters"):
         if (count := len(getattr(request, what))) > MOST_TENSORS:
             raise InvalidRequest(f"there are {count} {what}; a request has up to {MOST_TENSORS}")
 
 
-def tensor(request: pb.ModelInferRequest, index: int) -> Tensor:
+def tensor(request: pb.ModelInferRequest, index: int, control: bool = False) -> Tensor:
     """Return one of a request's inputs as the codec reads it.
+
+    Args:
+        request: the message; nothing of it is held by an input that is no control.
+        index: of the input.
+        control: whether it may hold texts, which no model takes.
 
     Raises:
         InvalidRequest: if its elements are not where they should be.
@@ -72,6 +80,8 @@ def tensor(request: pb.ModelInferRequest, index: int) -> Tensor:
     message, raw = request.inputs[index], request.raw_input_contents
     refuse_shared_memory(message.parameters)
     dtype, shape = _NAMES.get(message.datatype, ""), tuple(message.shape[: MOST_AXES + 1])
+    if dtype == "bytes" and not control:
+        raise InvalidRequest(f"input {message.name[:64]!r} is BYTES; no model takes texts")
     if not raw:
         return Tensor(message.name, dtype, shape, _typed(message, dtype, shape))
     if len(raw) != len(request.inputs):
@@ -83,6 +93,11 @@ def tensor(request: pb.ModelInferRequest, index: int) -> Tensor:
             f"input {message.name[:64]!r} has contents beside raw_input_contents; expected one or the other"
         )
     return Tensor(message.name, dtype, shape, raw[index])
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes that an input holds, in the message or beside it."""
+    return len(tensor.data) if isinstance(tensor.data, bytes) else 8 * math.prod(tensor.shape)
 
 
 def refuse_shared_memory(parameters: Mapping[str, pb.InferParameter]) -> None:
@@ -108,7 +123,7 @@ def integers(tensor: Tensor, most: int, dtypes: Collection[str] = ("int64", "int
         InvalidRequest: if it is something else.
     """
     _check_rows(tensor, most, dtypes)
-    values: list[int] = _array(tensor).tolist()
+    values: list[int] = tensor.array(f"input {tensor.name!r}").ravel().tolist()
     return values
 
 
@@ -119,7 +134,7 @@ def flags(tensor: Tensor, most: int) -> list[bool]:
         InvalidRequest: if it is something else.
     """
     _check_rows(tensor, most, ("bool",))
-    return [value != 0 for value in _array(tensor).view(np.uint8).tolist()]
+    return [value != 0 for value in tensor.array(f"input {tensor.name!r}").ravel().view(np.uint8).tolist()]
 
 
 def texts_or_integers(tensor: Tensor, most: int) -> list[str | int]:
@@ -132,7 +147,7 @@ def texts_or_integers(tensor: Tensor, most: int) -> list[str | int]:
     if tensor.dtype != "bytes":
         return [*integers(tensor, most, (tensor.dtype,))]
     texts: list[str | int] = []
-    at, data = 0, tensor.data
+    at, data = 0, tensor.data if isinstance(tensor.data, bytes) else tensor.data()
     while at < len(data) and len(texts) <= tensor.shape[0]:
         length = int.from_bytes(data[at : at + _LENGTH_BYTES], "little")
         at += _LENGTH_BYTES + length
@@ -158,38 +173,48 @@ def _check_rows(tensor: Tensor, most: int, dtypes: Collection[str]) -> None:
         raise InvalidRequest(f"input {tensor.name!r} has {tensor.shape[0]} rows; this server takes up to {most}")
 
 
-def _array(tensor: Tensor) -> Array:
-    dtype = little_endian(tensor.dtype)
-    expected = math.prod(tensor.shape) * dtype.itemsize
-    if len(tensor.data) != expected:
-        raise InvalidRequest(f"input {tensor.name!r} holds {len(tensor.data)} bytes; expected {expected}")
-    array: Array = np.frombuffer(tensor.data, dtype)
-    return array
+def _typed(
+    message: pb.ModelInferRequest.InferInputTensor, dtype: str, shape: tuple[int, ...]
+) -> bytes | Callable[[], bytes]:
+    """Return elements that stand in the field of their type as the bytes that they would be in raw_input_contents.
 
-
-def _typed(message: pb.ModelInferRequest.InferInputTensor, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return elements that stand in the field of their type as the bytes that they would be in raw_input_contents."""
+    There may be millions, sent to no model at all: none of them becomes a Python object here.
+    """
     name = message.name[:64]
-    if not dtype:
+    if not dtype and not message.contents.ByteSize():
         # Whoever reads it knows what the input should have been, and says so.
         return b""
     field = _CONTENTS.get(dtype)
     if field is None:
-        raise InvalidRequest(f"input {name!r} is {message.datatype}, which has no typed contents; send it raw")
+        raise InvalidRequest(f"input {name!r} is {message.datatype[:32]!r}, which has no typed contents; send it raw")
     if others := [other.name for other, _ in message.contents.ListFields() if other.name != field]:
         raise InvalidRequest(f"input {name!r} is {message.datatype} and holds {others[0]}; expected {field} alone")
-    values = getattr(message.contents, field)
-    if len(values) != (expected := math.prod(shape)):
-        raise InvalidRequest(
-            f"input {name!r} holds {len(values)} elements in {field}; expected {expected} for its shape"
-        )
+    if (count := len(getattr(message.contents, field))) != (expected := math.prod(shape)):
+        raise InvalidRequest(f"input {name!r} holds {count} elements in {field}; expected {expected} for its shape")
+    if not count:
+        return b""
     if dtype == "bytes":
-        return b"".join(len(value).to_bytes(_LENGTH_BYTES, "little") + value for value in values)
-    wide = np.array(values, {"int_contents": np.int32, "uint_contents": np.uint32}.get(field, np.dtype(dtype)))
-    if wide.dtype.itemsize > np.dtype(dtype).itemsize and wide.size:
+        return partial(_bytes, message.contents)
+    message.contents.DiscardUnknownFields()
+    packed = message.contents.SerializeToString()
+    if field in _AS_RAW:
+        # Behind the field's number and length stand the elements. Source: Protocol Buffers, "Encoding".
+        return packed[len(packed) - count * np.dtype(dtype).itemsize :]
+    return partial(_integers, packed, field, dtype, name)
+
+
+def _bytes(contents: pb.InferTensorContents) -> bytes:
+    return b"".join(len(value).to_bytes(_LENGTH_BYTES, "little") + value for value in contents.bytes_contents)
+
+
+def _integers(packed: bytes, field: str, dtype: str, name: str) -> bytes:
+    values = getattr(pb.InferTensorContents.FromString(packed), field)
+    wide = np.fromiter(values, {"int_contents": "int32", "uint_contents": "uint32"}.get(field, dtype), len(values))
+    if wide.dtype.itemsize > np.dtype(dtype).itemsize:
         bounds = np.iinfo(dtype)
         if wide.min() < bounds.min or wide.max() > bounds.max:
             raise InvalidRequest(
-                f"input {name!r} holds a value beyond {message.datatype}; expected {bounds.min} to {bounds.max}"
+                f"input {name!r} holds a value beyond {DATATYPES.get(dtype, dtype.upper())}; "
+                f"expected {bounds.min} to {bounds.max}"
             )
     return to_bytes(wide.astype(dtype))

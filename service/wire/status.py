@@ -73,5 +73,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     """End a unary call with an error."""
     told = detail(error)
     status = code(error) if isinstance(error, ConveyorError) else grpc.StatusCode.INTERNAL
+    # The context keeps what ends the call; in a circle through the error's frames that would be the request too.
+    error.__traceback__ = None
     await context.abort(status, told.message, ((DETAIL_KEY, told.SerializeToString()),))
     raise AssertionError("abort returned")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from conveyor.v1 import conveyor_pb2 as pb
 from service.errors import ConveyorError, InvalidRequest
-from service.manifest import TensorSpec
+from service.manifest import Manifest, TensorSpec
 from service.operations import Operations
 from service.runner import Runner
 from service.session import Pending, Reply, Session
@@ -38,7 +38,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
     def __init__(
         self,
         operations: Operations,
-        codec: Callable[[Runner], Codec],
+        codec: Callable[[Manifest], Codec],
         owner: bytes,
         caller: Hashable,
         limit: int,
@@ -67,6 +67,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
 
     def accept(self, chunk: pb.Chunk) -> None:
         """Queue a chunk, or answer it."""
+        began, runner = self._clock(), None
         try:
             session = self._operations.find(self._owner, chunk.session_id)
             runner = self._operations.runner(session)
@@ -74,10 +75,10 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
                 raise InvalidRequest(
                     f"position is {chunk.position} and timeout_us {chunk.timeout_us}; expected neither to be negative"
                 )
-            inputs = self._codec(runner).chunk(decode(chunk.inputs))
-            deadline = self._clock() + chunk.timeout_us * 1e-6 if chunk.timeout_us else None
-            waiting = _Waiting(self, self._operations, session, runner, chunk.position)
-            self.wait(waiting)
+            inputs = self._codec(runner.manifest).chunk(decode(chunk.inputs))
+            deadline = began + chunk.timeout_us * 1e-6 if chunk.timeout_us else None
+            waiting = _Waiting(self, self._operations, session, runner, chunk.position, began)
+            self.wait(waiting, max(chunk.ByteSize(), runner.manifest.reply_bytes(len(inputs[0]))))
             try:
                 waiting.pending = self._operations.step(
                     session, runner, chunk.epoch, chunk.position, inputs, deadline, waiting, caller=self._caller
@@ -86,21 +87,36 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
                 self.answered(waiting)
                 raise
         except Exception as error:
+            if runner is not None:
+                self.count(runner, False, began)
             self.put(pb.ChunkResult(session_id=chunk.session_id, position=chunk.position, error=detail(error)))
+
+    def count(self, runner: Runner, succeeded: bool, began: float) -> None:
+        """Count a chunk that has ended."""
+        runner.statistics.request(succeeded, self._clock() - began)
 
 
 class _Waiting:
     """A chunk of this stream that is not answered yet."""
 
-    __slots__ = ("_operations", "_position", "_runner", "_session", "_stream", "pending")
+    __slots__ = ("_began", "_operations", "_position", "_runner", "_session", "_stream", "pending")
 
-    def __init__(self, stream: Stream, operations: Operations, session: Session, runner: Runner, position: int) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        operations: Operations,
+        session: Session,
+        runner: Runner,
+        position: int,
+        began: float,
+    ) -> None:
         self.pending: Pending | None = None
         self._stream = stream
         self._operations = operations
         self._session = session
         self._runner = runner
         self._position = position
+        self._began = began
 
     def answer(self, result: Reply | ConveyorError) -> None:
         message = pb.ChunkResult(session_id=self._session.identity, position=self._position)
@@ -109,10 +125,12 @@ class _Waiting:
             message.outputs.extend(_tensors(self._runner.manifest.outputs, result.outputs))
         else:
             message.error.CopyFrom(detail(result))
+        self._stream.count(self._runner, isinstance(result, Reply), self._began)
         self._stream.answered(self)
         self._stream.put(message)
 
     def abandon(self) -> None:
+        self._stream.count(self._runner, False, self._began)
         if self.pending is not None:
             self._operations.abandon(self._session, self._runner, self.pending, self)
 

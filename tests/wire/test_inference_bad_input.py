@@ -135,6 +135,18 @@ CASES = [
         ("shares no memory",),
         UNIMPLEMENTED,
     ),
+    Bad(
+        "misspelt",
+        one,
+        given("sequence_postion", 4),
+        ("parameter 'sequence_postion' is unknown", "sequence_position"),
+    ),
+    Bad(
+        "too many parameters",
+        one,
+        lambda m: [m.parameters[str(n)].SetInParent() for n in range(1024)],  # type: ignore[func-returns-value]
+        ("parameters; a request has up to 1024",),
+    ),
     # Tensors.
     Bad("no inputs", one, lambda m: (m.inputs.pop(), m.raw_input_contents.pop()), ("inputs [] were given", "['x']")),
     Bad("input unknown", batch, add("z", x), ("inputs ['x', 'z'] were given", "['x']")),
@@ -165,7 +177,6 @@ CASES = [
         ("input 'x' holds 1 elements in fp32_contents; expected 12",),
     ),
     Bad("typed: FP16", one, typed("FP16", fp32_contents=[1.0] * 12), ("no typed contents; send it raw",)),
-    Bad("typed: range", one, typed("INT8", int_contents=[128] * 12), ("beyond INT8; expected -128 to 127",)),
     Bad("typed: nothing", one, typed("FP32"), ("input 'x' holds 0 elements in fp32_contents; expected 12",)),
     Bad("axes", one, lambda m: m.inputs[0].shape.extend([1] * 100_000), ("input 'x' has shape [1, 4, 3, 1",)),
     Bad("too many inputs", one, lambda m: m.inputs.extend([m.inputs[0]] * 1024), ("1025 inputs", "up to 1024")),

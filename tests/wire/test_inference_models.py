@@ -144,6 +144,21 @@ async def test_statistics(lstm_repository: Path) -> None:
         for part in (stats.compute_input, stats.compute_infer, stats.compute_output):
             assert part.count == 4
         assert {(one.batch_size, one.compute_infer.count) for one in after.batch_stats} == {(2, 1), (1, 2)}
+        gate.fail = None
+        # One of several rows is one request, a reply that was kept is an answer, what is refused has failed.
+        several = request({"x": x, "sequence_ids": np.array([7, 8])}, sequence_start=True)
+        kept = request(x[:1], sequence_id=1, sequence_position=2 * x.shape[1], sequence_end=True)
+        for good in (several, kept, kept):
+            await stub.ModelInfer(good)
+        for bad in (request(x[:, :, :1]), request(x[:1], sequence_id=99), request(x, "none")):
+            await refusal(stub.ModelInfer(bad))
+        call = stub.ModelStreamInfer()
+        for one in (request(x), request(x, "none")):
+            await call.write(one)
+            await call.read()
+        call.cancel()
+        stats = (await statistics()).inference_stats
+        assert (stats.success.count, stats.fail.count) == (3 + 3 + 1, 1 + 3 + 1)
 
 
 async def test_load_and_unload(tmp_path: Path) -> None:

@@ -33,13 +33,14 @@ from service.errors import (
     PositionConflict,
     SessionUnknown,
 )
+from service.manifest import Manifest
 from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
 from service.row import Phase
 from service.runner import Runner
 from service.scheduler import Limits
-from service.sequences import Sequences, Step, Stepped, Ticket
+from service.sequences import Load, Sequences, Step, Stepped, Ticket
 from tests.clock import Clock
 from tests.sums import POISON, Sums
 
@@ -143,7 +144,10 @@ class House:
     def ask(self, *x: float, identity: str = "5", **more: Any) -> Asked:
         """Submit a step."""
         usual: dict[str, Any] = {"owner": b"", "model": "sums", "version": 0, "start": False, "end": False}
-        asked = Asked(Step(identity=identity, read=lambda runner: [np.array(x)], size=8 * len(x), **(usual | more)), x)
+        asked = Asked(
+            Step(identity=identity, read=lambda manifest: [np.array(x)], **({"load": Load(8 * len(x))} | usual | more)),
+            x,
+        )
 
         def answer(result: Stepped | ConveyorError) -> None:
             asked.heard.append(result)
@@ -347,7 +351,7 @@ def come_to_nothing(house: House, how: str, **more: Any) -> None:
     """Submit a step that is not applied."""
     if how == "bad input":
 
-        def refuse(runner: Runner) -> Sequence[Array]:
+        def refuse(manifest: Manifest) -> Sequence[Array]:
             raise InvalidRequest("no such input")
 
         heard: list[Stepped | ConveyorError] = []
@@ -497,7 +501,7 @@ def test_an_answer_that_cannot_be_taken_does_not_stop_the_sequence(house: House)
         raise RuntimeError("gone")
 
     plain = house.ask(1, start=True).step
-    house.sequences.submit(Step(plain.owner, "sums", 0, "5", False, False, lambda runner: [np.ones(1)]), choke)
+    house.sequences.submit(Step(plain.owner, "sums", 0, "5", False, False, lambda manifest: [np.ones(1)]), choke)
     last = house.ask(1)
     for _ in range(3):
         house.tick()
@@ -507,7 +511,7 @@ def test_an_answer_that_cannot_be_taken_does_not_stop_the_sequence(house: House)
 def test_a_reader_that_breaks_is_an_internal_error(house: House) -> None:
     """Nobody is told what broke, and the next step is served."""
 
-    def read(runner: Runner) -> Sequence[Array]:
+    def read(manifest: Manifest) -> Sequence[Array]:
         raise KeyError("secret")
 
     heard: list[Stepped | ConveyorError] = []
@@ -521,7 +525,7 @@ def test_a_caller_that_asks_again_when_it_is_answered(house: House) -> None:
     """The next step may be submitted from inside the answer to the last."""
     house.run(1, start=True)
     later: list[Asked] = []
-    step = Step(b"", "sums", 0, "5", False, False, lambda runner: [np.ones(1)])
+    step = Step(b"", "sums", 0, "5", False, False, lambda manifest: [np.ones(1)])
     house.sequences.submit(step, lambda _: later.append(house.ask(5)))
     house.tick()
     house.tick()
@@ -789,3 +793,83 @@ def test_cancelled_is_told_where_somebody_still_waits(house: House) -> None:
     runner._deliver(runner._scheduler.clear(Cancelled("stopped")))
     assert isinstance(asked.error, Cancelled)
     assert house.slots == 0
+
+
+# --- what comes to nothing leaves nothing ---
+
+
+def test_a_start_that_breaks_leaves_the_live_sequence(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where memory runs out: the sequence is there still, and no slot is lost."""
+    house.run(1, start=True)
+
+    def full(states: object = None) -> int:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.models.runners[1].pool, "allocate", full)
+        assert isinstance(house.ask(5, start=True).error, EngineFailed)
+    assert (house.slots, len(house.operations.sessions)) == (1, 1)
+    assert house.run(2).y == [3]
+
+
+def test_a_start_takes_the_place_of_the_former_reply() -> None:
+    """Where replies leave no more room, a sequence may begin anew as it may go on."""
+    house = House(max_reply_bytes=32)
+    house.run(1, 2, 3, start=True)
+    assert house.run(1, 2, 3).y == [7, 9, 12]
+    assert house.run(1, 2, 3, start=True).y == [1, 3, 6]
+    assert house.operations.replies.held == 24
+    assert isinstance(house.run(1, 2, 3, start=True, identity="6").error, Full)
+
+
+def test_what_became_of_a_sequence_is_told_to_programs(house: House) -> None:
+    """Unknown, ended, expired and lost have a reason each."""
+    assert house.ask(1).error.reason == "sequence_unknown"
+    house.run(1, start=True, end=True)
+    assert house.ask(1).error.reason == "sequence_ended"
+    house.run(1, start=True, identity="old")
+    house.clock.now += 60
+    assert house.ask(1, identity="old").error.reason == "sequence_expired"
+    house.operations.sessions.lose(b"/sums", "away")
+    assert house.ask(1, identity="away").error.reason == "sequence_lost"
+
+
+def test_a_resent_end_is_looked_into_also_when_its_model_has_gone(house: House) -> None:
+    """It gets the reply that is kept only if it has as many steps as that one answers."""
+    house.run(1, 2, start=True, end=True, position=0)
+    house.models.runners.clear()
+    assert house.ask(1, 2, end=True, position=0).y == [1, 3]
+    assert isinstance(house.ask(1, end=True, position=0).error, ModelUnknown)
+
+
+def test_a_request_of_several_steps_that_wait_counts_once() -> None:
+    """Its bytes are held until the last of its steps waits no more."""
+    house = House(max_waiting_bytes=100)
+    for identity in ("5", "6"):
+        house.ask(1, identity=identity, start=True)
+    load = Load(80)
+    first, second = (house.ask(1, identity=identity, load=load) for identity in ("5", "6"))
+    assert isinstance(house.ask(1, 2, 3, identity="5").error, Full)
+    house.abandon(first)
+    assert isinstance(house.ask(1, 2, 3, identity="5").error, Full)
+    house.abandon(second)
+    assert not house.ask(1, 2, 3, identity="5").heard
+
+
+def test_an_ended_step_is_held_by_nobody(house: House) -> None:
+    """Whoever keeps its ticket keeps neither the step nor who was told, nor does an error that is kept."""
+    gc.collect()
+    gc.disable()
+    try:
+        kept = [house.run(1, start=True), house.ask(2), house.ask(3), house.ask(1, identity="6")]
+        house.abandon(kept[2])
+        house.tick()
+        steps = [weakref.ref(asked.step.read) for asked in kept]
+        tickets, errors = [asked.ticket for asked in kept], kept[3].heard
+        house.order.clear()
+        del kept
+        assert tickets
+        assert errors
+        assert [step() for step in steps] == [None] * 4
+    finally:
+        gc.enable()
