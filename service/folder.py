@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
 from service import description
+from service.description import Description
 from service.errors import LoadError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -22,8 +23,10 @@ _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _MOST_FILES = 10_000
 """More than a model consists of: a folder that holds something else must not hold up the rest."""
 
-Signature: TypeAlias = tuple[tuple[str, int, int, int], ...]
-"""The path, size, time of change and inode of each file that a model version consists of."""
+File: TypeAlias = tuple[str, int, int, int, int]
+"""A file's path, size, times of change, of its content and of its inode, and inode; -1 for what cannot be read."""
+Signature: TypeAlias = tuple[File, ...]
+"""The files that a model version consists of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,21 @@ class Found:
         version: of it.
         path: the model file.
         signature: another one when any of its files changes.
+        described: what model.yaml says, once it was read.
     """
 
     name: str
     version: int
     path: Path
     signature: Signature = ()
+    described: Description | None = None
+
+    @property
+    def content(self) -> tuple[Signature, Description]:
+        """What makes the model: its files, and of model.yaml all but the versions that it wants."""
+        yaml = str(self.path.parent.parent / description.NAME)
+        files = tuple(file for file in self.signature if file[0] != yaml)
+        return files, (self.described or Description()).model_copy(update={"versions": None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +79,33 @@ def scan(folder: Path) -> dict[str, ModelFolder]:
     try:
         if not folder.is_dir():
             raise LoadError(f"the repository {folder} is not a folder; expected DIR/NAME/VERSION/model.onnx")
-        names = sorted(name for name in os.listdir(folder) if _NAME.fullmatch(name) and (folder / name).is_dir())
+        names = sorted(name for name in os.listdir(folder) if _NAME.fullmatch(name) and os.path.isdir(folder / name))
     except OSError as error:
         raise LoadError(f"the repository {folder} cannot be read: {error.strerror}") from error
     models = {name: _model(folder / name) for name in names}
     return {name: model for name, model in models.items() if model.versions or model.trouble}
 
 
-def wanted(model: ModelFolder, latest: int) -> tuple[Sequence[Found], int]:
+def overlooked(folder: Path) -> list[str]:
+    """Say of each folder that looks like a model or a version why it is none."""
+    said = []
+    for path in _folders(folder):
+        name = path.name
+        if not _NAME.fullmatch(name):
+            said.append(f"{name!r} is no name of a model; expected letters, digits, '.', '_' and '-'")
+            continue
+        versions = [version for version in _folders(path) if _VERSION.fullmatch(version.name)]
+        if not versions:
+            said.append(f"{name} has no version folder (found {_content(path)}; expected a positive integer)")
+        said += [
+            f"{name}/{version.name} has no model.onnx (found {_content(version)})"
+            for version in versions
+            if not os.path.isfile(version / "model.onnx")
+        ]
+    return said
+
+
+def wanted(model: ModelFolder, latest: int) -> tuple[Sequence[Found], int, Sequence[int]]:
     """Tell which versions are to be served.
 
     Args:
@@ -82,17 +113,32 @@ def wanted(model: ModelFolder, latest: int) -> tuple[Sequence[Found], int]:
         latest: how many versions, the newest, where the model itself does not say.
 
     Returns:
-        The versions that may be served, newest first, and how many of them: the first that load.
+        The versions that may be served, newest first, with what describes them; how many of them: the first that load;
+        and the numbers that model.yaml lists although there are no such versions.
 
     Raises:
         LoadError: if model.yaml is there and not valid.
     """
     described = description.read(model.path)
+    found = [replace(one, described=described) for one in model.versions]
     policy = description.Versions(latest=latest) if described is None or not described.versions else described.versions
     if policy.latest is not None:
-        return model.versions, policy.latest
-    listed = [found for found in model.versions if found.version in policy.listed]
-    return listed, len(listed)
+        return found, policy.latest, ()
+    listed = [one for one in found if one.version in policy.listed]
+    return listed, len(listed), sorted({*policy.listed} - {one.version for one in listed})
+
+
+def look_again(found: Found) -> Found | None:
+    """Look at a version once more, with what describes it; None if it is not there.
+
+    Raises:
+        LoadError: if it cannot be read.
+    """
+    model = _model(found.path.parent.parent)
+    if model.trouble:
+        raise LoadError(model.trouble)
+    described = description.read(model.path)
+    return next((replace(one, described=described) for one in model.versions if one.version == found.version), None)
 
 
 def _model(path: Path) -> ModelFolder:
@@ -101,7 +147,7 @@ def _model(path: Path) -> ModelFolder:
             (
                 int(name)
                 for name in os.listdir(path)
-                if _VERSION.fullmatch(name) and (path / name / "model.onnx").is_file()
+                if _VERSION.fullmatch(name) and os.path.isfile(path / name / "model.onnx")
             ),
             reverse=True,
         )
@@ -119,22 +165,46 @@ def _model(path: Path) -> ModelFolder:
                 for version in versions
             ),
         )
-    except OSError as error:
-        return ModelFolder(path, trouble=f"the model's folder cannot be read: {error.strerror}")
+    except Exception as error:  # whatever it is, it is this model's alone
+        reason = error.strerror if isinstance(error, OSError) else repr(error)
+        return ModelFolder(path, trouble=f"the model's folder cannot be read: {reason}")
 
 
-def _files(folder: Path, apart: re.Pattern[str] | None = None) -> Iterator[tuple[str, int, int, int]]:
+def _files(folder: Path, apart: re.Pattern[str] | None = None) -> Iterator[File]:
     """Go through the files in a folder and those below it, but for hidden ones: those are on their way to be others."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or (apart is not None and apart.fullmatch(entry.name)):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(Path(entry.path))
-            continue
+    entries = _entries(folder)
+    entries = [entry for entry in entries if apart is None or not apart.fullmatch(entry.name)]
+    # Not by recursion: folders can be deeper than Python's stack.
+    while entries:
+        entry = entries.pop()
         try:
+            if entry.is_dir(follow_symlinks=False):
+                entries += _entries(entry)
+                continue
             status = entry.stat()
-        except FileNotFoundError:
-            # Gone meanwhile, or a link to nothing.
-            yield entry.path, -1, -1, -1
+        except OSError:
+            # Gone meanwhile, a link to nothing or to itself, a folder that nobody may read.
+            yield entry.path, -1, -1, -1, -1
         else:
-            yield entry.path, status.st_size, status.st_mtime_ns, status.st_ino
+            yield entry.path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((one for one in entries if not one.name.startswith(".")), key=lambda one: one.name, reverse=True)
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return [Path(entry.path) for entry in reversed(_entries(folder)) if entry.is_dir()]
+    except OSError:
+        return []
+
+
+def _content(folder: Path) -> str:
+    """The first few names in a folder, for people."""
+    try:
+        names = [entry.name for entry in reversed(_entries(folder))]
+    except OSError as error:
+        return str(error.strerror)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"

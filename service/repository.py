@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Container, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import structlog
@@ -18,8 +18,8 @@ import structlog
 from service.background import in_thread
 from service.catalogue import Catalogue
 from service.errors import ControlRefused, ConveyorError, Draining, LoadError, LoadFailed, ModelUnknown
-from service.folder import Found, ModelFolder, scan, wanted
-from service.loading import Loaded, load_model
+from service.folder import Found, ModelFolder, look_again, overlooked, scan, wanted
+from service.loading import Loaded, load_model, no_longer_than, too_long
 from service.metrics import Metrics
 from service.runner import Runner
 from service.scheduler import Limits
@@ -28,6 +28,8 @@ from service.version import Version
 
 T = TypeVar("T")
 _LOADS_AT_ONCE = 4
+_MOST_IN_USE = 8
+"""Runners of one model that only finish their sessions, until no other is loaded: each holds its weights."""
 _LONGEST_REASON = 1000
 log = structlog.get_logger()
 
@@ -62,10 +64,17 @@ class Repository(Catalogue):
         # What the last look at the folder saw, and what of it was acted on.
         self._seen: Mapping[str, ModelFolder] = {}
         self._acted: dict[str, ModelFolder] = {}
+        self._look_to_come: asyncio.Task[Mapping[str, ModelFolder]] | None = None
+        self._looking = asyncio.Lock()
+        self._overlooked: list[str] | None = None
+        self._warned: set[str] = set()
+        self._unreadable = ""
         self._changes: set[asyncio.Task[Any]] = set()
         # One change of a model after the other; models do not wait for each other, but for room to load.
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._room = asyncio.Semaphore(_LOADS_AT_ONCE)
+        # Of each model the last change on request that has not begun: who asks for the same again waits for it too.
+        self._waiting: dict[str, tuple[Callable[[str], Coroutine[Any, Any, None]], asyncio.Task[None]]] = {}
 
     async def load(self, needed: Container[tuple[str, int]] = ()) -> None:
         """Bring in what is in the folder, at the start. What fails is noted, logged, and left out.
@@ -75,13 +84,15 @@ class Repository(Catalogue):
                 work, and goes on with those sessions alone.
 
         Raises:
-            LoadError: if the folder cannot be read, or nothing in it can be served and nothing else will come.
+            LoadError: if the folder cannot be read, or nothing in it can be served and nothing else will come; or none
+                of the models that are to be loaded by name.
         """
-        self._seen = seen = await in_thread(scan, self._settings.repository)
+        self._seen = seen = await self._look()
         self._note(seen)
-        names = set(seen)
+        names, named = set(seen), False
         if self._settings.model_control == "explicit" and "*" not in self._settings.load_models:
             names = set(self._settings.load_models)
+            named = bool(names)
             if missing := sorted(names - seen.keys()):
                 log.error("models to load are not there", models=missing)
         await asyncio.gather(*(self._act(name, seen[name]) for name in names & seen.keys()))
@@ -93,22 +104,35 @@ class Repository(Catalogue):
                 if (found.name, found.version) in needed and not self.ready(found.name, found.version)
             )
         )
-        if self._settings.model_control == "fixed" and not any(map(self.versions, self._models)):
-            broken = "; ".join(f"{one.name} {one.number}: {one.failure}" for one in self._every() if one.failure)
-            raise LoadError(
-                f"no model in {self._settings.repository} can be served: "
-                f"{broken or 'there is none; expected DIR/NAME/VERSION/model.onnx'}"
-            )
+        if (named or self._settings.model_control == "fixed") and not any(map(self.versions, names)):
+            raise LoadError(self._why_nothing(names))
         self._started = True
+
+    def _why_nothing(self, names: Collection[str]) -> str:
+        failures = [f"{one.name} {one.number or ''}: {one.failure}" for one in self._every() if one.failure]
+        if not names:
+            why = "there is none; expected DIR/NAME/VERSION/model.onnx"
+        elif len(failures) == 1:
+            why = failures[0]
+        else:
+            why = (
+                f"{', '.join(sorted(names)[:10])}{', ...' if len(names) > 10 else ''}; why not stands above, one by one"
+            )
+        return f"no model in {self._settings.repository} can be served: {why}"
 
     async def poll(self) -> None:
         """Look at the folder and begin to act on each change that has come to rest: seen the same twice."""
         try:
-            seen = await in_thread(scan, self._settings.repository)
+            seen = await self._look()
         except Exception as error:
             # A disk that is away for a moment is no order to unload everything, and whatever it is, it may pass.
-            log.error("repository not polled", reason=str(error), exc_info=not isinstance(error, LoadError))
+            if str(error) != self._unreadable:
+                log.error("repository not polled", reason=str(error), exc_info=not isinstance(error, LoadError))
+            self._unreadable = str(error)
             return
+        if self._unreadable:
+            log.info("repository polled again")
+            self._unreadable = ""
         if self._closed:
             return
         before, self._seen = self._seen, seen
@@ -132,7 +156,7 @@ class Repository(Catalogue):
             Draining: if the server is about to stop.
         """
         self._be_explicit()
-        await self._finished(self._begin(self._load_model, name))
+        await self._finished(self._asked(self._load_model, name))
 
     async def unload_model(self, name: str) -> None:
         """Take a model out, on request: it takes no new work, and is freed once its sessions have ended.
@@ -145,7 +169,7 @@ class Repository(Catalogue):
         self._be_explicit()
         if name not in self._models:
             raise ModelUnknown(f"no model {name[:128]!r} is known")
-        await self._finished(self._begin(self._unload_model, name))
+        await self._finished(self._asked(self._unload_model, name))
 
     async def free(self) -> None:
         """Free what has retired and is not used any more."""
@@ -156,7 +180,7 @@ class Repository(Catalogue):
                     continue
                 if freed:
                     self._metrics.forget(name, number)
-                if not version.there and versions.get(number) is version:
+                if not version.there and not version.missed and versions.get(number) is version:
                     del versions[number]
             if not versions and self._models.get(name) is versions:
                 del self._models[name]
@@ -166,6 +190,8 @@ class Repository(Catalogue):
         self._closed = True
         for task in self._changes:
             task.cancel()
+        if self._look_to_come is not None:
+            self._look_to_come.cancel()
 
     async def stop(self, timeout_s: float) -> bool:
         """Stop every model.
@@ -178,25 +204,52 @@ class Repository(Catalogue):
 
     # --- how a change goes ---
 
-    async def _load_model(self, name: str) -> None:
-        try:
+    async def _look(self) -> Mapping[str, ModelFolder]:
+        """Look at the folder; one look at a time, and everybody who comes before it begins shares the next."""
+        if self._look_to_come is None:
+            self._look_to_come = asyncio.create_task(self._look_in_turn())
+        return await asyncio.shield(self._look_to_come)
+
+    async def _look_in_turn(self) -> Mapping[str, ModelFolder]:
+        async with self._looking:
+            self._look_to_come = None
             seen = await in_thread(scan, self._settings.repository)
-        except LoadError as error:
-            log.error("repository not read", reason=str(error))
-            raise LoadFailed("the repository cannot be read; the server's log says why") from error
-        self._note(seen)
-        if name not in seen:
-            raise ModelUnknown(f"no model {name[:128]!r} is in the repository; expected NAME/VERSION/model.onnx")
-        if failures := await self._act(name, seen[name], again=True):
-            raise LoadFailed(f"load failed for model {name!r}: {'; '.join(failures)}")
+            passed_over = await in_thread(overlooked, self._settings.repository)
+        # At once at the start; later when two looks have seen the same, because a copy may be in progress.
+        before = passed_over if self._overlooked is None else self._overlooked
+        at_rest = [one for one in passed_over if one in before]
+        for one in at_rest:
+            if one not in self._warned:
+                log.warning("not served", what=one)
+        self._warned, self._overlooked = set(at_rest), passed_over
+        return seen
+
+    async def _load_model(self, name: str) -> None:
+        async with self._turns[name]:
+            self._now(name)
+            try:
+                seen = await self._look()
+            except LoadError as error:
+                log.error("repository not read", reason=str(error))
+                raise LoadFailed("the repository cannot be read; the server's log says why") from error
+            self._note(seen)
+            if name not in seen:
+                raise ModelUnknown(f"no model {name[:128]!r} is in the repository; expected NAME/VERSION/model.onnx")
+            if failures := await self._act_now(name, seen[name], again=True):
+                raise LoadFailed(f"load failed for model {name!r}: {'; '.join(failures)}")
 
     async def _unload_model(self, name: str) -> None:
         async with self._turns[name]:
+            self._now(name)
             for version in self._models.get(name, {}).values():
                 version.retire("unloaded")
             await self._changed(name)
 
-    async def _act(self, name: str, model: ModelFolder | None, again: bool = False) -> list[str]:
+    async def _act(self, name: str, model: ModelFolder | None) -> None:
+        async with self._turns[name]:
+            await self._act_now(name, model)
+
+    async def _act_now(self, name: str, model: ModelFolder | None, again: bool = False) -> list[str]:
         """Have served of a model what its folder and policy ask for.
 
         Args:
@@ -207,88 +260,126 @@ class Repository(Catalogue):
         Returns:
             What of it failed, and why.
         """
-        async with self._turns[name]:
-            if model is None:
-                self._acted.pop(name, None)
-            else:
-                self._acted[name] = model
-            there = {found.version: self._version(found) for found in model.versions} if model is not None else {}
-            if model is None or not model.trouble:
-                for number, version in self._models.get(name, {}).items():
-                    if number not in there:
-                        version.there = False
-                        version.retire("not in the folder any more")
-            try:
-                return [] if model is None else await self._serve(model, there, again)
-            finally:
-                await self._changed(name)
+        if model is None:
+            self._acted.pop(name, None)
+        else:
+            self._acted[name] = model
+        there = {found.version for found in model.versions} if model is not None else set()
+        for number, version in self._models.get(name, {}).items():
+            version.missed = False
+            if number not in there and (model is None or not model.trouble):
+                version.there, version.tried, version.failure = False, None, ""
+                version.retire("not in the folder any more")
+        try:
+            return [] if model is None else await self._serve(model, again)
+        finally:
+            await self._changed(name)
 
-    async def _serve(self, model: ModelFolder, there: Mapping[int, Version], again: bool) -> list[str]:
+    async def _serve(self, model: ModelFolder, again: bool) -> list[str]:
+        name = model.path.name
         try:
             if model.trouble:
                 raise LoadError(model.trouble)
-            candidates, count = await in_thread(wanted, model, self._settings.latest_versions)
+            candidates, count, missing = await in_thread(wanted, model, self._settings.latest_versions)
         except Exception as error:
             # What serves goes on: nobody can tell what should be instead.
-            failure = self._told(error, model=model.path.name)
-            for version in there.values():
+            failure = self._told(error, model=name)
+            for version in map(self._version, model.versions):
                 version.tried, version.failure = None, failure
+            if not model.versions:
+                self._miss(name, 0, failure)
             return [failure]
-        for version in there.values():
+        listed = {found.version for found in candidates}
+        for found in model.versions:
+            version = self._version(found)
             if version.tried is None:
                 version.failure = ""
+            if version.serving is None and found.version not in listed:
+                version.idle_because = "not within the policy"
+        failures = []
+        for number in missing:
+            numbers = ", ".join(str(found.version) for found in reversed(model.versions))
+            absent = LoadError(f"model.yaml asks for version {number}; the folder has {numbers}")
+            failures.append((number, self._told(absent, model=name, version=number)))
+            self._miss(name, number, str(absent))
         serving: list[int] = []
-        failures: list[str] = []
         for found in candidates:
             if len(serving) == count:
                 break
-            version = there[found.version]
-            if await self._bring(version, found, again):
+            if await self._bring(found, again):
                 serving.append(found.version)
-            if version.failure:
-                failures.append(f"version {found.version} is at UNAVAILABLE state: {version.failure}")
+            if failure := self._version(found).failure:
+                failures.append((found.version, failure))
         # Where none of those that are wanted loads, the old ones are better than nothing.
-        for number, version in there.items() if serving else ():
-            if number not in serving:
-                version.retire("not within the policy")
-        return failures
+        for found in model.versions if serving else ():
+            if found.version not in serving:
+                self._version(found).retire("not within the policy")
+        return [f"version {number} is at UNAVAILABLE state: {failure}" for number, failure in failures]
 
-    async def _bring(self, version: Version, found: Found, again: bool) -> bool:
+    async def _bring(self, found: Found, again: bool) -> bool:
         """Load a version unless that is done, and switch to it.
 
         Returns:
             Whether it serves, if only with the files before.
         """
-        done = version.tried == found.signature and (version.serving is not None or version.failure)
-        if not done or (again and version.failure):
-            before = version.serving
+        version = self._version(found)
+        held = next((runner for runner in version.runners if version.contents.get(runner) == found.content), None)
+        if held is not None:
+            # Also one that was about to go: it holds its weights anyway.
+            version.failure, version.tried = "", found.content
+            self._switch(version, held)
+        elif self._in_use(found.name) >= _MOST_IN_USE:
+            # Tried again at the next look, and told once.
+            self._acted.pop(found.name, None)
+            failure = f"sessions go on with {_MOST_IN_USE} former states of the model; it is loaded when fewer do"
+            if version.failure != failure:
+                version.failure = self._told(LoadError(failure), model=found.name, version=found.version)
+            version.tried = ()
+        elif again or not (version.failure and version.tried == found.content):
             runner = await self._load(version, found)
-            # The same model as before, in files that were written anew, needs no switch.
-            if runner is not None and (before is None or runner.digest != before.digest):
-                runner.start()
-                version.switch(runner)
+            if runner is not None:
+                # The same model as before, in files that were written anew, needs no switch.
+                held = next((one for one in version.runners if _same(one, runner)), runner)
+                version.contents[held] = found.content
+                self._switch(version, held)
         return version.serving is not None
+
+    def _switch(self, version: Version, runner: Runner) -> None:
+        if runner is version.serving:
+            return
+        if runner in version.retiring:
+            runner.show()
+        else:
+            runner.start()
+        version.switch(runner)
 
     async def _keep(self, found: Found) -> None:
         """Load a version for the sessions alone that it has."""
         async with self._turns[found.name]:
             version = self._version(found)
-            if version.failure or (runner := await self._load(version, found)) is None:
+            try:
+                read = await in_thread(look_again, found)
+            except LoadError:
+                read = None
+            if read is None or version.failure or not await self._bring(read, again=False):
                 return
-            runner.start()
-            version.switch(runner)
             version.retire("kept for the sessions of an earlier process")
 
     async def _load(self, version: Version, found: Found) -> Runner | None:
         """Load and warm a version's files; None if that fails, which is noted."""
         began = time.perf_counter()
-        version.tried = found.signature
+        version.tried = found.content
         version.loading = True
+        timeout_s = self._settings.load_timeout_s
         try:
             async with self._room:
-                runner, loaded = await in_thread(self._make, found, asyncio.get_running_loop())
+                # The thread may go on; its place is for others.
+                runner, loaded = await asyncio.wait_for(
+                    in_thread(self._make, found, asyncio.get_running_loop()), timeout_s
+                )
         except Exception as error:
-            version.failure = self._told(error, model=found.name, version=found.version)
+            reason = LoadError(too_long(timeout_s)) if isinstance(error, TimeoutError) else error
+            version.failure = self._told(reason, model=found.name, version=found.version)
             if not version.runners:
                 self._metrics.forget(found.name, found.version)
             return None
@@ -323,16 +414,32 @@ class Repository(Catalogue):
         slots = settings.max_sessions + 2 * (settings.max_queued_rows + settings.max_tick_rows)
         try:
             runner = Runner(found.name, found.version, loaded.graph, limits, slots, self._metrics, self._clock, loop)
-            runner.warm_up()
+            with no_longer_than(settings.load_timeout_s, loaded.interrupt):
+                runner.warm_up()
+        except LoadError:
+            raise
         except Exception as error:
             raise LoadError(f"the model does not run: {error}") from error
+        # What was read at different times may be of different models, and its digest of neither.
+        now = look_again(found)
+        if now is None or now.content != found.content:
+            raise LoadError("its files changed while they were loaded")
         return runner, loaded
+
+    def _in_use(self, name: str) -> int:
+        """How many runners of a model only finish their sessions."""
+        return sum(runner.pool.taken > 0 for one in self._models[name].values() for runner in one.retiring)
 
     def _note(self, seen: Mapping[str, ModelFolder]) -> None:
         """Know of every version that is there, if only to say why it is not served."""
         there = {self._version(found) for model in seen.values() for found in model.versions}
         for version in self._every():
             version.there = version in there
+
+    def _miss(self, name: str, number: int, failure: str) -> None:
+        """Know of a version that should be there and is not."""
+        version = self._models.setdefault(name, {}).setdefault(number, Version(name, number))
+        version.there, version.missed, version.failure = False, True, failure
 
     def _version(self, found: Found) -> Version:
         version = self._models.setdefault(found.name, {}).setdefault(found.version, Version(found.name, found.version))
@@ -343,6 +450,19 @@ class Repository(Catalogue):
         if self._started:
             await self._on_change(name, self.ready(name))
         await self.free()
+
+    def _asked(self, work: Callable[[str], Coroutine[Any, Any, None]], name: str) -> asyncio.Task[None]:
+        """Begin a change on request, or join the last that waits for its turn, if that is the same."""
+        waiting = self._waiting.get(name)
+        if waiting is None or waiting[0] != work or waiting[1].done():
+            self._waiting[name] = waiting = work, self._begin(work, name)
+        return waiting[1]
+
+    def _now(self, name: str) -> None:
+        """It is this task's turn: nobody joins it any more."""
+        waiting = self._waiting.get(name)
+        if waiting is not None and waiting[1] is asyncio.current_task():
+            del self._waiting[name]
 
     def _begin(self, work: Callable[..., Coroutine[Any, Any, T]], *given: Any) -> asyncio.Task[T]:
         if self._closed:
@@ -381,3 +501,8 @@ class Repository(Catalogue):
             return "unexpected error; the server's log has it"
         log.error("model not loaded", **what, reason=str(error))
         return str(error).replace(f"{self._settings.repository}/", "")[:_LONGEST_REASON]
+
+
+def _same(one: Runner, other: Runner) -> bool:
+    """Whether two runners give the same, and in the same way."""
+    return one.digest == other.digest and one.manifest == other.manifest

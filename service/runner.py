@@ -123,13 +123,17 @@ class Runner:
 
     def start(self) -> None:
         """Begin to take rows."""
-        labels = (self.name, str(self.version))
-        self._metrics.row_by_row.labels(*labels).set(self.manifest.rows_per_run == 1)
-        self._metrics.show(*labels, self._queue_length)
+        self.show()
         # Not made before: a thread that has not started holds this runner, and in a circle.
         name = f"engine-{self.name}-{self.version}"
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
+
+    def show(self) -> None:
+        """Be the one of its name and version that metrics show."""
+        labels = (self.name, str(self.version))
+        self._metrics.row_by_row.labels(*labels).set(self.manifest.rows_per_run == 1)
+        self._metrics.show(*labels, self._queue_length)
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue rows, all or none. Each one's ``on_end`` is called once, later, on the event loop.

@@ -7,14 +7,14 @@ the folder. Lives on the event loop's thread.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import structlog
 
-from service.folder import Signature
 from service.runner import Runner
 
 _FREE_TIMEOUT_S = 1.0
+_LONGEST_REASON = 300
 
 log = structlog.get_logger()
 
@@ -27,7 +27,7 @@ class Entry:
 
     Attributes:
         name: of the model.
-        version: of it.
+        version: of it; 0 for the model as a whole, where nobody can tell its versions.
         state: READY takes work; LOADING will; UNLOADING goes on with the sessions it has; UNAVAILABLE does nothing.
         reason: why it is so, for an operator; empty where there is nothing to say.
     """
@@ -45,10 +45,12 @@ class Version:
         serving: the runner that takes new work; None if there is none.
         retiring: runners that only go on with what they have.
         loading: whether a file is being loaded.
-        tried: the signature of the files that were loaded last, or failed to.
-        failure: why they failed; empty if they did not.
+        contents: what the folder held of each runner.
+        tried: what the folder held when it was loaded last, or failed to.
+        failure: why that failed; empty if it did not.
         idle_because: why nothing of it serves, though nothing failed.
         there: whether it is in the folder.
+        missed: whether it should be and is not, so that its failure is told.
     """
 
     def __init__(self, name: str, number: int) -> None:
@@ -57,10 +59,12 @@ class Version:
         self.serving: Runner | None = None
         self.retiring: list[Runner] = []
         self.loading = False
-        self.tried: Signature | None = None
+        self.contents: dict[Runner, Any] = {}
+        self.tried: Any = None
         self.failure = ""
         self.idle_because = "not loaded"
         self.there = True
+        self.missed = False
 
     @property
     def runners(self) -> list[Runner]:
@@ -68,8 +72,10 @@ class Version:
         return [*([self.serving] if self.serving is not None else []), *self.retiring]
 
     def switch(self, runner: Runner) -> None:
-        """Give new work to another runner; the one before goes on with what it has."""
+        """Give new work to another runner, maybe one that has retired; the one before goes on with what it has."""
         self.retire("replaced")
+        if runner in self.retiring:
+            self.retiring.remove(runner)
         self.serving = runner
 
     def retire(self, why: str) -> None:
@@ -82,9 +88,9 @@ class Version:
 
     @property
     def refusal(self) -> str:
-        """Why it takes no new work, for those who ask for some; the reason of a failure is not theirs to read."""
+        """Why it takes no new work, for those who ask for some."""
         if self.failure:
-            return "did not load; the repository's index and the server's log say why"
+            return f"did not load: {self.failure[:_LONGEST_REASON]}"
         if self.retiring:
             return f"is being unloaded ({self.idle_because}); sessions that it has go on"
         return f"is not served: {self.idle_because}"
@@ -99,6 +105,7 @@ class Version:
         # Before the first wait, so that nobody frees one twice or counts on it.
         self.retiring = [runner for runner in self.retiring if runner not in unused]
         for runner in unused:
+            self.contents.pop(runner, None)
             await runner.stop(_FREE_TIMEOUT_S)
             log.info("model freed", model=self.name, version=self.number)
         return bool(unused)
@@ -106,12 +113,12 @@ class Version:
     def entry(self) -> Entry:
         """Tell how it stands."""
         held = sum(runner.pool.taken for runner in self.retiring)
-        goes_on = f"{held} sessions or batch rows go on" if held else ""
+        goes_on = f"sessions and batch rows that go on: {held}" if held else ""
         why = self.failure or self.idle_because
         if self.serving is not None:
             changed = "the files have changed and are being loaded" if self.loading else ""
             failed = f"the files have changed and did not load: {self.failure}" if self.failure else ""
-            return self._entry("READY", changed or failed, goes_on and f"{goes_on} with the files before")
+            return self._entry("READY", changed or failed, goes_on and f"{goes_on}, with the files before")
         if self.loading:
             return self._entry("LOADING", goes_on)
         if self.retiring:

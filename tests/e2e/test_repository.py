@@ -104,7 +104,7 @@ def test_versions_come_while_sessions_stream(tmp_path: Path) -> None:
             ("2", "READY"),
             ("3", "UNAVAILABLE"),
         ]
-        assert index[0].reason == "not within the policy; 3 sessions or batch rows go on"
+        assert index[0].reason == "not within the policy; sessions and batch rows that go on: 3"
         assert "onnxruntime cannot load model.onnx" in index[2].reason
         with pytest.raises(NotFound, match="version 3 of model 'lstm' did not load"):
             client.session("lstm", version=3)

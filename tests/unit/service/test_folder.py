@@ -130,23 +130,23 @@ def test_files_on_their_way_do_not_show(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "candidates", "count"),
+    ("text", "candidates", "count", "missing"),
     [
-        (None, [5, 3, 1], 2),
-        ("strict: true", [5, 3, 1], 2),
-        ("versions: {latest: 1}", [5, 3, 1], 1),
-        ("versions: {latest: 9}", [5, 3, 1], 9),
-        ("versions: [1, 3, 4]", [3, 1], 2),
-        ("versions: [7]", [], 0),
+        (None, [5, 3, 1], 2, []),
+        ("strict: true", [5, 3, 1], 2, []),
+        ("versions: {latest: 1}", [5, 3, 1], 1, []),
+        ("versions: {latest: 9}", [5, 3, 1], 9, []),
+        ("versions: [1, 3, 9, 4]", [3, 1], 2, [4, 9]),
+        ("versions: [7]", [], 0, [7]),
     ],
 )
-def test_the_policy(tmp_path: Path, text: str | None, candidates: list[int], count: int) -> None:
+def test_the_policy(tmp_path: Path, text: str | None, candidates: list[int], count: int, missing: list[int]) -> None:
     """The model's own before the server's: so many of the newest, or those named, as far as they are there."""
     place(tmp_path, "lstm/1", "lstm/3", "lstm/5")
     if text is not None:
         (tmp_path / "lstm/model.yaml").write_text(text)
-    found, at_once = wanted(scan(tmp_path)["lstm"], latest=2)
-    assert ([one.version for one in found], at_once) == (candidates, count)
+    found, at_once, not_there = wanted(scan(tmp_path)["lstm"], latest=2)
+    assert ([one.version for one in found], at_once, list(not_there)) == (candidates, count, missing)
 
 
 def test_a_policy_that_cannot_be_read(tmp_path: Path) -> None:
