@@ -51,6 +51,9 @@ class Metrics:
         self.replays = Counter(
             "conveyor_replayed_chunks", "Chunks answered with a stored reply.", registry=self.registry
         )
+        self.waiting_steps = Gauge(
+            "conveyor_waiting_steps", "Steps waiting for earlier ones of their sequences.", registry=self.registry
+        )
         self.sessions = Gauge("conveyor_sessions", "Sessions open.", registry=self.registry)
         self.expired = Counter("conveyor_expired_sessions", "Sessions ended for being idle.", registry=self.registry)
         self._queues: dict[tuple[str, str], Callable[[], int]] = {}

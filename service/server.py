@@ -66,6 +66,7 @@ class Server:
         self.port = 0
         self.metrics_port: int | None = None
         self.sequences = Sequences(self.operations, settings.max_queued_rows, settings.max_queued_bytes, clock)
+        self.metrics.waiting_steps.set_function(functools.partial(getattr, self.sequences, "waiting"))
         places = Places(settings.max_calls)
         self._servicers = (
             ConveyorServicer(self.operations, settings, places, clock),

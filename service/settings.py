@@ -73,9 +73,10 @@ class Settings(BaseModel):
     max_sessions: Positive = 100_000
     """Most sessions open at once."""
     max_queued_rows: Positive = 8192
-    """Most chunks and batch rows waiting for one model; over it, new ones are refused at once."""
+    """Most chunks and batch rows waiting for one model; over it, new ones are refused at once. As many steps, of all
+    sequences together, may wait for earlier ones of theirs."""
     max_queued_bytes: Positive = 1024 * 1024 * 1024
-    """Most bytes of input waiting for one model."""
+    """Most bytes of input waiting for one model, and of requests waiting for earlier ones of their sequences."""
     max_queued_s: Seconds = 60.0
     """Most seconds of work waiting for one model, by what its runs have taken so far."""
     max_reply_bytes: Positive = 1024 * 1024 * 1024

@@ -3,10 +3,10 @@
 Plain counters. Written from the event loop and from the model's thread, read from anywhere. Must not know anything else
 of the server.
 
-A request is what a caller sent for a model that was found: a chunk, a batch, or a request for sequences, of however many
-rows. The door counts it once, when it is answered, with a kept reply too, or refused, or given up by its caller. A row
-is a chunk, a step, or one sequence of a batch. The times of a run are counted for each of its rows in full, since each
-of them waits for the whole run: the time divided by the count is what a row has seen.
+A request is what a caller sent for a model that was found: a chunk, a batch, or a request for sequences, of any number
+of rows. The door counts it once, when it is answered, with a kept reply too, or refused, or given up by its caller. A
+row is a chunk, a step, or one sequence of a batch. The times of a run are counted for each of its rows in full, since
+each of them waits for the whole run: the time divided by the count is what a row has seen.
 """
 
 from __future__ import annotations

@@ -12,7 +12,13 @@ import grpc
 import numpy as np
 import pytest
 
+from service.errors import InvalidRequest
+from service.sequences import Stepped
+from service.session import Reply
+from service.wire.inference_call import Inference
+from service.wire.inference_request import read
 from service.wire.inference_stubs import inference_pb2 as pb
+from tests import graphs
 from tests.clock import Clock
 from tests.conftest import running
 from tests.graphs import INPUT, expected
@@ -257,3 +263,36 @@ async def test_priorities(lstm_repository: Path) -> None:
                     await until(lambda before=before: len(done) > before)  # type: ignore[misc]
         await first
         assert done == [1, 0, 2**64 - 1]
+
+
+async def test_kept_replies_that_are_too_much_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered apart may not fit into one reply: that is seen before anything is put together."""
+    steps = 25
+    inputs = np.zeros((2, steps, INPUT), np.float32)
+    # Room for one reply and for the two inputs, not for two replies.
+    monkeypatch.setattr(graphs, "OUTPUT", 50)
+    graphs.write_lstm(tmp_path)
+    async with running(tmp_path, max_message_bytes=steps * 50 * 4 * 3 // 2) as server, calling(server) as stub:
+        for identity in (1, 2):
+            whole = request(
+                inputs[:1], sequence_id=identity, sequence_start=True, sequence_end=True, sequence_position=0
+            )
+            await stub.ModelInfer(whole)
+        both = {"x": inputs, "sequence_ids": np.array([1, 2]), "sequence_positions": np.array([0, 0])}
+        status, text = await refusal(stub.ModelInfer(request(both, sequence_end=True)))
+        assert status is INVALID
+        assert "the reply would hold 10000 bytes; this server sends up to 7500" in text
+
+
+async def test_rows_that_were_applied_and_cannot_be_told(lstm_repository: Path) -> None:
+    """An error that is met only when the reply is made says that the rows were applied, and up to where."""
+    async with running(lstm_repository) as server:
+        message = request({"x": x[:2], "sequence_ids": np.array([1, 2])})
+        manifest = server.repository.find("lstm").manifest
+        inference = Inference(server._servicers[1], server.sequences, b"", None, message, lambda result: None)
+        asked = read(message, inference.ids, 4)
+        rows = [Stepped(Reply(0, 1, [np.zeros((1, width))]), 1, manifest, 1, 9) for width in (2, 3)]
+        told = inference._together(asked, rows)
+        assert isinstance(told, InvalidRequest)
+        assert "differ in the size of their features" in str(told)
+        assert str(told).endswith("; the rows were applied, up to positions [1, 1]")

@@ -247,3 +247,19 @@ async def test_streams_count_as_calls(lstm_repository: Path) -> None:
             await stub.ModelInfer(request(x))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (await stub.ServerReady(pb.ServerReadyRequest())).ready
+
+
+async def test_the_calls_own_deadline(lstm_repository: Path) -> None:
+    """A request that is not applied by the deadline of its call is told so, as with a timeout of its own."""
+    clock = Clock()
+    async with running(lstm_repository, clock) as server, calling(server) as stub:
+        call = stub.ModelStreamInfer(timeout=600)
+        with gated(server) as gate:
+            await call.write(request(x, id="late"))
+            await gate.entered()
+            clock.now += 601
+            gate.let(100)
+            identity, text, told = await error(call)
+        assert (identity, told["error_code"]) == ("late", "DEADLINE_EXCEEDED")
+        assert "the deadline passed" in text
+        call.cancel()

@@ -81,6 +81,7 @@ async def test_what_waits_counts_whole(lstm_repository: Path) -> None:
             await until(lambda: server.sequences.waiting == 2)
             calls.append(stub.ModelInfer(big))
             await until(lambda: server.sequences.waiting == 3)
+            assert server.metrics.registry.get_sample_value("conveyor_waiting_steps") == 3
             status, text = await refusal(stub.ModelInfer(big))
             assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "bytes are waiting for earlier steps of their sequences" in text
@@ -109,9 +110,10 @@ async def test_replies_to_come_count_on_a_stream(wide_repository: Path) -> None:
         assert request(WIDE).ByteSize() < REPLY / 10
         call = stub.ModelStreamInfer()
         with gated(server) as gate:
-            for _ in range(8):
-                await call.write(request(WIDE))
+            await call.write(request(WIDE))
             await gate.entered()
+            for _ in range(7):
+                await call.write(request(WIDE))
             await gate.until_queued(server, 3)
             await asyncio.sleep(0.05)  # for what must not happen there is nothing to wait for
             assert server.repository.find("lstm").queued == 3
@@ -144,9 +146,10 @@ async def test_results_to_come_count_on_a_native_stream(wide_repository: Path) -
     ):
         sessions = [await caller.open() for _ in range(8)]
         with gated(server) as gate:
-            for session in sessions:
-                await caller.send(chunk(session, 0, WIDE[0]))
+            await caller.send(chunk(sessions[0], 0, WIDE[0]))
             await gate.entered()
+            for session in sessions[1:]:
+                await caller.send(chunk(session, 0, WIDE[0]))
             await gate.until_queued(server, 3)
             await asyncio.sleep(0.05)
             assert server.repository.find("lstm").queued == 3
