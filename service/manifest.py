@@ -7,6 +7,7 @@ or torch. Axes are the graph's own; the wire puts batch first and time second wh
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -61,7 +62,7 @@ class TensorSpec(_Part):
             raise ValueError(f"tensor {self.name!r}: batch and time cannot be the same axis")
         return self
 
-    @property
+    @cached_property
     def tail(self) -> tuple[int | None, ...]:
         """The sizes of the axes that are neither batch nor time, in order."""
         return tuple(size for axis, size in enumerate(self.shape) if axis not in (self.batch_axis, self.time_axis))
@@ -92,7 +93,7 @@ class StateSpec(_Part):
         default=(), description="the batch axis, where the graph itself lacks it because a run takes one row"
     )
 
-    @property
+    @cached_property
     def tail(self) -> tuple[int, ...]:
         """The sizes of the axes other than the batch, in order."""
         return tuple(size for size in self.shape if size is not None)
