@@ -138,8 +138,10 @@ def _audited(path: Path, engine: Engine, description: Description) -> Loaded:
         graph = StepByStep(graph)
     if graph.manifest.rows_per_run == 1 or description.row_by_row:
         graph = RowByRow(graph)
-    found = audit(graph, description.strict, description.tolerance, description.of_graph)
     name, version = path.parent.parent.name, path.parent.name
+    # A model whose run does not end is known by this line being its last.
+    log.info("model to be audited", model=name, version=version)
+    found = audit(graph, description.strict, description.tolerance, description.of_graph)
     log.info(
         "model audited",
         model=name,

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from numpy.typing import NDArray
 from conveyor import Client, NotFound, Session
 from service.wire.inference_stubs import inference_pb2 as pb
 from service.wire.inference_stubs import inference_pb2_grpc as stubs
+from tests.any_graphs import CASES, model, place
 from tests.graphs import INPUT, expected, write_broken, write_lstm
 from tests.process import ServerProcess
 
@@ -55,24 +53,26 @@ class Stream:
         np.testing.assert_allclose(y, self._expected[t], rtol=0, atol=2e-6)
 
 
-@contextmanager
-def slow_model(repository: Path, name: str) -> Iterator[Path]:
-    """A model that takes for ever to load: its model.yaml is a pipe into which nobody writes."""
-    write_lstm(repository, name)
-    pipe = repository / name / "model.yaml"
-    os.mkfifo(pipe)
-    yield pipe
+def write_endless(repository: Path, name: str) -> None:
+    """A model that takes for ever to load: its run does not end."""
+    step = next(case for case in CASES if case.name == "[N, H], no time axis")
+    graph = """g (float[N, 3] x, float[N, 4] h) => (float[N, 2] y, float[N, 4] h_next) {
+        a = MatMul(x, W)  b = MatMul(h, R)  s = Add(a, b)
+        h_next = Loop (trips, yes, s) <
+            body = again (int64 i, bool go, float[N, 4] before) => (bool go_on, float[N, 4] after) {
+                go_on = Identity(go)  after = Tanh(before)
+            }
+        >
+        y = MatMul(h_next, V)
+    }"""
+    weights = {**step.weights, "trips": np.array(1 << 60), "yes": np.array(True)}
+    place(repository, name, model(graph, weights), step.description)
 
 
-def until_read(pipe: Path) -> int:
-    """Wait until somebody reads a pipe; return its other end, which holds the reader for as long as it is open."""
-    ends = time.monotonic() + 30
-    while True:
-        try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            assert time.monotonic() < ends, "nobody reads the pipe"
-            time.sleep(0.01)
+def until_it_loads(server: ServerProcess, name: str) -> None:
+    """Wait until a model is about to be run."""
+    while server.wait_for("model to be audited")["model"] != name:
+        pass
 
 
 def test_versions_come_while_sessions_stream(tmp_path: Path) -> None:
@@ -132,22 +132,22 @@ def test_sigterm_during_a_load(tmp_path: Path, moment: str) -> None:
         session = client.session("lstm", session_id="kept")
         y = session.step(x[:5])
         if moment == "later":
-            with slow_model(repository, "slow") as pipe:
-                held = until_read(pipe)
+            write_endless(repository, "slow")
+            until_it_loads(server, "slow")
             session.step(x[5:10])
         assert server.terminate() == 0
     if moment == "at the start":
         before = file.read_bytes()
-        with slow_model(repository, "slow") as pipe, ServerProcess(repository, *flags, wait=False) as server:
-            held = until_read(pipe)
+        write_endless(repository, "slow")
+        with ServerProcess(repository, *flags, wait=False) as server:
+            until_it_loads(server, "slow")
             assert server.terminate() == 0
         # What the thread of the other model still says may come after.
         said = [event["event"] for event in server.events]
         assert "ready" not in said
         assert said.index("signal") < said.index("stopped")
         assert file.read_bytes() == before
-    os.close(held)
-    pipe.unlink()
+    shutil.rmtree(repository / "slow")
     with ServerProcess(repository, *flags) as server, Client(server.target) as client:
         session = client.attach("kept")
         at = 10 if moment == "later" else 5

@@ -49,7 +49,7 @@ def test_limits_have_the_defaults_that_are_named() -> None:
     table = re.findall(r"`--([\w-]+)` \| ([\d,]+) ?(\w*) \|", (ROOT / "docs/guarantees.md").read_text())
     named = {flag.replace("-", "_"): int(number.replace(",", "")) * UNITS[unit] for flag, number, unit in table}
     limits = {name for name in Settings.model_fields if name.startswith("max_") and "tick" not in name}
-    assert named.keys() == limits | {"idle_timeout_s"}
+    assert named.keys() == limits | {"idle_timeout_s", "load_timeout_s"}
     assert named == {name: Settings.model_fields[name].default for name in named}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from service.errors import LoadError
-from service.folder import ModelFolder, scan, wanted
+from service.folder import ModelFolder, look_again, overlooked, scan, wanted
 
 
 def place(folder: Path, *names: str) -> None:
@@ -155,3 +156,72 @@ def test_a_policy_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "lstm/model.yaml").write_text("versions: newest")
     with pytest.raises(LoadError, match=r"model\.yaml is not valid: versions: expected {latest: N} or a list"):
         wanted(scan(tmp_path)["lstm"], latest=1)
+
+
+def test_what_makes_a_model(tmp_path: Path) -> None:
+    """Not the versions that it wants: an edit of the policy is no reason to load it anew; any other is."""
+    place(tmp_path, "lstm/1")
+    yaml = tmp_path / "lstm/model.yaml"
+    contents = []
+    for text in (None, "", "versions: [1]", "{versions: [1], strict: true}", "strict: true", "row_by_row: true"):
+        if text is not None:
+            yaml.write_text(text)
+        ((found,), _, _) = wanted(scan(tmp_path)["lstm"], latest=1)
+        contents.append(found.content)
+        assert look_again(found) == found
+    plain, _, listed, strict, only_strict, row_by_row = contents
+    assert plain == listed == contents[1]
+    assert strict == only_strict
+    assert plain != strict != row_by_row != plain
+
+
+def test_folders_that_are_deep_and_links_that_lead_nowhere(tmp_path: Path) -> None:
+    """Neither costs a model its place: what cannot be read counts as not there."""
+    place(tmp_path, "deep/1", "loop/1")
+    os.symlink("me", tmp_path / "loop/me")
+    inside = os.open(tmp_path / "deep", os.O_RDONLY)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=inside)
+        below = os.open("d", os.O_RDONLY, dir_fd=inside)
+        os.close(inside)
+        inside = below
+    os.close(inside)
+    try:
+        models = scan(tmp_path)
+        assert [versions(models[name]) for name in ("deep", "loop")] == [[1], [1]]
+    finally:
+        # Deeper than pytest, which goes by recursion, could remove.
+        subprocess.run(["rm", "-r", tmp_path / "deep"], check=True)
+
+
+def test_a_model_that_raises_what_nobody_expects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that model's trouble too."""
+    place(tmp_path, "lstm/1", "other/1")
+    listdir = os.listdir
+
+    def fail(path: Path) -> list[str]:
+        if path == tmp_path / "other":
+            raise RecursionError("too deep")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", fail)
+    models = scan(tmp_path)
+    assert versions(models["lstm"]) == [1]
+    assert "too deep" in models["other"].trouble
+
+
+def test_what_is_overlooked_is_told(tmp_path: Path) -> None:
+    """Each folder that nobody would put there for nothing, and what was found in it."""
+    place(tmp_path, "v/v1", "lstm/1", "sp ace/1", ".hidden/1")
+    (tmp_path / "e/1").mkdir(parents=True)
+    (tmp_path / "e/1/net.onnx").touch()
+    (tmp_path / "e/2").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "README.md").touch()
+    assert overlooked(tmp_path) == [
+        "e/1 has no model.onnx (found net.onnx)",
+        "e/2 has no model.onnx (found nothing)",
+        "empty has no version folder (found nothing; expected a positive integer)",
+        "'sp ace' is no name of a model; expected letters, digits, '.', '_' and '-'",
+        "v has no version folder (found v1; expected a positive integer)",
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
+import os
 import shutil
 import threading
 import weakref
@@ -14,12 +16,15 @@ from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
+from structlog.testing import capture_logs
 
 from service.engine import Engine
 from service.errors import ControlRefused, Draining, LoadError, LoadFailed, Loading, ModelUnknown
+from service.folder import ModelFolder, scan, wanted
 from service.loading import Loaded, load_model
 from service.metrics import Metrics
 from service.repository import Repository
+from service.runner import Runner
 from service.settings import Settings
 from tests.clock import Clock
 from tests.graphs import replace_lstm, write_broken, write_lstm
@@ -561,3 +566,358 @@ async def test_what_takes_over_keeps_its_metrics(tmp_path: Path) -> None:
     assert len(list(repository)) == 1
     assert b'conveyor_queued_rows{model="lstm",version="1"} 0.0' in generate_latest(metrics.registry)
     await repository.stop(30)
+
+
+# --- what the folder says and does not hold ---
+
+
+async def test_versions_that_are_asked_for_and_not_there(tmp_path: Path) -> None:
+    """Told in the index and to whoever loads, not passed over; forgotten once nobody asks for them."""
+    for version in (1, 2):
+        write_lstm(tmp_path, "lstm", version)
+    yaml = tmp_path / "lstm/model.yaml"
+    says = "model.yaml asks for version 7; the folder has 1, 2"
+    async with loaded(tmp_path, model_control="explicit") as repository:
+        await repository.load_model("lstm")
+        runner = repository.find("lstm")
+        yaml.write_text("versions: [7]")
+        with pytest.raises(LoadFailed, match=f"version 7 is at UNAVAILABLE state: {says}"):
+            await repository.load_model("lstm")
+        assert told(repository) == {
+            ("lstm", 1): ("UNAVAILABLE", "not within the policy"),
+            ("lstm", 2): ("READY", ""),
+            ("lstm", 7): ("UNAVAILABLE", says),
+        }
+        assert repository.find("lstm") is runner
+        with pytest.raises(ModelUnknown, match=f"version 7 of model 'lstm' did not load: {says}"):
+            repository.find("lstm", 7)
+        yaml.unlink()
+        await repository.load_model("lstm")
+        assert told(repository).keys() == {("lstm", 1), ("lstm", 2)}
+        assert repository.find("lstm") is runner
+    yaml.write_text("versions: [7]")
+    with pytest.raises(LoadError, match=f"can be served: lstm 7: {says}"):
+        await repository_of(tmp_path).load()
+
+
+async def test_what_is_passed_over_is_logged_once(tmp_path: Path) -> None:
+    """At the start at once; later when it has come to rest; again when it has been away."""
+    write_lstm(tmp_path)
+    (tmp_path / "v/v1").mkdir(parents=True)
+    with capture_logs() as logs:
+        async with loaded(tmp_path, model_control="poll") as repository:
+            await look(repository, times=3)
+            (tmp_path / "e/1").mkdir(parents=True)
+            await look(repository, times=1)
+            before = [entry["what"] for entry in logs if entry["event"] == "not served"]
+            await look(repository, times=3)
+    assert before == ["v has no version folder (found v1; expected a positive integer)"]
+    after = [entry["what"] for entry in logs if entry["event"] == "not served"]
+    assert after == [*before, "e/1 has no model.onnx (found nothing)"]
+
+
+async def test_a_model_in_trouble_is_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no version, because nobody can tell which there are; what serves goes on, though it seems to be away."""
+    write_lstm(tmp_path, "lstm")
+    write_lstm(tmp_path, "other")
+    listdir, away = os.listdir, {tmp_path / "other"}
+
+    def refuse(path: Path) -> list[str]:
+        if path in away:
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    reason = "the model's folder cannot be read: Permission denied"
+    async with loaded(tmp_path, model_control="poll") as repository:
+        assert told(repository)["other", 0] == ("UNAVAILABLE", reason)
+        with pytest.raises(ModelUnknown, match=f"model 'other' did not load: {reason}"):
+            repository.find("other")
+        away.clear()
+        await look(repository)
+        runner = repository.find("other")
+        assert told(repository).keys() == {("lstm", 1), ("other", 1)}
+        away.add(tmp_path / "other")
+        await look(repository)
+        assert repository.find("other") is runner
+        away.clear()
+        await look(repository)
+        assert told(repository) == {("lstm", 1): ("READY", ""), ("other", 1): ("READY", "")}
+
+
+async def test_a_reason_goes_with_its_files(tmp_path: Path) -> None:
+    """What is not there any more did not fail to load."""
+    write_lstm(tmp_path, "lstm")
+    write_lstm(tmp_path, "other")
+    async with loaded(tmp_path, model_control="poll") as repository:
+        runner = repository.find("lstm")
+        slot = runner.pool.allocate()
+        (tmp_path / "lstm/model.yaml").write_text("version: [1]")
+        await look(repository)
+        assert "model.yaml is not valid" in told(repository)["lstm", 1][1]
+        shutil.rmtree(tmp_path / "lstm")
+        await look(repository)
+        gone = "not in the folder any more; sessions and batch rows that go on: 1"
+        assert told(repository)["lstm", 1] == ("UNLOADING", gone)
+        runner.pool.free(slot)
+
+
+@pytest.mark.parametrize("names", [("missing",), ("broken",), ("missing", "broken")])
+async def test_none_of_the_models_that_are_named(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """A server that was told what to serve, and can serve none of it, does not start."""
+    write_lstm(tmp_path, "lstm")
+    write_broken(tmp_path, "broken", 1)
+    with pytest.raises(LoadError, match=r"no model in .* can be served: .*(missing|broken)"):
+        await repository_of(tmp_path, model_control="explicit", load_models=names).load()
+
+
+async def test_a_folder_that_stays_away_is_told_once(tmp_path: Path) -> None:
+    """And when it is back."""
+    folder = tmp_path / "models"
+    write_lstm(folder)
+    async with loaded(folder, model_control="poll") as repository:
+        with capture_logs() as logs:
+            folder.rename(tmp_path / "away")
+            await look(repository, times=3)
+            (tmp_path / "away").rename(folder)
+            await look(repository, times=2)
+    events = [entry["event"] for entry in logs]
+    assert (events.count("repository not polled"), events.count("repository polled again")) == (1, 1)
+
+
+# --- how often, and for how long, something is loaded ---
+
+
+async def test_how_a_model_is_run_is_switched_too(tmp_path: Path) -> None:
+    """The same file, run row by row: another runner. Sessions that it has go on in the one before."""
+    write_lstm(tmp_path)
+    async with loaded(tmp_path, model_control="poll") as repository:
+        before = repository.find("lstm")
+        (tmp_path / "lstm/model.yaml").write_text("row_by_row: true")
+        await look(repository)
+        after = repository.find("lstm")
+        assert after.manifest.rows_per_run == 1
+        assert after.digest == before.digest
+
+
+async def test_a_policy_is_no_reason_to_load_anew(tmp_path: Path) -> None:
+    """Nor is one that could not be read and is mended."""
+    write_lstm(tmp_path, "lstm", 1)
+    with gated() as gate:
+        async with loaded(tmp_path, model_control="poll") as repository:
+            for text in ("versions: [1]", "versions: newest", "versions: {latest: 2}"):
+                (tmp_path / "lstm/model.yaml").write_text(text)
+                await look(repository)
+            assert told(repository)["lstm", 1] == ("READY", "")
+        assert gate.begun == ["lstm 1"]
+
+
+async def test_one_content_is_held_once(tmp_path: Path) -> None:
+    """However often it is unloaded and loaded while sessions hold it; and when the files before come back."""
+    write_lstm(tmp_path, "lstm", 1, seed=1)
+    async with loaded(tmp_path, model_control="explicit", load_models=("*",)) as repository:
+        first = repository.find("lstm")
+        slots = [first.pool.allocate()]
+        for _ in range(3):
+            await repository.unload_model("lstm")
+            await repository.load_model("lstm")
+            assert list(repository) == [first]
+        replace_lstm(tmp_path, "lstm", 1, seed=2)
+        await repository.load_model("lstm")
+        second = repository.find("lstm")
+        slot = second.pool.allocate()
+        replace_lstm(tmp_path, "lstm", 1, seed=1)
+        await repository.load_model("lstm")
+        assert list(repository) == [first, second]
+        second.pool.free(slot)
+        first.pool.free(slots.pop())
+
+
+async def test_former_states_of_a_model_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds its weights: no other is loaded until the sessions of one have ended; then it is, by itself."""
+    monkeypatch.setattr("service.repository._MOST_IN_USE", 2)
+    write_lstm(tmp_path, "lstm", 1, seed=0)
+    async with loaded(tmp_path, model_control="poll") as repository:
+        held = []
+        for seed in (1, 2, 3):
+            runner = repository.find("lstm")
+            held.append((runner, runner.pool.allocate()))
+            replace_lstm(tmp_path, "lstm", 1, seed=seed)
+            with capture_logs() as logs:
+                await look(repository, times=4)
+        says = "sessions go on with 2 former states of the model; it is loaded when fewer do"
+        assert says in told(repository)["lstm", 1][1]
+        assert [entry["reason"] for entry in logs if entry["event"] == "model not loaded"] == [says]
+        assert repository.find("lstm") is runner
+        for one, slot in held:
+            one.pool.free(slot)
+        await repository.free()
+        await look(repository)
+        assert repository.find("lstm") is not runner
+        assert told(repository)["lstm", 1] == ("READY", "")
+
+
+async def test_files_that_change_while_they_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read may be of neither: it is not served, and the files are loaded again once they rest."""
+    write_lstm(tmp_path, "lstm", 1, seed=1)
+
+    def late(path: Path, settings: Settings) -> Loaded:
+        result = load_model(path, settings)
+        replace_lstm(tmp_path, "lstm", 1, seed=3)
+        return result
+
+    async with loaded(tmp_path, model_control="poll") as repository:
+        before = repository.find("lstm")
+        replace_lstm(tmp_path, "lstm", 1, seed=2)
+        with monkeypatch.context() as patch:
+            patch.setattr("service.repository.load_model", late)
+            await look(repository)
+        assert told(repository)["lstm", 1] == (
+            "READY",
+            "the files have changed and did not load: its files changed while they were loaded",
+        )
+        assert repository.find("lstm") is before
+        await look(repository)
+        assert (
+            repository.find("lstm").digest == hashlib.sha256((tmp_path / "lstm/1/model.onnx").read_bytes()).hexdigest()
+        )
+
+
+async def test_a_load_that_does_not_end(tmp_path: Path) -> None:
+    """Is given up: its reason is told, and its place is for others; the server is ready without it."""
+    write_lstm(tmp_path, "large")
+    write_lstm(tmp_path, "small")
+    with gated("large") as gate:
+        async with loaded(tmp_path, load_timeout_s=0.2) as repository:
+            await gate.one_waits()
+            assert repository.names() == ["small"]
+            says = "the model was not loaded within 0.2 s (--load-timeout-s)"
+            assert told(repository)["large", 1] == ("UNAVAILABLE", says)
+            gate.open()
+
+
+async def test_what_is_asked_for_twice_is_done_once(tmp_path: Path) -> None:
+    """Callers that wait for their turn wait for one load, also when most have gone; an unload between parts them."""
+    write_broken(tmp_path, "a", 1)
+    with gated("a") as gate:
+        async with loaded(tmp_path, model_control="explicit") as repository:
+            calls = [asyncio.create_task(repository.load_model("a"))]
+            await gate.one_waits()
+            for _ in range(20):
+                calls.append(asyncio.create_task(repository.load_model("a")))
+                await asyncio.sleep(0)
+                calls[-1].cancel()
+            calls += [asyncio.create_task(call("a")) for call in (repository.load_model, repository.unload_model)]
+            calls += [asyncio.create_task(repository.load_model("a")) for _ in range(5)]
+            await asyncio.sleep(0)
+            gate.open()
+            await asyncio.gather(*calls, return_exceptions=True)
+            assert gate.begun == ["a 1"] * 3
+
+
+async def test_one_look_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ask for whatever: those that come during a look share the next."""
+    write_lstm(tmp_path)
+    looks = []
+
+    def counted(folder: Path) -> dict[str, ModelFolder]:
+        looks.append(threading.active_count())
+        return scan(folder)
+
+    async with loaded(tmp_path, model_control="explicit") as repository:
+        monkeypatch.setattr("service.repository.scan", counted)
+        calls = (repository.load_model(f"no-{number}") for number in range(50))
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(result) for result in results} == {ModelUnknown}
+        assert len(looks) <= 2
+
+
+async def test_a_model_that_is_away_while_it_is_loaded(tmp_path: Path) -> None:
+    """Another model's load sees it gone and forgets it; when it is loaded it is served all the same."""
+    write_lstm(tmp_path, "a")
+    write_lstm(tmp_path, "b")
+    read, reading, go_on = wanted, threading.Semaphore(0), threading.Event()
+
+    def held_up(model: ModelFolder, latest: int) -> Any:
+        result = read(model, latest)
+        if model.path.name == "a":
+            reading.release()
+            assert go_on.wait(30)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        async with loaded(tmp_path, model_control="explicit") as repository:
+            patch.setattr("service.repository.wanted", held_up)
+            call = asyncio.create_task(repository.load_model("a"))
+            assert await asyncio.to_thread(reading.acquire, timeout=30)
+            (tmp_path / "a").rename(tmp_path / ".a")
+            await repository.load_model("b")
+            (tmp_path / ".a").rename(tmp_path / "a")
+            go_on.set()
+            await call
+            assert repository.names() == ["a", "b"]
+
+
+async def test_polling_leaves_a_model_whose_turn_it_is_alone(tmp_path: Path) -> None:
+    """While it is loaded no further change of it begins, however often it is looked at."""
+    write_lstm(tmp_path, "other")
+    with gated("lstm") as gate:
+        async with loaded(tmp_path, model_control="poll") as repository:
+            write_lstm(tmp_path, "lstm", 1)
+            await repository.poll()
+            await repository.poll()
+            await gate.one_waits()
+            write_lstm(tmp_path, "lstm", 2)
+            for _ in range(10):
+                await repository.poll()
+            assert len(repository._changes) == 1
+            gate.open()
+            await repository.settle()
+            await look(repository)
+            assert repository.versions("lstm") == [2]
+
+
+async def test_the_old_goes_on_where_nothing_new_can_be_had(tmp_path: Path) -> None:
+    """A policy that none of the versions can follow takes none away."""
+    write_lstm(tmp_path, "lstm", 1)
+    write_broken(tmp_path, "lstm", 2)
+    async with loaded(tmp_path, model_control="poll") as repository:
+        assert repository.versions("lstm") == [1]
+        (tmp_path / "lstm/model.yaml").write_text("versions: [2]")
+        await look(repository)
+        assert repository.versions("lstm") == [1]
+
+
+async def test_what_did_not_load_has_no_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it failed so late that its runner was there."""
+    write_lstm(tmp_path, "lstm")
+    write_lstm(tmp_path, "odd")
+
+    def fail(runner: Runner) -> None:
+        if runner.name == "odd":
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(Runner, "warm_up", fail)
+    metrics = Metrics()
+    repository = Repository(Settings(repository=tmp_path, threads=1), metrics, Clock())
+    await repository.load()
+    assert b'model="lstm"' in generate_latest(metrics.registry)
+    assert b'model="odd"' not in generate_latest(metrics.registry)
+    assert await repository.stop(30)
+
+
+async def test_what_is_being_loaded_is_not_forgotten(tmp_path: Path) -> None:
+    """Its files may seem to be away for a moment; it is there when it comes."""
+    write_lstm(tmp_path, "a")
+    write_lstm(tmp_path, "b")
+    with gated("a") as gate:
+        async with loaded(tmp_path, model_control="explicit") as repository:
+            call = asyncio.create_task(repository.load_model("a"))
+            await gate.one_waits()
+            (tmp_path / "a").rename(tmp_path / ".a")
+            await repository.load_model("b")
+            assert told(repository)["a", 1] == ("LOADING", "")
+            (tmp_path / ".a").rename(tmp_path / "a")
+            gate.open()
+            await call
+            assert repository.names() == ["a", "b"]
