@@ -162,6 +162,7 @@ def test_memory_that_runs_out_while_growing(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(MemoryError):
             pool.allocate()
     assert pool.taken == 2
+    assert {array.shape for array in pool._arrays} == {(2, 3)}
     third = pool.allocate(held)
     for array, other in zip(pool.read(first), pool.read(third), strict=True):
         np.testing.assert_array_equal(array, other)
