@@ -6,16 +6,23 @@ onnxruntime or grpc. Axes and names are the graph's own.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import Field, StrictBool, ValidationInfo, field_validator, model_validator
 
 from service.errors import LoadError
 from service.yaml_file import MAX_BYTES, Section, parse_yaml
 
 NAME = "model.yaml"
 """The file's name: DIR/NAME/model.yaml."""
+
+_SHOWN = 200
+"""How much of a line an error shows."""
+
+UNDECIDED = re.compile(r"^ *# decide: (.*)$", re.MULTILINE)
+"""A comment that whoever proposes a file leaves where somebody has to decide, and to delete it."""
 
 Axis = Annotated[int, Field(ge=0, strict=True)]
 Shape = tuple[Annotated[int, Field(ge=1, strict=True)] | None, ...]
@@ -56,7 +63,8 @@ class InputDescription(Section):
         if foreign := sorted(self.model_fields_set - allowed):
             raise ValueError(f"an input of role {self.role} has no {foreign[0]}")
         if self.role == "constant" and (self.value is None) == (self.file is None):
-            raise ValueError("a constant has either a value or a file")
+            found = "neither" if self.value is None else "both"
+            raise ValueError(f"a constant has either a value or a file, got {found}")
         return self
 
 
@@ -164,6 +172,14 @@ class Description(Section):
         """Whether it describes a graph, rather than only how one is to be served."""
         return bool(self.model_fields_set & {"inputs", "states", "outputs", "streamable"})
 
+    @field_validator("inputs", "states", "outputs", mode="before")
+    @classmethod
+    def _not_empty(cls, given: Any, info: ValidationInfo) -> Any:
+        if given is None:
+            one = str(info.field_name).removesuffix("s")
+            raise ValueError(f"is empty; uncomment or write one line for each {one}, or delete the key")
+        return given
+
     @model_validator(mode="after")
     def _whole(self) -> Description:
         roles = [described.role for described in self.inputs.values()]
@@ -208,6 +224,11 @@ def parse(text: bytes | str) -> Description:
     Raises:
         LoadError: as for ``read``.
     """
+    shown = text.decode(errors="replace") if isinstance(text, bytes) else text
+    if (left := UNDECIDED.search(shown)) is not None:
+        line = shown.count("\n", 0, left.start()) + 1
+        what = "".join(letter for letter in left[1][:_SHOWN] if letter.isprintable())
+        raise LoadError(f"{NAME}, line {line}, is to be decided, and then deleted: {what}")
     try:
         return parse_yaml(Description, text)
     except ValueError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from onnx import helper, numpy_helper
 
-from export.inspect.baked import baked_outputs, baked_shapes, baked_states
+from export.inspect.baked import baked_lengths, baked_outputs, baked_shapes, baked_states, baked_steps
 from export.inspect.dataflow import Dataflow, follow
 from export.inspect.shapes import MAX_INFERRED_BYTES, Axis, axes_of, infer, known_axes, name_axes
 from service.onnx_file import Node, OnnxFile, port
@@ -59,6 +59,8 @@ class Anatomy:
         outputs: what comes out.
         recurrences: recurrent nodes and bodies, in the file's order.
         baked: sizes that the file fixes and a server would want free, one sentence each.
+        lengths: those that the graph also runs without, and gives wrong numbers then.
+        steps: those that are the time of an input, by its name.
         hidden: nodes whose state begins anew in every run, because no input of the graph carries it.
         backward: whether a recurrent node reads its sequence from the end.
         constants: integers that stand at the top of the graph, by their tensor's name.
@@ -76,6 +78,8 @@ class Anatomy:
     outputs: list[Tensor]
     recurrences: list[Recurrence]
     baked: list[str]
+    lengths: list[str]
+    steps: dict[str, str]
     hidden: list[str]
     backward: bool
     constants: dict[str, list[int]]
@@ -116,6 +120,8 @@ def dissect(file: OnnxFile) -> Anatomy:
             *baked_states(flow, inferred, given),
             *baked_shapes(model.graph, constants, inferred, varied),
         ],
+        lengths=list(baked_lengths(model.graph, constants, inferred)),
+        steps=baked_steps(model.graph, inferred),
         hidden=list(_hidden(flow, [*inputs, *optional])),
         backward=any(each.attributes.get("direction") in ("reverse", "bidirectional") for each in recurrences),
         constants=constants,

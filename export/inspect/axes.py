@@ -61,6 +61,8 @@ def find_axes(anatomy: Anatomy, roles: Roles) -> dict[str, Axes]:
         if axes.unclear is None and lacks and any(axis.claimed for axis in tensors[name].axes or ()):
             said = shape_text(tensors[name].axes)
             axes = Axes(unclear=f"the file says {said}, which may be an example's sizes")
+        if axes.unclear is None and steps_are_free and axes.time is None:
+            axes = _in_place_of_time(tensors[name], axes, [(tensors[x], found[x]) for x in roles.sequences])
         if axes.unclear is not None:
             alike = (x for x in roles.sequences if not found[x].unclear and _rank(tensors[x]) == _rank(tensors[name]))
             axes = Axes(unclear=axes.unclear, like=next(alike, None))
@@ -113,6 +115,16 @@ def _axes_of(tensor: Tensor, batches: set[str], times: set[str], one_free_is_bat
     return Axes(
         unclear=f"which of its free axes {', '.join(str(number) for number, _ in free)} is batch, and which time"
     )
+
+
+def _in_place_of_time(tensor: Tensor, axes: Axes, sequences: list[tuple[Tensor, Axes]]) -> Axes:
+    """The axes of an output without a time axis, unless it is a sequence's length in an example that stands there."""
+    for x, its in sequences:
+        if its.time is not None and its.batch == axes.batch and _rank(x) == _rank(tensor):
+            size = (tensor.axes or ())[its.time].size
+            if size is not None and size > 1:
+                return Axes(unclear=f"a fixed {size} stands where its sequence has time, an example's it may be")
+    return axes
 
 
 def _free(tensor: Tensor) -> list[tuple[int, Axis]]:

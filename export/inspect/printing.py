@@ -71,7 +71,8 @@ def print_anatomy(path: Path, anatomy: Anatomy, console: Console) -> None:
             table.add_row(kind, escape(quoted(tensor.name)), tensor.dtype, plain(shape_text(tensor.axes)))
     console.print(table)
     _print_recurrences(anatomy.recurrences, console)
-    print_lines((f"baked in: {line}" for line in anatomy.baked), console)
+    baked = (*anatomy.baked, *anatomy.lengths, *anatomy.steps.values())
+    print_lines((f"baked in: {line}" for line in baked), console)
     says = "begins anew in every run: no input of the graph carries its state"
     print_lines((f"hidden: {node} {says}" for node in anatomy.hidden), console)
     if not anatomy.flow.whole:

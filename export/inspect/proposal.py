@@ -1,7 +1,7 @@
 """A model.yaml for a graph, as far as the graph says what must stand in it.
 
-Owns the text. What is not certain stands in it as a comment that begins with ``decide:``, and is left out otherwise, so
-that the server refuses the file until somebody has decided.
+Owns the text. What is not certain stands in it as a comment that begins with ``decide:``, for which the server refuses
+the file until somebody has decided and deleted it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import yaml
 from export.inspect.anatomy import Anatomy
 from export.inspect.axes import Axes, find_axes
 from export.inspect.roles import Roles, assign
+from export.show import printable
+from service.description import UNDECIDED
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TAKEN = re.compile(r"(?i:yes|no|on|off|true|false|null)")
@@ -41,22 +43,25 @@ def propose(anatomy: Anatomy) -> Proposal:
     evidence = [pair.evidence for pair in roles.states]
     axes = find_axes(anatomy, roles)
     lines = [
-        *_inputs(roles, axes),
+        *_inputs(anatomy, roles, axes),
         *_states(anatomy, roles, axes),
         *_outputs(roles, axes),
         *_streamable(anatomy, roles, axes),
     ]
     text = "\n".join(lines) + "\n"
-    mark = "  # decide: "
-    decisions = [line.removeprefix(mark) for line in text.splitlines() if line.startswith(mark)]
+    decisions = [match[1] for match in UNDECIDED.finditer(text)]
     return Proposal(text, evidence, decisions)
 
 
-def _inputs(roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
+def _inputs(anatomy: Anatomy, roles: Roles, axes: dict[str, Axes]) -> Iterator[str]:
     yield "inputs:"
+    for line in anatomy.lengths:
+        yield f"  # decide: whether to serve it at all: {printable(line)}"
     if not roles.sequences and not roles.either:
         yield "  # decide: no input of the graph looks like a sequence"
     for name in roles.sequences:
+        if name in anatomy.steps:
+            yield f"  # decide: whether this is meant: {printable(anatomy.steps[name])}"
         yield from _with_axes(name, axes)
     for name in sorted(roles.either):
         here = "a sequence or a constant" if name in roles.constants else "a sequence"

@@ -97,13 +97,24 @@ def test_names_are_as_they_are_written() -> None:
         ("tolerance: 0", r"tolerance: "),
         ("strict: perhaps", r"strict: expected a valid boolean, got 'perhaps'"),
         ("strict: 1", r"strict: expected a valid boolean, got 1"),
-        ("states:", r"states: expected a list, got None"),
+        ("states:", r"states: is empty; uncomment or write one line for each state"),
+        ("outputs:\n  # y: {}", r"outputs: is empty; uncomment or write one line for each output"),
+        ("inputs: {x: {role: constant, value: null}}", r"inputs\.x: a constant has either .*, got neither"),
     ],
 )
 def test_what_is_refused(text: str, says: str) -> None:
     """The place in the file, and what was expected there."""
     with pytest.raises(LoadError, match=f"(?s)model.yaml is not valid: .*{says}"):
         parse(text)
+
+
+def test_what_is_not_decided() -> None:
+    """The first line that asks for a decision is told before anything else; a value that reads alike asks nothing."""
+    with pytest.raises(LoadError, match=r"^model\.yaml, line 3, is to be decided, and then deleted: which is time$"):
+        parse("inputs:\n  x: {}\n  # decide: which is time\n  # decide: more\nstates:\n")
+    with pytest.raises(LoadError, match=r"line 1, .*: .\[31mred$"):
+        parse(b"# decide: \x1b\xff[31mred\n")
+    assert parse(GRAPH + "states: [{input: h, output: decide}]").states[0].output == "decide"
 
 
 def test_read(tmp_path: Path) -> None:

@@ -54,10 +54,15 @@ def accepted(path: Path, text: str) -> Manifest:
     return present(parse(text), file.signature, path.parent, file.initializer)
 
 
+def without_decisions(text: str) -> str:
+    """A proposal after somebody has decided: the lines that ask are deleted."""
+    return "".join(line for line in text.splitlines(keepends=True) if "# decide: " not in line)
+
+
 def check_open(path: Path, proposal: Proposal) -> None:
-    """There is something to decide, and the server refuses the proposal as it stands."""
+    """There is something to decide, and the server refuses the proposal as it stands, with the first of it."""
     assert proposal.decisions
-    with pytest.raises(LoadError):
+    with pytest.raises(LoadError, match=f"to be decided, and then deleted: {re.escape(proposal.decisions[0][:50])}"):
         accepted(path, proposal.text)
 
 
@@ -68,9 +73,8 @@ def test_the_proposal_is_what_a_person_wrote(tmp_path: Path, case: Case) -> None
     written = read(path.parents[1])
     assert written is not None
     proposal = proposed(path)
-    text = proposal.text.replace("value: null", "value: 1")
-    for key in ("states", "outputs"):  # where all of one kind is left open
-        text = re.sub(rf"^{key}:\n  # (decide|-)", rf"# {key}:\n  # \1", text, flags=re.MULTILINE)
+    text = without_decisions(proposal.text).replace("value: null", "value: 1")
+    text = re.sub(r"^(states|outputs):\n(?!  [^#])", "", text, flags=re.MULTILINE)  # where all of one kind is left open
     made = parse(text)
     pairs, right = (
         [(state.input, state.output, state.batch_axis) for state in states] for states in (made.states, written.states)
@@ -186,7 +190,7 @@ def test_the_signature_of_speech_activity_models(tmp_path: Path, sizes: tuple[An
     assert evidence.endswith("; stateN is its Y_h and Y_c")
     assert proposal.decisions == ["the value of sr, the same in every run; the graph compares it with 16000"]
     check_open(path, proposal)
-    manifest = accepted(path, proposal.text.replace("value: null", "value: 16000"))
+    manifest = accepted(path, without_decisions(proposal.text).replace("value: null", "value: 16000"))
     assert [(state.input, state.output, state.batch_axis) for state in manifest.states] == [("state", "stateN", 1)]
     assert manifest.inputs[0].batch_axis == 0
     assert manifest.rows_per_run == (1 if sizes == (1, 1) else None)
@@ -216,7 +220,7 @@ def test_h_and_c_that_nothing_tells_apart(tmp_path: Path) -> None:
         "whether h_in ends as h_out or c_out; a swapped pair gives wrong numbers and no error",
         "whether c_in ends as c_out or h_out; a swapped pair gives wrong numbers and no error",
     ]
-    decided = proposal.text
+    decided = without_decisions(proposal.text)
     for state in ("h", "c"):
         line = f"- {{input: {state}_in, output: {state}_out, batch_axis: 0}}"
         assert f"  # {line}\n" in decided
@@ -410,7 +414,65 @@ def test_sizes_of_an_example(tmp_path: Path) -> None:
     assert proposal.decisions == [
         "y: the file says [7, 2, 4], which may be an example's sizes; x has {time_axis: 0, batch_axis: 1}"
     ]
-    assert accepted(path, proposal.text.replace("time_axis: decide, batch_axis: decide", "time_axis: 0, batch_axis: 1"))
+    decided = without_decisions(proposal.text)
+    assert accepted(path, decided.replace("time_axis: decide, batch_axis: decide", "time_axis: 0, batch_axis: 1"))
+
+
+def test_a_length_that_a_reshape_fixes(tmp_path: Path) -> None:
+    """A GRU whose result is reshaped to an example's length, as torch's exporter does with time-major ones.
+
+    It runs at other lengths too, with wrong numbers or none, so it is for somebody to decide.
+    """
+    path = write(
+        tmp_path / "a.onnx",
+        [
+            node("GRU", ["x", "W", "R", "", "", "h"], ["Y", "h_out"], "gru", hidden_size=H),
+            node("Reshape", ["Y", "shape"], ["y"], "to_steps"),
+        ],
+        [tensor("x", "T", "N", I), tensor("h", 1, "N", H)],
+        [tensor("y", 5, "N", H), tensor("h_out", 1, "N", H)],
+        weights(3, more={"shape": [5, -1, H]}),
+    )
+    proposal = proposed(path)
+    check_open(path, proposal)
+    reshape, length = proposal.decisions
+    assert "Reshape 'to_steps' makes [5, -1, 4] of [T, 1, N, 4]" in reshape
+    assert length.startswith("y: a fixed 5 stands where its sequence has time")
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [([-1, H], 1), ([-1, 2, 2], 1), ([-1, 2 * H], 0)])
+def test_a_reshape_of_free_sizes(tmp_path: Path, shape: list[int], sizes: int) -> None:
+    """One that joins free axes, or splits a fixed one, fixes nothing; one that takes part of a free axis does."""
+    path = write(
+        tmp_path / "a.onnx",
+        [node("GRU", ["x", "W", "R"], ["Y"], "gru", hidden_size=H), node("Reshape", ["Y", "shape"], ["y"])],
+        [tensor("x", "T", "N", I)],
+        [unsaid("y")],
+        weights(3, more={"shape": shape}),
+    )
+    assert len(dissect(OnnxFile(path)).lengths) == 1 - sizes
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_time_that_is_fixed(tmp_path: Path, batch_first: bool) -> None:
+    """A model that was exported without dynamic axes takes blocks for steps: it says so, and somebody has to decide."""
+    nodes = [lstm(["steps", "W", "R", "", "", "h", "c"], ["Y", "h_out", "c_out"])]
+    permutation = [1, 0, 2] if batch_first else [0, 1, 2]
+    nodes.insert(0, node("Transpose", ["x"], ["steps"], perm=permutation))
+    shape, axis = ((1, 6, I), 1) if batch_first else ((6, 1, I), 0)
+    path = write(
+        tmp_path / "a.onnx",
+        nodes,
+        [tensor("x", *shape), tensor("h", 1, 1, H), tensor("c", 1, 1, H)],
+        [tensor("Y", 6, 1, 1, H), tensor("h_out", 1, 1, H), tensor("c_out", 1, 1, H)],
+        weights(),
+    )
+    proposal = proposed(path)
+    check_open(path, proposal)
+    (decision,) = proposal.decisions
+    assert f"6 steps a run, as axis {axis} of 'x' is the time of LSTM 'lstm': a step here is a block of 6" in decision
+    (x,) = accepted(path, without_decisions(proposal.text)).inputs
+    assert 6 in x.shape
 
 
 def test_names_that_yaml_would_misread(tmp_path: Path) -> None:
@@ -545,7 +607,7 @@ def test_a_signal_that_comes_out_as_it_went_in(tmp_path: Path) -> None:
     assert proposal.evidence == ["h_out alone has the shape and dtype of h_in, and by name they are a state"]
     assert proposal.decisions == ["whether mel_in is a sequence, as here, or a state, as below"]
     line = "# mel_in: {batch_axis: 0}"
-    text = proposal.text.replace(line, line[2:]).replace("# mel_out", "mel_out")
+    text = without_decisions(proposal.text).replace(line, line[2:]).replace("# mel_out", "mel_out")
     manifest = accepted(path, text)
     assert [x.name for x in manifest.inputs] == ["speaker", "mel_in"]
     assert [state.name for state in manifest.states] == ["h_in"]
