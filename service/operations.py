@@ -143,7 +143,8 @@ class Operations:
         """
         if not runner.manifest.streamable:
             raise NotStreamable(
-                f"model {runner.name!r} reads its input in both directions: it has no sessions, only Infer"
+                f"model {runner.name!r} takes whole sequences only, because a layer reads backward or its model.yaml "
+                "says streamable: false: it has no sessions, only Infer"
             )
 
     def find(self, owner: bytes, identity: str) -> Session:

@@ -12,9 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.errors import InvalidRequest, Unsupported
 from service.manifest import ConstantSpec, Manifest
 from service.row import USUAL
+from service.values import from_text
 from service.wire import inference_parameters as parameters
 from service.wire import inference_tensors
 from service.wire.codec import Tensor
@@ -202,8 +206,19 @@ def _check_constant(tensor: Tensor, constant: ConstantSpec, max_rows: int) -> No
     size = math.prod(constant.shape)
     times = math.prod(tensor.shape) // max(size, 1)
     like = tensor.dtype == constant.dtype and math.prod(tensor.shape) == times * size and 0 <= times <= max_rows
-    if not like or tensor.array(f"input {tensor.name!r}").tobytes() != value * times:
-        raise InvalidRequest(f"input {tensor.name!r} is a constant of this model; leave it out, or send its value")
+    given = tensor.array(f"input {tensor.name!r}")
+    if not like or given.tobytes() != value * times:
+        should = from_text(constant.value, constant.dtype, constant.shape)
+        raise InvalidRequest(
+            f"input {tensor.name!r} is a constant of this model; leave it out, or send its value, {_abridged(should)}; "
+            f"got {_abridged(given)}"
+        )
+
+
+def _abridged(array: NDArray[np.generic]) -> str:
+    """A number, or the shape of many, with the dtype."""
+    value = array.ravel()[0] if array.size == 1 else f"of shape {list(array.shape)}"
+    return f"{value} ({array.dtype.name})"
 
 
 def _rows(message: pb.ModelInferRequest, ids: Sequence[str], max_rows: int) -> tuple[SequenceRow, ...]:

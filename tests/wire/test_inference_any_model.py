@@ -100,7 +100,11 @@ async def test_constants_may_be_sent(tmp_path: Path) -> None:
         assert given.raw_output_contents == without.raw_output_contents
         status, text = await refusal(stub.ModelInfer(request({**part, constant.name: value + 1}, model="any")))
         assert status is grpc.StatusCode.INVALID_ARGUMENT
-        assert f"input {constant.name!r} is a constant of this model" in text
+        says = f"its value, {value[0]} ({constant.dtype}); got {value[0] + 1} ({constant.dtype})"
+        assert f"input {constant.name!r} is a constant of this model; leave it out, or send {says}" in text
+        wrong = value.astype(np.float64)
+        status, text = await refusal(stub.ModelInfer(request({**part, constant.name: wrong}, model="any")))
+        assert f"its value, {value[0]} ({constant.dtype}); got {wrong[0]} (float64)" in text
 
 
 async def test_a_model_that_cannot_run_step_by_step(tmp_path: Path) -> None:
