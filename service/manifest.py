@@ -213,6 +213,16 @@ class Manifest(_Part):
 
     def reply_bytes(self, steps: int, states: bool = False) -> int:
         """Bytes of one row's outputs, and of its states where asked; a size that is free counts as 1."""
-        shapes = [((steps if y.time_axis is not None else 1, *y.tail), y.dtype) for y in self.outputs]
-        shapes += [(state.tail, state.dtype) for state in self.states] if states else []
-        return sum(math.prod(size or 1 for size in shape) * _ITEM_BYTES[dtype] for shape, dtype in shapes)
+        every, once, of_states = self._reply_parts
+        return steps * every + once + (of_states if states else 0)
+
+    @cached_property
+    def _reply_parts(self) -> tuple[int, int, int]:
+        """Bytes of a row's outputs at every step, of those that come once, and of its states."""
+        every = sum(_bytes(y.tail, y.dtype) for y in self.outputs if y.time_axis is not None)
+        once = sum(_bytes(y.tail, y.dtype) for y in self.outputs if y.time_axis is None)
+        return every, once, sum(_bytes(state.tail, state.dtype) for state in self.states)
+
+
+def _bytes(shape: tuple[int | None, ...], dtype: DType) -> int:
+    return math.prod(size or 1 for size in shape) * _ITEM_BYTES[dtype]

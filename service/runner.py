@@ -84,6 +84,7 @@ class Runner:
         # Guards the scheduler, and with it the phase of every row and the position of every track.
         self._wake = threading.Condition()
         self._stopping = False
+        self._notifying = False
         self._ended = asyncio.Event()
         self._thread: threading.Thread | None = None
         labels = (name, str(version))
@@ -145,6 +146,14 @@ class Runner:
             if self._stopping:
                 raise Draining("the model is being stopped")
             self._scheduler.submit(rows, self._clock())
+        # Not at once: the chunks of one message come one by one, and should run in one tick.
+        if not self._notifying:
+            self._notifying = True
+            self._loop.call_soon(self._notify)
+
+    def _notify(self) -> None:
+        self._notifying = False
+        with self._wake:
             self._wake.notify()
 
     def cancel(self, row: Row) -> bool:

@@ -37,7 +37,7 @@ from service.manifest import Manifest
 from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
-from service.row import Phase
+from service.row import Phase, Row
 from service.runner import Runner
 from service.scheduler import Limits
 from service.sequences import Load, Sequences, Step, Stepped, Ticket
@@ -52,6 +52,11 @@ MUST_START = (
 
 class ByHand(Runner):
     """A runner without a thread."""
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue rows; nobody is to be woken."""
+        self._notifying = True
+        super().submit(rows)
 
     def tick(self) -> None:
         """Run what waits, as far as one tick holds it, and tell."""
