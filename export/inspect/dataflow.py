@@ -7,7 +7,7 @@ a Loop or Scan. Owns the walk, through bodies and functions. Must not know what 
 from __future__ import annotations
 
 from collections import ChainMap, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ _CARRIERS: dict[str, tuple[int, ...] | None] = {
     "Unsqueeze": (0,),
     "Where": (1, 2),
 }
+_KEPT = ("Add", "Mul", "Tanh")
 _X, _LENGTHS, _H, _C = 0, 4, 5, 6
 
 
@@ -67,6 +68,15 @@ class Memory:
     recurrent: bool = True
 
 
+@dataclass(frozen=True)
+class Operation:
+    """A sum, a product by element or a tanh: what cells out of ordinary operators are known by."""
+
+    operator: str
+    inputs: tuple[Value, ...]
+    output: Value
+
+
 @dataclass
 class Dataflow:
     """The values of a graph, and what they become.
@@ -77,6 +87,7 @@ class Dataflow:
         scanned: what a Scan takes a step of at a time, ``[T, ...]``.
         lengths: what they take as sequence_lens.
         comparisons: the constants that a value is compared with, by the value.
+        operations: sums, products by element and tanhs, in the file's order.
         whole: False where there were too many nodes to follow them all.
     """
 
@@ -85,6 +96,7 @@ class Dataflow:
     scanned: list[Value] = field(default_factory=list)
     lengths: list[Value] = field(default_factory=list)
     comparisons: dict[Value, list[Value]] = field(default_factory=lambda: defaultdict(list))
+    operations: list[Operation] = field(default_factory=list)
     whole: bool = True
     _carried: dict[Value, list[Value]] = field(default_factory=lambda: defaultdict(list))
     _used: dict[Value, list[Value]] = field(default_factory=lambda: defaultdict(list))
@@ -93,9 +105,9 @@ class Dataflow:
         """All tensors that hold the value or parts of it, as they are."""
         return _reach(value, self._carried)
 
-    def depends(self, value: Value) -> set[Value]:
-        """All tensors that depend on the value."""
-        return _reach(value, self._used)
+    def depends(self, value: Value, walls: Set[Value] = frozenset()) -> set[Value]:
+        """All tensors that depend on the value, by ways that do not go through any of ``walls``."""
+        return _reach(value, self._used, walls)
 
 
 def follow(model: Any) -> Dataflow:
@@ -144,6 +156,9 @@ class _Walk:
             data = _CARRIERS[node.op_type]
             held = [value for number, value in enumerate(inputs) if data is None or number in data]
             _through(self._flow._carried, (path, f"carried#{self._left}"), held, outputs)
+        if node.domain in ("", "ai.onnx") and node.op_type in _KEPT and len(outputs) == 1 and outputs[0]:
+            operands = tuple(value for value in inputs if value)
+            self._flow.operations.append(Operation(node.op_type, operands, outputs[0]))
         if node.op_type in ("Equal", "Less", "Greater") and len(inputs) == 2:
             for one, other in (inputs, inputs[::-1]):
                 if one and other:
@@ -242,11 +257,11 @@ def _connect(graph: dict[Value, list[Value]], pairs: Iterable[tuple[Value | None
             graph[one].append(other)
 
 
-def _reach(value: Value, graph: Mapping[Value, list[Value]]) -> set[Value]:
+def _reach(value: Value, graph: Mapping[Value, list[Value]], walls: Set[Value] = frozenset()) -> set[Value]:
     found, waiting = {value}, [value]
     while waiting:
         for each in graph.get(waiting.pop(), ()):
-            if each not in found:
+            if each not in found and each not in walls:
                 found.add(each)
                 waiting.append(each)
     return found

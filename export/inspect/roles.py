@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from export.inspect.anatomy import Anatomy, Tensor
+from export.inspect.cells import find_cells
 from export.inspect.shapes import Axis
 
-_STATES = re.compile(r"(^|_)(h|c|hx|cx|hc|hh|cc)(_|$)|state|hidden|cell|cache|memory|buffer")
+_STATES = re.compile(r"(^|_)(h|c|hx|cx|hc|hh|cc)\d*(_|$)|state|hidden|cell|cache|memory|buffer")
 _SEQUENCES = re.compile(
     r"^(x|inputs?|data|src|source|tokens?|(input_)?ids)$|audio|signal|wav|speech|pcm|feat|frame|sample"
 )
@@ -73,6 +74,7 @@ def assign(anatomy: Anatomy) -> Roles:
     _pair_by_flow(anatomy, [*left, *anatomy.optional], roles)
     # Of weights that could be given too, nobody has to hear.
     left += [tensor for tensor in anatomy.optional if _STATES.search(tensor.name.lower())]
+    _pair_by_cell(anatomy, left, roles)
     taken = {pair.input for pair in roles.states} | roles.open.keys()
     ended = {pair.output for pair in roles.states} | {name for names in roles.open.values() for name in names}
     outputs = [tensor for tensor in anatomy.outputs if tensor.name not in ended]
@@ -115,6 +117,35 @@ def _pair_by_flow(anatomy: Anatomy, inputs: list[Tensor], roles: Roles) -> None:
             roles.states.append(Pair(name, output, f"{name} reaches {begun}; {output} is its {become}"))
         elif found:
             roles.open[name] = _by_name(name, found)
+
+
+def _pair_by_cell(anatomy: Anatomy, inputs: list[Tensor], roles: Roles) -> None:
+    """Pair h and c of LSTM cells out of ordinary operators."""
+    tensors = {x.name: x for x in inputs} | {y.name: y for y in anatomy.outputs}
+    taken = {name for pair in roles.states for name in (pair.input, pair.output)} | roles.open.keys()
+    cells = [
+        cell
+        for cell in find_cells(anatomy.flow, [x.name for x in inputs], [y.name for y in anatomy.outputs])
+        if len(cell.c_out) == len(cell.h_out) == 1 and not taken & {cell.c_in, *cell.c_out, *cell.h_out}
+    ]
+    used = [name for cell in cells for name in (cell.c_in, *cell.c_out, *cell.h_out)]
+    for cell in cells:
+        (c_out,), (h_out,) = cell.c_out, cell.h_out
+        certain = all(used.count(name) == 1 for name in (cell.c_in, c_out, h_out))
+        if not certain or _SEQUENCES.search(cell.c_in.lower()) or not _alike(tensors[cell.c_in], tensors[c_out]):
+            continue
+        said = f"{c_out} is {cell.c_in} times a gate, and more"
+        roles.states.append(Pair(cell.c_in, c_out, f"{said}: c of an LSTM cell"))
+        # Where x is as wide as h, nothing but its name tells the two apart.
+        begins = [name for name in cell.h_in if _alike(tensors[name], tensors[h_out])]
+        taken = {pair.input for pair in roles.states}
+        begins = [name for name in begins if name not in taken and not _SEQUENCES.search(name.lower())]
+        if len(begins) > 1:
+            begins = [name for name in begins if _STATES.search(name.lower())]
+        if len(begins) == 1 and cell.takes:
+            (h_in,) = begins
+            said = f"{h_out} is a gate times the tanh of {c_out}, and the gates come out of {h_in}"
+            roles.states.append(Pair(h_in, h_out, f"{said}: h of an LSTM cell"))
 
 
 def _pair_by_shape(anatomy: Anatomy, inputs: list[Tensor], outputs: list[Tensor], roles: Roles) -> None:

@@ -229,6 +229,65 @@ def test_h_and_c_that_nothing_tells_apart(tmp_path: Path) -> None:
     assert pairs == [("h_in", "h_out"), ("c_in", "c_out")]
 
 
+def write_lstm_cells(path: Path, names: tuple[str, str, str], layers: int = 1, width: int = I, h: bool = True) -> Path:
+    """One step of LSTM cells out of ordinary operators; without ``h``, gates that come out of x alone.
+
+    Args:
+        path: where to.
+        names: of x, h and c.
+        layers: how many; the number of its layer stands behind the name of each state.
+        width: of x.
+        h: whether gates depend on h.
+    """
+    x, hidden, cell = names
+    lines, inputs, outputs, arrays, below = [], [f"float[N, {width}] {x}"], ["float[N, 1] y"], {"head": draw(H, 1)}, x
+    for k in range(layers):
+        arrays |= {f"W{k}": draw(width if k == 0 else H, 4 * H), f"R{k}": draw(H, 4 * H)}
+        inputs += [f"float[N, {H}] {hidden}{k}"] * h + [f"float[N, {H}] {cell}{k}"]
+        outputs += [f"float[N, {H}] p{k}", f"float[N, {H}] q{k}"]
+        lines.append(f"a{k} = MatMul({below}, W{k})")
+        lines.append(f"b{k} = MatMul({hidden}{k}, R{k})  s{k} = Add(a{k}, b{k})" if h else f"s{k} = Identity(a{k})")
+        lines.append(
+            f"i{k}, o{k}, f{k}, g{k} = Split <axis = 1, num_outputs = 4> (s{k})"
+            f"  I{k} = Sigmoid(i{k})  O{k} = Sigmoid(o{k})  F{k} = Sigmoid(f{k})  G{k} = Tanh(g{k})"
+            f"  kept{k} = Mul(F{k}, {cell}{k})  new{k} = Mul(I{k}, G{k})  q{k} = Add(kept{k}, new{k})"
+            f"  bent{k} = Tanh(q{k})  p{k} = Mul(bent{k}, O{k})"
+        )
+        below = f"p{k}"
+    lines.append(f"y = MatMul({below}, head)")
+    text = f"g ({', '.join(inputs)}) => ({', '.join(outputs)}) {{ {'  '.join(lines)} }}"
+    return place(path, "cells", model(text, arrays))
+
+
+@pytest.mark.parametrize(
+    ("names", "layers", "width"), [(("x", "a", "b"), 1, I), (("x", "c", "h"), 3, I), (("x", "h", "c"), 2, H)]
+)
+def test_lstm_cells_of_ordinary_operators(tmp_path: Path, names: tuple[str, str, str], layers: int, width: int) -> None:
+    """The c is what a gate multiplies and keeps, h what its gates come out of: in every layer, whatever its name."""
+    path = write_lstm_cells(tmp_path, names, layers, width)
+    proposal = proposed(path)
+    assert proposal.decisions == []
+    pairs = {(state.input, state.output) for state in accepted(path, proposal.text).states}
+    _, h, c = names
+    assert pairs == {pair for k in range(layers) for pair in ((f"{h}{k}", f"p{k}"), (f"{c}{k}", f"q{k}"))}
+
+
+def test_an_lstm_cell_whose_x_could_be_h(tmp_path: Path) -> None:
+    """Where x is as wide as h and no name tells them apart, c alone is certain."""
+    path = write_lstm_cells(tmp_path, ("u", "v", "w"), width=H)
+    proposal = proposed(path)
+    check_open(path, proposal)
+    assert proposal.evidence == ["q0 is w0 times a gate, and more: c of an LSTM cell"]
+
+
+def test_gates_of_x_alone(tmp_path: Path) -> None:
+    """A cell whose gates do not depend on h has none: what it takes is not taken for it, and its output is served."""
+    path = write_lstm_cells(tmp_path, ("u", "", "c"), width=H, h=False)
+    proposal = proposed(path)
+    assert proposal.evidence == ["q0 is c0 times a gate, and more: c of an LSTM cell"]
+    assert ("u", "p0") not in re.findall(r"^  - {input: (\w+), output: (\w+)", proposal.text, re.MULTILINE)
+
+
 def test_an_input_that_could_be_a_state(tmp_path: Path) -> None:
     """Where an input comes back in its own shape and no name says what it is, that is left open."""
     path = write(
