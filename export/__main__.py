@@ -64,8 +64,10 @@ def export(options: argparse.Namespace, console: Console) -> None:
 
 def from_weights(options: argparse.Namespace, console: Console) -> None:
     """Export a model that is read from a spec and arrays, and print what was verified."""
+    compared = False
 
     def load(data: Mapping[str, Array] | None) -> nn.Module:
+        nonlocal compared
         from export.weights.model import read_model
         from models.fused import SequenceModel
 
@@ -75,9 +77,12 @@ def from_weights(options: argparse.Namespace, console: Console) -> None:
 
             error = check_outputs(spec, weights, data, options.max_error)
             console.print(f"the outputs given with the data are the model's, within {error:.1e}", highlight=False)
+            compared = True
         return SequenceModel.from_weights(spec, weights)
 
     _make(load, options, console)
+    if not compared:
+        console.print("not compared with what the model gives where it comes from: give --data with x and y to do so")
 
 
 def _make(

@@ -72,6 +72,8 @@ def load_arrays(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, Array
     """
     path = Path(path)
     load = _LOADERS.get(path.suffix.lower())
+    if path.suffix.lower() == ".keras":
+        raise ValueError(f"{path.name}: a .keras file is a zip archive; unzip it, and name its model.weights.h5")
     if load is None:
         raise ValueError(f"{path.name}: unknown kind of checkpoint; expected one of {', '.join(_LOADERS)}")
     _check_size(path.name, path.stat().st_size, max_bytes)

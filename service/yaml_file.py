@@ -67,6 +67,7 @@ def _told(error: Mapping[str, Any]) -> str:
     said = (
         said.replace("Input should be", "expected").replace("a valid tuple", "a list").replace("a valid list", "a list")
     )
+    said = said.replace("expected greater", "expected a number greater").replace("a valid integer", "a whole number")
     if error["type"] == "dict_type":
         said = "expected a mapping, as in {key: value}"
     if error["type"] not in ("missing", "value_error"):

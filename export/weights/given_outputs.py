@@ -47,6 +47,7 @@ def check_outputs(spec: ModelSpec, weights: Weights, data: Weights, max_error: f
         raise VerificationFailed(
             f"the outputs given with the data differ from those of the model by {error:.1e}, the bound is {bound:.1e}: "
             "the model is not the one they come from. What the arrays do not tell are the product, the order of the "
-            "gates, the reset and the activation; and what stands behind the head, a softmax say, is not part of it"
+            "gates, whether x or h stands first in one matrix of both (W_xh or W_hx), the reset and the activation; "
+            "and what stands behind the head, a softmax say, is not part of it"
         )
     return error

@@ -150,6 +150,7 @@ def test_the_trap_works(tmp_path: Path) -> None:
         ),
         ("a.npy", b"", "unknown kind"),
         ("a", b"", "unknown kind"),
+        ("a.keras", b"PK", "a.keras: a .keras file is a zip archive; unzip it, and name its model.weights.h5"),
         ("a.pt", b"", "not a zip file"),
         ("a.npz", b"PK\x03\x04 and no more", "not a zip file"),
         ("a.safetensors", b"\xff" * 64, "cannot be loaded"),

@@ -76,7 +76,11 @@ def test_names_are_as_they_are_written() -> None:
         (GRAPH.replace("{}}", "{}, a: {role: lengths}, b: {role: lengths}}", 1), r"at most one input of role lengths"),
         ("inputs: {x: {role: state}}", r"inputs\.x\.role: .*'sequence', 'lengths' or 'constant'"),
         ("inputs: {x: {axis: 1}}", r"inputs\.x: unknown key 'axis', expected some of role, time_axis"),
-        ("inputs: {x: {batch_axis: -1}}", r"inputs\.x\.batch_axis: "),
+        (
+            "inputs: {x: {batch_axis: -1}}",
+            r"inputs\.x\.batch_axis: expected a number greater than or equal to 0, got -1",
+        ),
+        ("inputs: {x: {batch_axis: last}}", r"inputs\.x\.batch_axis: expected a whole number, got 'last'"),
         ("inputs: {x: {batch_axis: true}}", r"inputs\.x\.batch_axis: "),
         ("inputs: {x: {below: 0}}", r"inputs\.x\.below: "),
         ("inputs: {x: {shape: [0]}}", r"inputs\.x\.shape\[0\]: "),

@@ -40,12 +40,12 @@ SPECS = {
     ),
     "a size that is a bool": (
         f"weights: w.npz\nlayers: [{OWN[:-1]}, hidden_size: yes}}]",
-        "layers[0].hidden_size: expected a valid integer, got True",
+        "layers[0].hidden_size: expected a whole number, got True",
     ),
     "an unknown cell": ("weights: w.npz\nlayers: [{cell: lsmt}]", "layers[0].cell: expected 'rnn', 'lstm'"),
     "a size that is none": (
         f"weights: w.npz\nlayers: [{OWN[:-1]}, hidden_size: 0}}]",
-        "layers[0].hidden_size: expected greater than or equal to 1, got 0",
+        "layers[0].hidden_size: expected a number greater than or equal to 1, got 0",
     ),
     "no layout, no arrays": ("weights: w.npz\nlayers: [{cell: gru}]", "layers[0]: expected a layout and a prefix, or"),
     "no product": ("weights: w.npz\nlayers: [{cell: rnn, arrays: {W_x: W}}]", "product is missing"),
@@ -243,6 +243,15 @@ def test_arrays_that_do_not_fit(
     assert line.startswith(f"python -m export from-weights: {path}: ")
     assert says in line
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_what_needs_no_mention(tmp_path: Path) -> None:
+    """Whole numbers and single ones are weights of nothing, as the document says; a vector has to be named."""
+    passed = {"optimizer/vars/0": np.array(7), "rate": np.array(1e-3), "seed": np.arange(2, dtype=np.uint32)}
+    text = f"weights: w.npz\nlayers: [{OWN}]"
+    read_model(write(tmp_path, text, w_npz=GOOD | passed))
+    with pytest.raises(ExportError, match=r"arrays are left over: more \[1\]"):
+        read_model(write(tmp_path, text, w_npz=GOOD | passed | {"more": np.zeros(1)}))
 
 
 def test_files_that_do_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
