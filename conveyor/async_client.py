@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, overload
 
 import grpc
 import numpy as np
@@ -56,6 +56,14 @@ class Opening:
 
     def __init__(self, coroutine: Coroutine[Any, Any, AsyncSession]) -> None:
         self._coroutine = coroutine
+
+    if not TYPE_CHECKING:  # a type checker is not to believe that it has every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            what = f"the session is not open yet, and has no {name!r}"
+            raise AttributeError(
+                f"{what}: write session = await client.session(...), or async with", name=name, obj=self
+            )
 
     def __await__(self) -> Generator[Any, Any, AsyncSession]:
         return self._coroutine.__await__()

@@ -1,4 +1,4 @@
-"""What the README and docs/models.md show works as it stands there."""
+"""What the README, docs/models.md and docs/client.md show works as it stands there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def run(arguments: list[str], folder: Path, status: int = 0) -> str:
 
 
 def test_the_examples_as_pasted(tmp_path: Path) -> None:
-    """The model is exported by the command beside it, the server takes the flags shown, the client's example runs."""
+    """The model is exported by the command beside it, the server takes the flags shown, the client's examples run.
+
+    Those of docs/client.md are for the same model.
+    """
     serve, call, export, follow, _ = blocks("sh")
     client, my_model = blocks("python")
     (tmp_path / "my_model.py").write_text(my_model)
@@ -56,8 +59,16 @@ def test_the_examples_as_pasted(tmp_path: Path) -> None:
         assert f'Client("127.0.0.1:{settings.port}")' in client
         (tmp_path / "client.py").write_text(client.replace(f"127.0.0.1:{settings.port}", server.target))
         assert call.splitlines()[-1] == "python client.py"
-        printed = run(["client.py"], tmp_path)
-    assert printed.startswith("8 {")
+        printed = [run(["client.py"], tmp_path)]
+        text = (ROOT / "docs/client.md").read_text()
+        for file, code in re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            assert f"127.0.0.1:{settings.port}" in code
+            (tmp_path / file).write_text(code.replace(f"127.0.0.1:{settings.port}", server.target))
+            printed.append(run([file], tmp_path))
+    states, sessions, many = printed
+    assert states.startswith("8 {")
+    assert sessions == "found again at 3\n"
+    assert re.fullmatch(r"session 7 stays at 3: .*(NaN|finite).*\n99 sessions at 5\n", many), many
 
 
 def write_files(folder: Path, first: int, last: int) -> tuple[list[str], list[str]]:

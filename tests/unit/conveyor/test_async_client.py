@@ -87,6 +87,15 @@ async def test_an_error_in_the_block_is_not_hidden_by_the_closing() -> None:
                 raise ZeroDivisionError
 
 
+async def test_a_session_that_was_not_awaited_says_so() -> None:
+    """Who forgets the await is told what to write, and not of some object's missing attribute."""
+    opening = AsyncClient("127.0.0.1:1").session("lstm")
+    with pytest.raises(AttributeError, match=r"has no 'step': write session = await client\.session\(\.\.\.\)"):
+        opening.step(np.zeros(3, np.float32))  # type: ignore[attr-defined]
+    assert not hasattr(opening, "position")
+    opening._coroutine.close()
+
+
 async def test_steps_of_one_session_wait_their_turn() -> None:
     """Called at once, they are applied one after the other, in order."""
     x = rows(5)

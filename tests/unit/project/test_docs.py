@@ -16,6 +16,7 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "docs/architecture.md",
+    "docs/client.md",
     "docs/guarantees.md",
     "docs/models.md",
     "docs/weights.md",
