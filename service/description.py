@@ -18,7 +18,7 @@ from service.yaml_file import MAX_BYTES, Section, parse_yaml
 NAME = "model.yaml"
 """The file's name: DIR/NAME/model.yaml."""
 
-_SHOWN = 200
+_SHOWN = 500
 """How much of a line an error shows."""
 
 UNDECIDED = re.compile(r"^ *# decide: (.*)$", re.MULTILINE)

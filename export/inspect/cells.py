@@ -45,6 +45,8 @@ def find_cells(flow: Dataflow, inputs: Iterable[str], outputs: Iterable[str]) ->
     given = {name: flow.carries(("", name)) for name in inputs}
     held = {value: name for name, values in given.items() for value in values}
     updates = [update for _, update in zip(range(MAX_CELLS), _updates(flow.operations, held), strict=False)]
+    if not updates:
+        return []
     ends = [_hidden(flow, each.cell) for each in updates]
     # h of one layer is what the next one takes, so the way from an input to its own gate ends at any cell.
     walls = {each.cell for each in updates}.union(*ends)
