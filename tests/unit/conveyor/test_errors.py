@@ -15,7 +15,15 @@ from service import errors as server_errors
 from service.wire import status
 
 CLIENT_ONLY = {"timed_out", "connection_lost", "protocol_error", "steps_failed"}
-OTHER_DOOR = {"LoadFailed", "ControlRefused", "Unsupported"}
+OTHER_DOOR = {
+    "LoadFailed",
+    "ControlRefused",
+    "Unsupported",
+    "SequenceMissing",
+    "SequenceEnded",
+    "SequenceExpired",
+    "SequenceLost",
+}
 """Errors of calls that conveyor.v1 does not have, and this client so never meets."""
 
 
