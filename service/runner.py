@@ -207,8 +207,9 @@ class Runner:
             ended = refused
             if tick is not None:
                 began = self._clock()
+                going_on: list[Row] = []
                 try:
-                    self._run(tick, began)
+                    self._run(tick, began, going_on)
                 except Exception:
                     # Nothing in _run is expected to raise; were this thread to die of it, every later row would wait
                     # for ever.
@@ -221,7 +222,9 @@ class Runner:
                 self._tick_seconds.observe(seconds)
                 self._tick_rows.observe(len(tick.rows))
                 self._padding.inc(len(tick.rows) * tick.steps - useful)
-                ended = refused + [row for row in tick.rows if row.phase is not Phase.QUEUED]
+                # Not by their phase: one that waits again may have been taken out since, by somebody who was told so.
+                waiting = set(map(id, going_on))
+                ended = refused + [row for row in tick.rows if id(row) not in waiting]
             for row in ended:
                 self._release(row)
             if ended:
@@ -233,7 +236,8 @@ class Runner:
             self.pool.free(row.scratch)
         row.scratch = None
 
-    def _run(self, tick: Tick, cut_at: float) -> None:
+    def _run(self, tick: Tick, cut_at: float, going_on: list[Row]) -> None:
+        """Run a tick, and add those of its rows that have steps left to ``going_on``."""
         try:
             began = self._clock()
             feeds = self._feeds(tick)
@@ -243,22 +247,19 @@ class Runner:
             unpacked = [
                 unpack(output, spec, tick.lengths) for output, spec in zip(outputs, self.manifest.outputs, strict=True)
             ]
+            # Before anything moves: nothing may fail after that.
+            spare = self._spare_slots(tick)
         except Exception as error:
             if len(tick.rows) > 1:
                 # One row may be to blame. Nothing has moved, so each half can run again without the other.
                 for half in tick.halves():
-                    self._run(half, cut_at)
+                    self._run(half, cut_at, going_on)
                 return
             log.error("run failed", model=self.name, version=self.version, error=repr(error))
             self._refuse(tick.rows, EngineFailed("the model failed on this input; the state has not moved"))
             return
         with self._wake:
             sealed = self._scheduler.seal(tick, self._clock())
-        for index in sealed.advanced:
-            row = tick.rows[index]
-            row.parts.append([rows_of_output[index] for rows_of_output in unpacked])
-            if row.scratch is None:
-                row.scratch = self.pool.allocate()
         for index in sealed.applied:
             row = tick.rows[index]
             last = [rows_of_output[index] for rows_of_output in unpacked]
@@ -266,6 +267,13 @@ class Runner:
             if row.scratch is not None:
                 # What its track had is given back when the row is released.
                 row.track.slot, row.scratch = row.scratch, row.track.slot
+        for index in sealed.advanced:
+            row = tick.rows[index]
+            row.parts.append([rows_of_output[index] for rows_of_output in unpacked])
+            if row.scratch is None:
+                row.scratch = spare.pop()
+        for slot in spare:
+            self.pool.free(slot)
         kept = sorted(sealed.applied + sealed.advanced)
         if kept:
             slots = [
@@ -275,7 +283,7 @@ class Runner:
             self.pool.scatter(np.array(slots, np.intp), np.array(kept, np.intp), states)
         if sealed.advanced:
             with self._wake:
-                self._scheduler.resume(tick, sealed)
+                going_on += self._scheduler.resume(tick, sealed)
         self.statistics.run(
             rows=len(tick.rows),
             applied=len(sealed.applied),
@@ -285,6 +293,19 @@ class Runner:
             output_s=self._clock() - ran,
             now_s=self._calendar(),
         )
+
+    def _spare_slots(self, tick: Tick) -> list[int]:
+        """Take a slot for each row that has steps left after a tick and nowhere to keep its states till then."""
+        slots: list[int] = []
+        try:
+            for row, length in zip(tick.rows, tick.lengths, strict=True):
+                if row.scratch is None and row.left > length:
+                    slots.append(self.pool.allocate())
+        except Exception:
+            for slot in slots:
+                self.pool.free(slot)
+            raise
+        return slots
 
     def _join(self, parts: Sequence[Sequence[Array]]) -> list[Array]:
         """The outputs of a row from those of its slices."""

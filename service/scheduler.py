@@ -240,7 +240,9 @@ class Scheduler:
             if not _waits(row):
                 self._stale[_kind(row)] -= 1
                 return 0
-            if (error := _unfit(row, soon)) is not None:
+            # The first one is judged by the time it is, not by what the tick is expected to take: were that far too
+            # much, nothing would run any more, and so nothing be learned.
+            if (error := _unfit(row, soon if rows else now)) is not None:
                 self._leave(row)
                 self._end(row, error)
                 refused.append(row)
@@ -321,8 +323,13 @@ class Scheduler:
                 sealed.applied.append(index)
         return sealed
 
-    def resume(self, tick: Tick, sealed: Sealed) -> None:
-        """Let the rows that have steps left wait for their next slice; until this they cannot be taken out."""
+    def resume(self, tick: Tick, sealed: Sealed) -> list[Row]:
+        """Let the rows that have steps left wait for their next slice; until this they cannot be taken out.
+
+        Returns:
+            Those that wait; the others were given up meanwhile, and have ended.
+        """
+        going_on = []
         # From the last to the first, so that they stand in front in their old order.
         for index in reversed(sealed.advanced):
             row = tick.rows[index]
@@ -333,6 +340,8 @@ class Scheduler:
             row.phase = Phase.QUEUED
             self._enter(row)
             self._queues[_kind(row)].put_back(row.caller, row)
+            going_on.append(row)
+        return going_on
 
     def fail(self, rows: Sequence[Row], error: ConveyorError) -> None:
         """End rows of a tick whose run failed."""

@@ -30,7 +30,9 @@ LIMITS = Limits(queued_rows=20, tick_rows=16, tick_steps=1000)
 class Bench:
     """A runner of the graph, and rows for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = LIMITS, slots: int = 100) -> None:
+        self.limits = limits
+        self.slots = slots
         self.graph = Sums()
         self.clock = Clock()
         self.metrics = Metrics()
@@ -42,7 +44,15 @@ class Bench:
         """A runner of the same name and version."""
         loop = asyncio.get_running_loop()
         return Runner(
-            "sums", 1, self.graph, LIMITS, 100, self.metrics, self.clock, loop, calendar=lambda: 1_800_000_000.5
+            "sums",
+            1,
+            self.graph,
+            self.limits,
+            self.slots,
+            self.metrics,
+            self.clock,
+            loop,
+            calendar=lambda: 1_800_000_000.5,
         )
 
     def row(self, *x: float, track: Track | None = None, position: int = 0, deadline: float | None = None) -> Row:
@@ -297,6 +307,36 @@ async def test_warm_up_says_what_the_engine_says() -> None:
     bench.graph.before = fail
     with pytest.raises(RuntimeError, match="no kernel"):
         bench.runner.warm_up()
+
+
+async def test_a_row_that_is_taken_out_between_its_slices_ends_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever took it out was told so then; its tick, whose rows are delivered after that, does not tell again."""
+    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=2))
+    long, other = bench.row(1, 2, 3, 4), bench.row(5)
+    taken_out: list[bool] = []
+    # The last thing that a tick does before its rows are told.
+    monkeypatch.setattr(bench.runner.statistics, "run", lambda **_: taken_out.append(bench.runner.cancel(long)))
+    bench.runner.start()
+    bench.runner.submit([long])
+    bench.runner.submit([other])
+    await bench.all_ended(1)
+    assert taken_out[0]
+    assert bench.ended == [other]
+    assert await bench.runner.stop(30)
+
+
+async def test_a_slice_without_room_for_its_states_fails_alone() -> None:
+    """The others of its tick are applied, states and all; nothing of its own has moved, and no slot is lost."""
+    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=4), slots=2)
+    long, short = bench.row(1, 2, 3, 4), bench.row(5, 6)
+    bench.runner.submit([long, short])
+    bench.runner.start()
+    await bench.all_ended(2)
+    assert isinstance(long.error, EngineFailed)
+    assert (long.track.position, bench.state(long)) == (0, 0)
+    assert (outputs(short), short.track.position, bench.state(short)) == ([5, 11], 2, 11)
+    assert bench.runner.pool.taken == 2
+    assert await bench.runner.stop(30)
 
 
 async def test_what_is_counted(bench: Bench) -> None:

@@ -136,6 +136,20 @@ def test_more_rows_than_the_queue_holds_never_fit() -> None:
         scheduler(queued_rows=2).submit([row(), row(), row()])
 
 
+def test_a_wrong_guess_of_the_time_is_learned_from() -> None:
+    """After one tick that took minutes, a chunk with a deadline still runs: else nothing would ever be learned."""
+    queue = scheduler()
+    queue.pace.learn(1, 1, 600.0)
+    for _ in range(40):
+        queue.submit([row(deadline=NOW + 1)])
+        tick, refused = queue.cut(NOW)
+        assert tick is not None
+        assert not refused
+        finish(queue, tick)
+        queue.pace.learn(1, 1, 0.001)
+    assert queue.pace.step_s(1, 1) < 0.2
+
+
 def test_what_was_applied_already_is_a_conflict_also_when_it_is_late() -> None:
     """A repetition that comes late is told where its track is, not that nothing has moved."""
     track = Track(0)

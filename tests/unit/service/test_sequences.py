@@ -37,7 +37,7 @@ from service.manifest import Manifest
 from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
-from service.row import Phase, Row
+from service.row import Row
 from service.runner import Runner
 from service.scheduler import Limits
 from service.sequences import Load, Sequences, Step, Stepped, Ticket
@@ -63,8 +63,9 @@ class ByHand(Runner):
         tick, refused = self._scheduler.cut(self._clock())
         ended = refused
         if tick is not None:
-            self._run(tick, self._clock())
-            ended = refused + [row for row in tick.rows if row.phase is not Phase.QUEUED]
+            going_on: list[Row] = []
+            self._run(tick, self._clock(), going_on)
+            ended = refused + [row for row in tick.rows if row not in going_on]
         for row in ended:
             self._release(row)
         self._deliver(ended)
