@@ -113,20 +113,22 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class InferRequest(_message.Message):
-    __slots__ = ("model", "version", "inputs", "lengths", "initial_states", "return_states")
+    __slots__ = ("model", "version", "inputs", "lengths", "initial_states", "return_states", "ragged")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     INITIAL_STATES_FIELD_NUMBER: _ClassVar[int]
     RETURN_STATES_FIELD_NUMBER: _ClassVar[int]
+    RAGGED_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
     lengths: _containers.RepeatedScalarFieldContainer[int]
     initial_states: _containers.RepeatedCompositeFieldContainer[Tensor]
     return_states: bool
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., lengths: _Optional[_Iterable[int]] = ..., initial_states: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., return_states: bool = ...) -> None: ...
+    ragged: bool
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., lengths: _Optional[_Iterable[int]] = ..., initial_states: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., return_states: bool = ..., ragged: bool = ...) -> None: ...
 
 class InferResponse(_message.Message):
     __slots__ = ("version", "outputs", "final_states")
@@ -152,11 +154,29 @@ class Chunk(_message.Message):
     epoch: int
     def __init__(self, session_id: _Optional[str] = ..., position: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., timeout_us: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
+class Block(_message.Message):
+    __slots__ = ("tag", "session_ids", "positions", "inputs", "timeout_us", "epochs")
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    SESSION_IDS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    tag: int
+    session_ids: _containers.RepeatedScalarFieldContainer[str]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
+    timeout_us: int
+    epochs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tag: _Optional[int] = ..., session_ids: _Optional[_Iterable[str]] = ..., positions: _Optional[_Iterable[int]] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., timeout_us: _Optional[int] = ..., epochs: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class StreamRequest(_message.Message):
-    __slots__ = ("chunks",)
+    __slots__ = ("chunks", "blocks")
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     chunks: _containers.RepeatedCompositeFieldContainer[Chunk]
-    def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ...) -> None: ...
+    blocks: _containers.RepeatedCompositeFieldContainer[Block]
+    def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ...) -> None: ...
 
 class ChunkResult(_message.Message):
     __slots__ = ("session_id", "position", "steps", "outputs", "error")
@@ -172,11 +192,35 @@ class ChunkResult(_message.Message):
     error: ErrorDetail
     def __init__(self, session_id: _Optional[str] = ..., position: _Optional[int] = ..., steps: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
 
+class BlockError(_message.Message):
+    __slots__ = ("index", "error")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    error: ErrorDetail
+    def __init__(self, index: _Optional[int] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
+
+class BlockResult(_message.Message):
+    __slots__ = ("tag", "steps", "outputs", "errors", "error")
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    tag: int
+    steps: int
+    outputs: _containers.RepeatedCompositeFieldContainer[Tensor]
+    errors: _containers.RepeatedCompositeFieldContainer[BlockError]
+    error: ErrorDetail
+    def __init__(self, tag: _Optional[int] = ..., steps: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[BlockError, _Mapping]]] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
+
 class StreamResponse(_message.Message):
-    __slots__ = ("results",)
+    __slots__ = ("results", "block_results")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_RESULTS_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[ChunkResult]
-    def __init__(self, results: _Optional[_Iterable[_Union[ChunkResult, _Mapping]]] = ...) -> None: ...
+    block_results: _containers.RepeatedCompositeFieldContainer[BlockResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[ChunkResult, _Mapping]]] = ..., block_results: _Optional[_Iterable[_Union[BlockResult, _Mapping]]] = ...) -> None: ...
 
 class Session(_message.Message):
     __slots__ = ("session_id", "model", "version", "position", "idle_timeout_s", "idle_s", "epoch")
