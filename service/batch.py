@@ -33,7 +33,6 @@ class Batch:
     def add(
         self,
         states: Sequence[Array] | None,
-        steps: int,
         inputs: Sequence[Array],
         deadline: float | None,
         priority: int = USUAL,
@@ -43,8 +42,7 @@ class Batch:
 
         Args:
             states: to begin from, each without the batch axis; None for the initial ones.
-            steps: of the row.
-            inputs: one array [T, ...] an input of the model.
+            inputs: of the row, one array [T, ...] an input of the model.
             deadline: on the clock; None for none.
             priority: 1 first, 2 as usual, 3 last.
             caller: among whom the model's time is shared out.
@@ -53,7 +51,7 @@ class Batch:
             Full: if there is no slot.
         """
         track = Track(self._runner.pool.allocate(states))
-        row = Row(track, 0, steps, inputs, self._on_end, deadline, priority, caller, batch=True)
+        row = Row(track, 0, len(inputs[0]), inputs, self._on_end, deadline, priority, caller, batch=True)
         # Nobody needs the states that it begins from, should it come to nothing halfway.
         row.scratch = track.slot
         self.rows.append(row)

@@ -398,8 +398,7 @@ class Operations:
     async def infer(
         self,
         runner: Runner,
-        inputs: Sequence[Array],
-        lengths: Sequence[int],
+        rows: Sequence[Sequence[Array]],
         states: Sequence[Array] | None,
         deadline: float | None,
         priority: int = USUAL,
@@ -409,8 +408,7 @@ class Operations:
 
         Args:
             runner: the model.
-            inputs: one array [N, T, ...] an input of the model.
-            lengths: how many steps of each row are valid.
+            rows: for each its inputs, one array [T_n, ...] an input of the model.
             states: to begin from, each [N, ...]; None for the initial ones.
             deadline: on the clock; None for none.
             priority: 1 first, 2 as usual, 3 last.
@@ -425,9 +423,9 @@ class Operations:
         self.take_new_work()
         batch = Batch(runner)
         try:
-            for n, length in enumerate(lengths):
+            for n, inputs in enumerate(rows):
                 given = None if states is None else [state[n] for state in states]
-                batch.add(given, length, [array[n, :length] for array in inputs], deadline, priority, caller)
+                batch.add(given, inputs, deadline, priority, caller)
             runner.submit(batch.rows)
         except Exception:
             batch.free()

@@ -61,9 +61,8 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
             codec.check_reply(len(lengths), inputs[0].shape[1], request.return_states)
             left = context.time_remaining()
             deadline = None if left is None else self.clock() + left
-            outputs, finals = await self.operations.infer(
-                runner, inputs, lengths, states, deadline, caller=caller(context)
-            )
+            given = [[array[n, :length] for array in inputs] for n, length in enumerate(lengths)]
+            outputs, finals = await self.operations.infer(runner, given, states, deadline, caller=caller(context))
         response = pb.InferResponse(version=runner.version)
         for index, output in enumerate(runner.manifest.outputs):
             rows = [row[index] for row in outputs]

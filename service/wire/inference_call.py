@@ -180,7 +180,12 @@ class Inference:
         states = codec.states(given.states, rows)
         codec.check_reply(rows, steps, any(name not in outputs_by_name for name in wanted))
         outputs, finals = await self._door.operations.infer(
-            runner, inputs, lengths, states, deadline, request.priority, self._caller
+            runner,
+            [[array[n, :length] for array in inputs] for n, length in enumerate(lengths)],
+            states,
+            deadline,
+            request.priority,
+            self._caller,
         )
         response = self._response(runner.version)
         for name in wanted:
