@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.manifest import Manifest
+from service.errors import LoadError
+from service.manifest import Manifest, StateSpec, TensorSpec
+from service.workspace import Results, Workspace
 
 Array = NDArray[np.generic]
 
@@ -25,7 +27,7 @@ class Graph(Protocol):
     def digest(self) -> str:
         """What tells the graph's file from any other."""
 
-    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+    def run(self, feeds: Mapping[str, Array]) -> Results:
         """Run it once.
 
         Args:
@@ -34,6 +36,9 @@ class Graph(Protocol):
         Returns:
             The outputs and the states after the run, each in the manifest's order and axes.
         """
+
+    def workspace(self, rows: int, steps: int) -> Workspace:
+        """Return arrays to fill for a run of so many rows and steps; they are valid until the next call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +62,45 @@ class Signature:
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
     optional: Mapping[str, Port] = field(default_factory=dict)
+
+    def check(self, manifest: Manifest) -> None:
+        """Hold a manifest against it: same names, dtypes and fixed sizes.
+
+        Raises:
+            LoadError: if they disagree.
+        """
+        inputs = {spec.name: _port(spec, manifest) for spec in manifest.inputs}
+        inputs |= {spec.input: _port(spec, manifest) for spec in manifest.states}
+        inputs |= {one.name: Port(one.dtype, one.shape) for one in manifest.constants}
+        if manifest.lengths is not None:
+            inputs[manifest.lengths] = Port(manifest.lengths_dtype, (manifest.rows_per_run,))
+        outputs = [(spec.name, _port(spec, manifest)) for spec in manifest.outputs]
+        outputs += [(spec.output, _port(spec, manifest)) for spec in manifest.states]
+        if missing := sorted(self.inputs.keys() - inputs.keys()):
+            raise LoadError(f"the graph's inputs {missing} are not in its manifest")
+        takes = {**self.optional, **self.inputs}
+        for kind, want, have in (("input", inputs.items(), takes), ("output", outputs, self.outputs)):
+            for name, port in want:
+                if name not in have:
+                    raise LoadError(f"the manifest's {kind} {name!r} is not in the graph, which has {sorted(have)}")
+                dtype, shape = have[name].dtype, have[name].shape
+                if dtype != port.dtype:
+                    raise LoadError(f"{kind} {name!r} is {port.dtype} in the manifest and {dtype} in the graph")
+                if kind == "output" and not shape:
+                    continue  # its axes are not in the file
+                # What the graph gives may have axes it has no size for; those the manifest fixes. Where the manifest
+                # has none, the graph's is that of the example it was exported with: each run's are checked.
+                if len(shape) != len(port.shape) or any(
+                    a is not None and a != b and (kind == "input" or b is not None)
+                    for a, b in zip(shape, port.shape, strict=True)
+                ):
+                    raise LoadError(f"{kind} {name!r} has shape {port.shape} in the manifest and {shape} in the graph")
+
+
+def _port(spec: TensorSpec | StateSpec, manifest: Manifest) -> Port:
+    """What a graph has that is presented so: no axes that it lacks, one row or step where it takes one."""
+    sizes = dict(enumerate(spec.shape))
+    sizes[spec.batch_axis] = manifest.rows_per_run
+    if isinstance(spec, TensorSpec) and spec.time_axis is not None:
+        sizes[spec.time_axis] = manifest.steps_per_run
+    return Port(spec.dtype, tuple(size for axis, size in sizes.items() if axis not in spec.absent))

@@ -64,3 +64,73 @@ def unpack(packed: Array, spec: TensorSpec, steps: Sequence[int]) -> list[Array]
         return [view[n].copy() for n in range(len(steps))]
     view = np.moveaxis(packed, (spec.batch_axis, spec.time_axis), (0, 1))
     return [view[n, :length].copy() for n, length in enumerate(steps)]
+
+
+def pack_blocks(blocks: Sequence[Array], lengths: Sequence[int], spec: TensorSpec, out: Array | None = None) -> Array:
+    """Lay the rows of blocks side by side, padded with zeros.
+
+    Args:
+        blocks: each [N_k, T_k, ...], rows of one length; for a spec without time, [N_k, 1, ...].
+        lengths: T_k of each block, which a spec without time does not need.
+        spec: the graph's axes.
+        out: the array to fill, whose time axis is at least as long as the longest block; None for a new one as long
+            as that.
+
+    Returns:
+        One array in the graph's axes: ``out``, if given.
+
+    Raises:
+        ValueError: if the rows differ in any axis but the first two, from each other or from ``out``.
+    """
+    tail = blocks[0].shape[2:]
+    if out is None:
+        sizes = {spec.batch_axis: sum(len(block) for block in blocks)}
+        if spec.time_axis is not None:
+            sizes[spec.time_axis] = max(lengths)
+        others = iter(tail)
+        out = np.empty([sizes[axis] if axis in sizes else next(others) for axis in range(len(spec.shape))], spec.dtype)
+    view = _rows_first(out, spec)
+    steps = view.shape[1]
+    if spec.time_axis is None or all(length == steps for length in lengths):
+        np.concatenate(blocks, out=view)
+        return out
+    if any(block.shape[2:] != view.shape[2:] for block in blocks):
+        # Assigned below, a feature of one would be stretched over all.
+        raise ValueError("the rows of one tick differ in their features")
+    first = 0
+    for block, length in zip(blocks, lengths, strict=True):
+        rows = view[first : first + len(block)]
+        rows[:, :length] = block
+        rows[:, length:] = 0
+        first += len(block)
+    return out
+
+
+def unpack_blocks(packed: Array, spec: TensorSpec, widths: Sequence[int], lengths: Sequence[int]) -> list[Array]:
+    """Copy the rows of each block out, without their padding.
+
+    Args:
+        packed: the rows of all blocks, in the graph's axes.
+        spec: the graph's axes.
+        widths: N_k, how many rows each block has.
+        lengths: T_k, how many steps of each are valid.
+
+    Returns:
+        Arrays [N_k, T_k, ...]; for a spec without time, [N_k, ...]. Each is whole and in memory of its own.
+    """
+    view = _rows_first(packed, spec)
+    if spec.time_axis is None:
+        view = view[:, 0]
+    blocks, first = [], 0
+    for width, length in zip(widths, lengths, strict=True):
+        rows = view[first : first + width]
+        blocks.append((rows if spec.time_axis is None else rows[:, :length]).copy())
+        first += width
+    return blocks
+
+
+def _rows_first(array: Array, spec: TensorSpec) -> Array:
+    """View an array as [N, T, ...]; without a time axis, as [N, 1, ...]."""
+    if spec.time_axis is None:
+        return np.moveaxis(array, spec.batch_axis, 0)[:, None]
+    return np.moveaxis(array, (spec.batch_axis, spec.time_axis), (0, 1))

@@ -7,6 +7,7 @@ computed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from service.graph import Graph
 from service.manifest import TensorSpec
+from service.workspace import FedWorkspace, Results, Workspace
 
 Array = NDArray[np.generic]
 
@@ -21,7 +23,7 @@ _LENGTHS = "conveyor.lengths"
 """The input for the rows' lengths, where the graph inside has none."""
 
 
-class _Loop:
+class _Loop(ABC):
     """What both loops are: a graph with lengths around one that may have none."""
 
     def __init__(self, graph: Graph) -> None:
@@ -31,6 +33,14 @@ class _Loop:
         self.manifest = graph.manifest.model_copy(update={"lengths": self._lengths})
         self.digest = graph.digest
 
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Array]) -> Results:
+        """Run the loop; see ``Graph``."""
+
+    def workspace(self, rows: int, steps: int) -> Workspace:
+        """Return the arrays of a run; see ``Graph``."""
+        return FedWorkspace(self.manifest, rows, steps, self.run)
+
     def _run_inside(
         self,
         feeds: Mapping[str, Array],
@@ -38,7 +48,7 @@ class _Loop:
         rows: NDArray[np.intp],
         steps: slice,
         lengths: NDArray[np.int32],
-    ) -> tuple[Sequence[Array], Sequence[Array]]:
+    ) -> Results:
         """Run the graph inside on some rows and some steps of what came in."""
         inside: dict[str, Array] = {}
         for spec in self.manifest.inputs:
@@ -65,7 +75,7 @@ class _Loop:
 class StepByStep(_Loop):
     """A graph that takes one step a run, run once for each step, on the rows that have one."""
 
-    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+    def run(self, feeds: Mapping[str, Array]) -> Results:
         """Run the graph for each step of the longest row; see ``Graph``."""
         lengths = np.asarray(feeds[self._lengths], np.int32)
         longest = int(lengths.max())
@@ -90,7 +100,7 @@ class RowByRow(_Loop):
         super().__init__(graph)
         self.manifest = self.manifest.model_copy(update={"rows_per_run": 1})
 
-    def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+    def run(self, feeds: Mapping[str, Array]) -> Results:
         """Run the graph for each row; see ``Graph``."""
         lengths = np.asarray(feeds[self._lengths], np.int32)
         before = [feeds[state.input] for state in self.manifest.states]

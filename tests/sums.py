@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.manifest import Manifest, StateSpec, TensorSpec
+from service.workspace import FedWorkspace
 
 Array = NDArray[np.generic]
 
@@ -47,3 +48,7 @@ class Sums:
         self.before(x)
         y = feeds["s0"] + np.cumsum(x, axis=0)
         return [y], [y[lengths.astype(np.intp) - 1, np.arange(len(lengths))]]
+
+    def workspace(self, rows: int, steps: int) -> FedWorkspace:
+        """Arrays that are handed to ``run``."""
+        return FedWorkspace(self.manifest, rows, steps, self.run)

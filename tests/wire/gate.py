@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from service.graph import Graph
 from service.manifest import Manifest
 from service.server import Server
+from service.workspace import FedWorkspace
 
 Array = NDArray[Any]
 
@@ -51,6 +52,10 @@ class Gate:
         if self.fail is not None:
             raise self.fail
         return self._engine.run(feeds)
+
+    def workspace(self, rows: int, steps: int) -> FedWorkspace:
+        """Arrays that are handed to ``run``."""
+        return FedWorkspace(self.manifest, rows, steps, self.run)
 
     async def entered(self) -> None:
         """Wait until a run waits at the gate."""
