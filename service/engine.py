@@ -92,6 +92,8 @@ class Engine:
         self._outputs = list(dict.fromkeys(results))
         self._places = None if results == self._outputs else [self._outputs.index(name) for name in results]
         self._options = onnxruntime.RunOptions()
+        # What it is without, which onnxruntime would find out anew at each bound run, from an error: 50 us.
+        self._options.add_run_config_entry("gpu_graph_id", "-1")
         self._constants = {one.name: from_text(one.value, one.dtype, one.shape) for one in manifest.constants}
         self._absent = {spec.name: spec.absent for spec in manifest.inputs if spec.absent}
         self._absent |= {spec.input: spec.absent for spec in manifest.states if spec.absent}
@@ -110,8 +112,6 @@ class Engine:
 
     def run(self, feeds: Mapping[str, Array]) -> Results:
         """Run the graph once.
-        # What it is without, which onnxruntime would find out anew at each bound run, from an error: 50 us.
-        self._options.add_run_config_entry("gpu_graph_id", "-1")
 
         Args:
             feeds: every input by name, in the axes of the manifest; no constants.
@@ -144,14 +144,6 @@ class Engine:
         self._options.terminate = True
 
 
-def _check_result(spec: TensorSpec | StateSpec, array: Array, rows: int, steps: int) -> None:
-    """Refuse what would be handed to the wrong rows. A graph may leave its sizes unsaid, or say what is not so."""
-    expected = list(spec.shape)
-    expected[spec.batch_axis] = rows
-    if isinstance(spec, TensorSpec) and spec.time_axis is not None:
-        expected[spec.time_axis] = steps
-    have = list(array.shape)
-    if have != expected and (
 def _bind(
     session: onnxruntime.InferenceSession,
     options: onnxruntime.RunOptions,
@@ -168,6 +160,14 @@ def _bind(
     return partial(session.run_with_iobinding, binding, options)
 
 
+def _check_result(spec: TensorSpec | StateSpec, array: Array, rows: int, steps: int) -> None:
+    """Refuse what would be handed to the wrong rows. A graph may leave its sizes unsaid, or say what is not so."""
+    expected = list(spec.shape)
+    expected[spec.batch_axis] = rows
+    if isinstance(spec, TensorSpec) and spec.time_axis is not None:
+        expected[spec.time_axis] = steps
+    have = list(array.shape)
+    if have != expected and (
         len(have) != len(expected) or any(b is not None and a != b for a, b in zip(have, expected, strict=True))
     ):
         raise ValueError(f"{spec.name!r} came out as {have} for {rows} rows and {steps} steps; expected {expected}")
