@@ -27,7 +27,7 @@ from service.settings import Settings
 from service.wire.conveyor import ConveyorServicer
 from service.wire.door import Places
 from service.wire.inference import InferenceServicer
-from service.wire.malformed import Reader
+from service.wire.messages import Messages
 
 log = structlog.get_logger()
 
@@ -73,7 +73,7 @@ class Server:
             InferenceServicer(self.operations, self.sequences, settings, places, clock),
         )
         self._grpc = grpc.aio.server(
-            interceptors=[Reader(servicer.NAME) for servicer in self._servicers],
+            interceptors=[Messages(servicer.NAME) for servicer in self._servicers],
             options=[
                 # Two servers on one port would share its calls, and sessions with them.
                 ("grpc.so_reuseport", 0),
@@ -161,6 +161,8 @@ class Server:
         await asyncio.gather(*self._routines, return_exceptions=True)
         self.repository.close()
         await self._grpc.stop(grace_s)
+        for servicer in self._servicers:
+            servicer.close()
         # Even at once, a thread that has nothing to do is given the moment that it takes to end.
         whole = await self.repository.stop(max(grace_s, 0.5))
         if self.operations.draining:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from service.errors import InvalidRequest
 from service.manifest import Manifest, StateSpec, TensorSpec
+from service.wire.assembly import Joined
 
 Array = NDArray[np.generic]
 Spec = TypeVar("Spec", TensorSpec, StateSpec)
@@ -42,6 +43,11 @@ class Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     data: bytes | Callable[[], bytes]
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds, in the message or beside it."""
+        return len(self.data) if isinstance(self.data, bytes) else 8 * math.prod(self.shape)
 
     def array(self, what: str) -> Array:
         """Read the elements.
@@ -73,16 +79,28 @@ def to_bytes(array: Array) -> bytes:
     return array.astype(little_endian(array.dtype.name), copy=False).tobytes()
 
 
-def join(rows: Sequence[Array], spec: TensorSpec, steps: int) -> Array:
+class Batch(NamedTuple):
+    """What a batch goes in as.
+
+    Attributes:
+        rows: for each its inputs, one array [T_n, ...] an input of the model.
+        steps: T of the whole, at least the longest T_n; None where the rows stand one behind the other.
+    """
+
+    rows: list[list[Array]]
+    steps: int | None
+
+
+def join(rows: Sequence[Array], spec: TensorSpec, steps: int | None) -> Joined:
     """Put the rows of one output together.
 
     Args:
         rows: each [T_n, ...], or [...] where the output has no time axis.
         spec: of the output.
-        steps: T, at least the longest T_n.
+        steps: T, at least the longest T_n; None for rows without padding.
 
     Returns:
-        [N, T, ...], zero beyond each row's end; or [N, ...].
+        [N, T, ...], zero beyond each row's end, or [sum of T_n, ...]; [N, ...] without a time axis.
 
     Raises:
         InvalidRequest: if the rows' features differ in size, as they may where the model leaves it open.
@@ -90,11 +108,16 @@ def join(rows: Sequence[Array], spec: TensorSpec, steps: int) -> Array:
     if len({row.shape[spec.time_axis is not None :] for row in rows}) > 1:
         raise InvalidRequest(f"the rows of output {spec.name!r} differ in the size of their features; send them apart")
     if spec.time_axis is None:
-        return np.stack(rows)
-    whole = np.zeros((len(rows), steps, *rows[0].shape[1:]), rows[0].dtype)
-    for n, row in enumerate(rows):
-        whole[n, : len(row)] = row
-    return whole
+        return stack(rows)
+    dtype, tail = little_endian(rows[0].dtype.name), rows[0].shape[1:]
+    if steps is None:
+        return Joined(dtype, (sum(map(len, rows)), *tail), rows)
+    return Joined(dtype, (len(rows), steps, *tail), rows, steps * math.prod(tail) * dtype.itemsize)
+
+
+def stack(rows: Sequence[Array]) -> Joined:
+    """Put arrays of one shape together, as [N, ...]."""
+    return Joined(little_endian(rows[0].dtype.name), (len(rows), *rows[0].shape), rows)
 
 
 class Codec:
@@ -148,31 +171,26 @@ class Codec:
             arrays.append(array)
         return arrays
 
-    def batch(self, tensors: Sequence[Tensor], lengths: Sequence[int]) -> tuple[list[Array], list[int]]:
-        """Read a batch's inputs.
+    def batch(self, tensors: Sequence[Tensor], lengths: Sequence[int], states: bool = False) -> Batch:
+        """Read a batch's inputs, each [N, T, ...].
 
-        Returns:
-            One array [N, T, ...] an input, N and T alike, and the length of each row.
+        Args:
+            tensors: the inputs.
+            lengths: how many steps of each row are valid; empty for all.
+            states: whether the final states are to be sent too.
         """
         axes = "N" if self._one_step else "N, T"
         free = (None,) if self._one_step else (None, None)
-        pairs = self._pair(self._manifest.inputs, tensors, "input")
-        shapes = [self._shape(tensor, f"input {spec.name!r}", spec, free, axes) for spec, tensor in pairs]
+        pairs, shapes = self._alike(tensors, free, axes)
         rows, steps = shapes[0][0], 1 if self._one_step else shapes[0][1]
-        if rows < 1:
-            raise InvalidRequest("the batch has no rows (N = 0); expected at least 1")
-        if rows > self.max_batch:
-            raise InvalidRequest(f"the batch has {rows} rows; this server takes up to {self.max_batch}")
+        self._check_rows(rows)
         self._check_steps(steps)
-        for (spec, _), shape in zip(pairs, shapes, strict=True):
-            if shape[: len(free)] != shapes[0][: len(free)]:
-                first = ", ".join(map(str, shapes[0][: len(free)]))
-                raise InvalidRequest(f"input {spec.name!r} is {_show(shape)}; expected [{first}, ...] as the first")
         if lengths and len(lengths) != rows:
             raise InvalidRequest(f"there are {len(lengths)} lengths for {rows} rows; expected one a row, or none")
         for row, length in enumerate(lengths):
             if not 1 <= length <= steps:
                 raise InvalidRequest(f"row {row} has length {length}; expected 1 to {steps}")
+        self.check_reply(rows, steps, states)
         lengths = list(lengths) or [steps] * rows
         valid = np.arange(steps) < np.array(lengths)[:, None]
         arrays = []
@@ -183,7 +201,35 @@ class Codec:
             # What stands in the padding is nobody's business: it goes nowhere.
             self._check_values(array if valid.all() else array[valid], f"input {spec.name!r}", spec.below)
             arrays.append(array)
-        return arrays, lengths
+        return Batch([[array[n, :length] for array in arrays] for n, length in enumerate(lengths)], steps)
+
+    def ragged(self, tensors: Sequence[Tensor], lengths: Sequence[int], states: bool = False) -> Batch:
+        """Read a batch's inputs, each [sum of lengths, ...].
+
+        Args:
+            tensors: the inputs.
+            lengths: how many steps each row has.
+            states: whether the final states are to be sent too.
+        """
+        self._check_rows(len(lengths))
+        for row, length in enumerate(lengths):
+            self._check_steps(length, f"row {row}: ")
+        pairs, shapes = self._alike(tensors, (None,), "sum of lengths")
+        total = sum(lengths)
+        if shapes[0][0] != total:
+            raise InvalidRequest(
+                f"input {pairs[0][0].name!r} is {_show(shapes[0])}; expected [{total}, ...], the sum of the lengths"
+            )
+        self._check_reply(sum(self._manifest.reply_bytes(length, states) for length in lengths))
+        arrays = []
+        for spec, tensor in pairs:
+            array = tensor.array(f"input {spec.name!r}")
+            self._check_values(array, f"input {spec.name!r}", spec.below)
+            arrays.append(array)
+        ends = np.cumsum(lengths).tolist()
+        return Batch(
+            [[array[end - length : end] for array in arrays] for length, end in zip(lengths, ends, strict=True)], None
+        )
 
     def states(self, tensors: Sequence[Tensor], rows: int | None) -> list[Array] | None:
         """Read states to begin from.
@@ -215,12 +261,26 @@ class Codec:
             steps: of the longest.
             states: whether the final states are to be sent too.
         """
-        size = rows * self._manifest.reply_bytes(steps, states)
+        self._check_reply(rows * self._manifest.reply_bytes(steps, states))
+
+    def _check_reply(self, size: int) -> None:
         if size > self.max_bytes:
             raise InvalidRequest(
                 f"the reply would hold {size} bytes; this server sends up to {self.max_bytes}: "
                 "send fewer rows, or fewer steps"
             )
+
+    def _alike(
+        self, tensors: Sequence[Tensor], free: tuple[None, ...], axes: str
+    ) -> tuple[Sequence[tuple[TensorSpec, Tensor]], list[tuple[int, ...]]]:
+        """Find each input of the model among tensors, and their shapes, whose first axes must be alike."""
+        pairs = self._pair(self._manifest.inputs, tensors, "input")
+        shapes = [self._shape(tensor, f"input {spec.name!r}", spec, free, axes) for spec, tensor in pairs]
+        for (spec, _), shape in zip(pairs, shapes, strict=True):
+            if shape[: len(free)] != shapes[0][: len(free)]:
+                first = ", ".join(map(str, shapes[0][: len(free)]))
+                raise InvalidRequest(f"input {spec.name!r} is {_show(shape)}; expected [{first}, ...] as the first")
+        return pairs, shapes
 
     def _pair(self, specs: Sequence[Spec], tensors: Sequence[Tensor], kind: str) -> Sequence[tuple[Spec, Tensor]]:
         if len(specs) == 1 and len(tensors) == 1 and tensors[0].name in ("", specs[0].name):
@@ -267,12 +327,18 @@ class Codec:
             if lowest < 0 or highest >= below:
                 raise InvalidRequest(f"{what} holds {lowest if lowest < 0 else highest}; expected 0 to {below - 1}")
 
-    def _check_steps(self, steps: int) -> None:
+    def _check_rows(self, rows: int) -> None:
+        if rows < 1:
+            raise InvalidRequest("the batch has no rows (N = 0); expected at least 1")
+        if rows > self.max_batch:
+            raise InvalidRequest(f"the batch has {rows} rows; this server takes up to {self.max_batch}")
+
+    def _check_steps(self, steps: int, where: str = "") -> None:
         if steps < 1:
-            raise InvalidRequest("there are no steps (T = 0); expected at least 1")
+            raise InvalidRequest(f"{where}there are no steps (T = {steps}); expected at least 1")
         if steps > self.max_steps:
             raise InvalidRequest(
-                f"there are {steps} steps; this server takes up to {self.max_steps} in one sequence or chunk"
+                f"{where}there are {steps} steps; this server takes up to {self.max_steps} in one sequence or chunk"
             )
 
 

@@ -6,9 +6,9 @@ Decodes, asks Operations, encodes. Must not know scheduling.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable
+from functools import partial
 
 import grpc
-import numpy as np
 
 from conveyor.v1 import conveyor_pb2 as pb
 from conveyor.v1 import conveyor_pb2_grpc as stubs
@@ -16,8 +16,9 @@ from service.errors import InvalidRequest
 from service.manifest import StateSpec, TensorSpec
 from service.runner import Runner
 from service.session import Session
-from service.wire.codec import join
-from service.wire.conveyor_tensors import DATA_TYPES, decode, encode
+from service.wire.assembly import Part, Written, assemble, size
+from service.wire.codec import Array, Batch, join, stack
+from service.wire.conveyor_tensors import DATA_TYPES, decode, encode, parts
 from service.wire.door import Context, Door, caller, owner, told
 from service.wire.malformed import Malformed
 from service.wire.streaming import Stream
@@ -51,26 +52,31 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
     # --- batches ---
 
     @told
-    async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:
+    async def Infer(self, request: pb.InferRequest, context: Context) -> Written:
         """Run a batch of whole sequences."""
         runner = self._find(request.model, request.version)
-        with self.counting(runner):
+        with self.counting(runner), self.finishing():
             codec = self.codec(runner.manifest)
-            inputs, lengths = codec.batch(decode(request.inputs), request.lengths)
-            states = codec.states(decode(request.initial_states), rows=len(lengths))
-            codec.check_reply(len(lengths), inputs[0].shape[1], request.return_states)
+            given, given_states = decode(request.inputs), decode(request.initial_states)
+
+            def read() -> tuple[Batch, list[Array] | None]:
+                taken = codec.ragged if request.ragged else codec.batch
+                batch = taken(given, request.lengths, request.return_states)
+                return batch, codec.states(given_states, len(batch.rows))
+
+            batch, states = await self.aside(sum(tensor.size for tensor in given + given_states), read)
             left = context.time_remaining()
             deadline = None if left is None else self.clock() + left
-            given = [[array[n, :length] for array in inputs] for n, length in enumerate(lengths)]
-            outputs, finals = await self.operations.infer(runner, given, states, deadline, caller=caller(context))
-        response = pb.InferResponse(version=runner.version)
-        for index, output in enumerate(runner.manifest.outputs):
-            rows = [row[index] for row in outputs]
-            response.outputs.append(encode(output.name, join(rows, output, inputs[0].shape[1])))
-        if request.return_states:
-            for index, state in enumerate(runner.manifest.states):
-                response.final_states.append(encode(state.name, np.stack([row[index] for row in finals])))
-        return response
+            outputs, finals = await self.operations.infer(runner, batch.rows, states, deadline, caller=caller(context))
+            reply: list[Part] = [pb.InferResponse(version=runner.version).SerializeToString()]
+            for index, output in enumerate(runner.manifest.outputs):
+                joined = join([row[index] for row in outputs], output, batch.steps)
+                reply += parts(pb.InferResponse.OUTPUTS_FIELD_NUMBER, output.name, joined)
+            if request.return_states:
+                for index, state in enumerate(runner.manifest.states):
+                    joined = stack([row[index] for row in finals])
+                    reply += parts(pb.InferResponse.FINAL_STATES_FIELD_NUMBER, state.name, joined)
+            return await self.aside(size(reply), partial(assemble, reply))
 
     # --- sessions ---
 

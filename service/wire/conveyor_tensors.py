@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from conveyor.v1 import conveyor_pb2 as pb
 from service.errors import InvalidRequest
+from service.wire.assembly import Joined, Part, field
 from service.wire.codec import MOST_AXES, MOST_TENSORS, Array, Tensor, to_bytes
 
 DATA_TYPES: dict[str, pb.DataType] = {
@@ -37,3 +38,9 @@ def decode(messages: Sequence[pb.Tensor]) -> list[Tensor]:
 def encode(name: str, array: Array) -> pb.Tensor:
     """Return an array as a message."""
     return pb.Tensor(name=name, data_type=DATA_TYPES[array.dtype.name], shape=array.shape, data=to_bytes(array))
+
+
+def parts(number: int, name: str, joined: Joined) -> list[Part]:
+    """Return a tensor as a field of a message, to be put together with the others."""
+    head = pb.Tensor(name=name, data_type=DATA_TYPES[joined.dtype.name], shape=joined.shape).SerializeToString()
+    return field(number, [head, *field(pb.Tensor.DATA_FIELD_NUMBER, [joined])])

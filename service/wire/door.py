@@ -5,9 +5,11 @@ Must not know any door's messages, nor scheduling.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -24,9 +26,13 @@ from service.wire.malformed import Malformed
 from service.wire.status import abort
 
 _KEY = "conveyor-key"
+_LARGE_BYTES = 256 * 1024
+"""What is smaller is read and written in about the time that it takes to hand it to a thread."""
+_THREADS = 2
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Self = TypeVar("Self", bound="Door")
+Result = TypeVar("Result")
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
@@ -62,6 +68,7 @@ class Door:
     """One gRPC service.
 
     Attributes:
+        NAME: the service's full name.
         ONE_STEP: whether models that take one step a run are shown without a time axis.
 
     Args:
@@ -71,6 +78,7 @@ class Door:
         clock: tells the time, in seconds.
     """
 
+    NAME: ClassVar[str]
     ONE_STEP: ClassVar[bool] = False
 
     def __init__(self, operations: Operations, settings: Settings, places: Places, clock: Callable[[], float]) -> None:
@@ -79,6 +87,7 @@ class Door:
         self.places = places
         self.clock = clock
         self._streams: set[Flow[Any, Any, Any]] = set()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"large-messages-{self.NAME}")
 
     def codec(self, manifest: Manifest) -> Codec:
         """The reader of a model's tensors."""
@@ -91,6 +100,31 @@ class Door:
             finite=settings.non_finite == "reject",
             one_step=self.ONE_STEP and manifest.steps_per_run == 1,
         )
+
+    async def aside(self, size: int, work: Callable[[], Result]) -> Result:
+        """Do work on what was sent or will be: where it is large, in a thread, so that nobody else is held up.
+
+        When whoever waits has gone, what was begun is done for nobody, and what was not is not begun.
+
+        Args:
+            size: in bytes.
+            work: touches nothing that may change meanwhile.
+
+        Raises:
+            Exception: whatever the work raises.
+        """
+        if size < _LARGE_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Have a drain wait for what goes on within, which ends with a reply."""
+        self.operations.count_in(1)
+        try:
+            yield
+        finally:
+            self.operations.count_out(1)
 
     @contextmanager
     def counting(self, runner: Runner) -> Iterator[None]:
@@ -119,6 +153,10 @@ class Door:
         """Have every stream answer what it has accepted, and end."""
         for stream in self._streams:
             stream.end()
+
+    def close(self) -> None:
+        """End the threads, once no call goes on."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def told_always(

@@ -19,6 +19,7 @@ from service.operations import Operations
 from service.runner import Runner
 from service.sequences import Sequences
 from service.settings import Settings
+from service.wire.assembly import Written
 from service.wire.door import Context, Door, Places, caller, owner, told, told_always
 from service.wire.inference_call import Inference, unknown
 from service.wire.inference_models import config, metadata, statistics
@@ -130,11 +131,11 @@ class InferenceServicer(Door, stubs.GRPCInferenceServiceServicer):
     # --- inference ---
 
     @told
-    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Written:
         """Run a batch, or step sequences."""
-        result: asyncio.Future[pb.ModelInferResponse] = asyncio.get_running_loop().create_future()
+        result: asyncio.Future[Written] = asyncio.get_running_loop().create_future()
 
-        def done(response: pb.ModelInferResponse | Exception) -> None:
+        def done(response: Written | Exception) -> None:
             if result.done():  # the caller has gone in this very moment
                 return
             if isinstance(response, Exception):

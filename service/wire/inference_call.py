@@ -10,36 +10,24 @@ import asyncio
 import json
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
-
-import numpy as np
+from functools import partial
 
 from service.errors import ConveyorError, InvalidRequest, ModelUnknown, PositionConflict
 from service.manifest import Manifest
 from service.runner import Runner
 from service.sequences import Load, Sequences, Step, Stepped, Ticket
-from service.wire.codec import Array, join
+from service.wire.assembly import Joined, Part, Written, assemble, field, size
+from service.wire.codec import Array, Batch, join, stack
 from service.wire.door import Door
 from service.wire.inference_request import Request, SequenceRow, identities, read, split
 from service.wire.inference_stubs import inference_pb2 as pb
-from service.wire.inference_tensors import add_output
+from service.wire.inference_tensors import written
 
-Done = Callable[[pb.ModelInferResponse | Exception], None]
+Done = Callable[[Written | Exception], None]
 
 
 def _ignore(size: int) -> None:
     pass
-
-
-class _Decoded(NamedTuple):
-    """A request's inputs, read for one model: each [N, T, ...], and how many steps of each row are valid."""
-
-    inputs: list[Array]
-    lengths: list[int]
-
-    def row(self, n: int) -> list[Array]:
-        """The inputs of one row, each [T_n, ...]."""
-        return [array[n, : self.lengths[n]] for array in self.inputs]
 
 
 class Inference:
@@ -55,6 +43,7 @@ class Inference:
         caller: among whom a model's time is shared out.
         message: the request; it is not kept.
         done: takes the reply, or why there is none; called once, on this thread, unless the request is abandoned.
+        within: number of the field of a message in which the reply is to stand; None if it is the message.
 
     Raises:
         InvalidRequest: if it cannot be told which sequences it is for.
@@ -68,6 +57,7 @@ class Inference:
         caller: Hashable,
         message: pb.ModelInferRequest,
         done: Done,
+        within: int | None = None,
     ) -> None:
         self.ids = identities(message, door.settings.max_batch)
         self._door = door
@@ -77,9 +67,10 @@ class Inference:
         self._model = message.model_name
         self._id = message.id
         self._done: Done | None = done
+        self._within = within
         self._batch: asyncio.Task[None] | None = None
         self._tickets: list[Ticket] = []
-        self._decoded: list[tuple[Manifest, _Decoded]] = []
+        self._decoded: list[tuple[Manifest, Batch]] = []
         self._steps = 0
         # That it is counted for.
         self._runner: Runner | None = None
@@ -125,7 +116,7 @@ class Inference:
             self._sequences.abandon(ticket)
         self._let_go()
 
-    def _end(self, result: pb.ModelInferResponse | Exception) -> None:
+    def _end(self, result: Written | Exception) -> None:
         self._count(not isinstance(result, Exception))
         self._let_go()
         if isinstance(result, ModelUnknown):
@@ -163,11 +154,14 @@ class Inference:
 
     async def _infer(self, request: Request, runner: Runner, deadline: float | None) -> None:
         try:
-            self._end(await self._infer_batch(request, runner, deadline))
+            with self._door.finishing():
+                reply = await self._infer_batch(request, runner, deadline)
+                result = await self._door.aside(size(reply), partial(assemble, reply))
+            self._end(result)
         except Exception as error:
             self._end(error)
 
-    async def _infer_batch(self, request: Request, runner: Runner, deadline: float | None) -> pb.ModelInferResponse:
+    async def _infer_batch(self, request: Request, runner: Runner, deadline: float | None) -> list[Part]:
         manifest = runner.manifest
         states_by_name = {name: index for index, s in enumerate(manifest.states) for name in (s.output, s.name)}
         outputs_by_name = {spec.name: index for index, spec in enumerate(manifest.outputs)}
@@ -175,26 +169,23 @@ class Inference:
         _check_wanted(request, wanted, {**states_by_name, **outputs_by_name})
         given = split(request, manifest, self._door.settings.max_batch)
         codec = self._door.codec(manifest)
-        inputs, lengths = codec.batch(given.inputs, given.lengths)
-        rows, steps = inputs[0].shape[:2]
-        states = codec.states(given.states, rows)
-        codec.check_reply(rows, steps, any(name not in outputs_by_name for name in wanted))
+
+        def read() -> tuple[Batch, list[Array] | None]:
+            batch = codec.batch(given.inputs, given.lengths, any(name not in outputs_by_name for name in wanted))
+            return batch, codec.states(given.states, len(batch.rows))
+
+        batch, states = await self._door.aside(sum(one.size for one in given.inputs + given.states), read)
         outputs, finals = await self._door.operations.infer(
-            runner,
-            [[array[n, :length] for array in inputs] for n, length in enumerate(lengths)],
-            states,
-            deadline,
-            request.priority,
-            self._caller,
+            runner, batch.rows, states, deadline, request.priority, self._caller
         )
-        response = self._response(runner.version)
+        joined: dict[str, Joined] = {}
         for name in wanted:
             if (index := outputs_by_name.get(name)) is not None:
-                add_output(response, name, _output(manifest, index, outputs, steps))
+                joined[name] = _output(manifest, index, outputs, batch.steps)
             else:
                 index = states_by_name[name]
-                add_output(response, name, np.stack([row[index] for row in finals]))
-        return response
+                joined[name] = stack([row[index] for row in finals])
+        return self._written(self._response(runner.version), joined)
 
     # --- sequences ---
 
@@ -217,7 +208,7 @@ class Inference:
                     row.identity,
                     row.start,
                     row.end,
-                    lambda manifest: self._read(request, manifest).row(n),
+                    lambda manifest: self._read(request, manifest).rows[n],
                     load,
                     row.position,
                     row.epoch,
@@ -231,7 +222,7 @@ class Inference:
         for n, row in enumerate(request.rows):
             self._tickets.append(step(n, row))
 
-    def _read(self, request: Request, manifest: Manifest) -> _Decoded:
+    def _read(self, request: Request, manifest: Manifest) -> Batch:
         """Read the inputs for the model that a row's sequence is on; once for all rows that are on the same."""
         for known, decoded in self._decoded:
             if known is manifest:
@@ -246,15 +237,13 @@ class Inference:
                 "send states with a batch"
             )
         codec = self._door.codec(manifest)
-        inputs, lengths = codec.batch(given.inputs, given.lengths)
-        if len(lengths) != len(request.rows):
+        decoded = codec.batch(given.inputs, given.lengths)
+        if len(decoded.rows) != len(request.rows):
             raise InvalidRequest(
-                f"the inputs have {len(lengths)} rows for {len(request.rows)} sequences; expected one for each "
+                f"the inputs have {len(decoded.rows)} rows for {len(request.rows)} sequences; expected one for each "
                 "(several go into one request by sequence_ids)"
             )
-        self._steps = inputs[0].shape[1]
-        codec.check_reply(len(lengths), self._steps)
-        decoded = _Decoded(inputs, lengths)
+        self._steps = decoded.steps or 0
         self._decoded.append((manifest, decoded))
         return decoded
 
@@ -265,9 +254,7 @@ class Inference:
             # Whoever answers the rows would keep it, and the request would never end.
             self._end(error)
 
-    def _together(
-        self, request: Request, results: Sequence[Stepped | ConveyorError]
-    ) -> pb.ModelInferResponse | ConveyorError:
+    def _together(self, request: Request, results: Sequence[Stepped | ConveyorError]) -> Written | ConveyorError:
         """Make one reply of what the rows were answered."""
         failed = [(n, result) for n, result in enumerate(results) if isinstance(result, ConveyorError)]
         if failed:
@@ -278,7 +265,7 @@ class Inference:
         except InvalidRequest as error:
             return type(error)(f"{error}; the rows were applied, up to positions {[one.position for one in stepped]}")
 
-    def _reply(self, request: Request, stepped: Sequence[Stepped]) -> pb.ModelInferResponse:
+    def _reply(self, request: Request, stepped: Sequence[Stepped]) -> Written:
         manifest = stepped[0].manifest
         # Whether they stand in one tensor is known only now, also of replies that were kept.
         if any(_form(one.manifest) != _form(manifest) for one in stepped):
@@ -288,8 +275,6 @@ class Inference:
         self._door.codec(manifest).check_reply(len(stepped), steps)
         response = self._response(stepped[0].version)
         outputs = [one.reply.outputs for one in stepped]
-        for name, index in wanted.items():
-            add_output(response, name, _output(manifest, index, outputs, steps))
         parameters = response.parameters
         if request.alone:
             parameters["sequence_position"].int64_param = stepped[0].position
@@ -297,7 +282,8 @@ class Inference:
         else:
             parameters["sequence_positions"].string_param = json.dumps([one.position for one in stepped])
             parameters["sequence_epochs"].string_param = json.dumps([one.epoch for one in stepped])
-        return response
+        joined = {name: _output(manifest, index, outputs, steps) for name, index in wanted.items()}
+        return assemble(self._written(response, joined))
 
     # --- what replies are made of ---
 
@@ -306,17 +292,24 @@ class Inference:
         response.parameters["triton_final_response"].bool_param = True
         return response
 
+    def _written(self, response: pb.ModelInferResponse, outputs: dict[str, Joined]) -> list[Part]:
+        parts = written(response, outputs)
+        return parts if self._within is None else field(self._within, parts)
+
 
 def unknown(model: str, error: ModelUnknown) -> ModelUnknown:
     """Say that a model is unknown as clients of the protocol expect it, and then why."""
     return ModelUnknown(f"Request for unknown model: '{model[:128]}' is not found: {error}")
 
 
-def _output(manifest: Manifest, index: int, rows: Sequence[Sequence[Array]], steps: int) -> Array:
+def _output(manifest: Manifest, index: int, rows: Sequence[Sequence[Array]], steps: int | None) -> Joined:
     """Put one output of all rows together, as this door shows it."""
     spec = manifest.outputs[index]
     whole = join([row[index] for row in rows], spec, steps)
-    return whole[:, 0] if manifest.steps_per_run == 1 and spec.time_axis is not None else whole
+    if manifest.steps_per_run == 1 and spec.time_axis is not None:
+        rows_alone, _, *tail = whole.shape
+        return whole._replace(shape=(rows_alone, *tail))
+    return whole
 
 
 def _check_wanted(request: Request, wanted: Sequence[str], there: dict[str, int]) -> None:

@@ -165,7 +165,7 @@ def read(message: pb.ModelInferRequest, ids: Sequence[str], max_rows: int) -> Re
         timeout_us * 1e-6 or None,
         min(priority, _LAST_PRIORITY),
         "sequence_id" in message.parameters and len(ids) == 1,
-        message.ByteSize() + sum(inference_tensors.size(tensor) for tensor in tensors),
+        message.ByteSize() + sum(tensor.size for tensor in tensors),
     )
 
 

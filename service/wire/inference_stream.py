@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from service.errors import ConveyorError, PositionConflict
 from service.sequences import Sequences
+from service.wire.assembly import Written
 from service.wire.door import Door
 from service.wire.flow import Flow
 from service.wire.inference_call import Inference
@@ -19,9 +20,10 @@ from service.wire.inference_stubs import inference_pb2 as pb
 from service.wire.status import code, detail
 
 Key: TypeAlias = tuple[str, str]
+Reply: TypeAlias = Written | pb.ModelStreamInferResponse
 
 
-class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, pb.ModelStreamInferResponse]):
+class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, Reply]):
     """One call.
 
     Args:
@@ -53,7 +55,7 @@ class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, pb.ModelS
         """A message is one request."""
         return (request,)
 
-    def message(self) -> pb.ModelStreamInferResponse:
+    def message(self) -> Reply:
         """A message is one reply: clients look for no more in it."""
         taken = self.take()
         assert taken is not None
@@ -63,7 +65,15 @@ class InferenceStream(Flow[pb.ModelInferRequest, pb.ModelInferRequest, pb.ModelS
         """Begin a request."""
         waiting = _Waiting(self, request)
         try:
-            inference = Inference(self._door, self._sequences, self._owner, self._caller, request, waiting.done)
+            inference = Inference(
+                self._door,
+                self._sequences,
+                self._owner,
+                self._caller,
+                request,
+                waiting.done,
+                within=pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER,
+            )
         except ConveyorError as error:
             self.put(failure(waiting.head, error))
             return
@@ -102,18 +112,15 @@ class _Waiting:
     def __init__(self, stream: InferenceStream, request: pb.ModelInferRequest) -> None:
         self.inference: Inference | None = None
         self.keys: list[Key] = []
-        self.reply: pb.ModelStreamInferResponse | None = None
+        self.reply: Reply | None = None
         # What a failure repeats of the request; the rest of it goes with the inference.
         self.head = pb.ModelInferResponse(
             model_name=request.model_name, model_version=request.model_version, id=request.id
         )
         self._stream = stream
 
-    def done(self, result: pb.ModelInferResponse | Exception) -> None:
-        if isinstance(result, Exception):
-            self.reply = failure(self.head, result)
-        else:
-            self.reply = pb.ModelStreamInferResponse(infer_response=result)
+    def done(self, result: Written | Exception) -> None:
+        self.reply = failure(self.head, result) if isinstance(result, Exception) else result
         self._stream.grow(self, self.reply.ByteSize())
         self._stream.release(self)
 

@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 
 from service.errors import InvalidRequest, Unsupported
-from service.wire.codec import MOST_AXES, MOST_TENSORS, Array, Tensor, to_bytes
+from service.wire.assembly import Joined, Part, field
+from service.wire.codec import MOST_AXES, MOST_TENSORS, Tensor, to_bytes
 from service.wire.inference_stubs import inference_pb2 as pb
 
 DATATYPES = {
@@ -95,11 +96,6 @@ def tensor(request: pb.ModelInferRequest, index: int, control: bool = False) -> 
     return Tensor(message.name, dtype, shape, raw[index])
 
 
-def size(tensor: Tensor) -> int:
-    """Bytes that an input holds, in the message or beside it."""
-    return len(tensor.data) if isinstance(tensor.data, bytes) else 8 * math.prod(tensor.shape)
-
-
 def refuse_shared_memory(parameters: Mapping[str, pb.InferParameter]) -> None:
     """Refuse tensors that are to be read from or written to shared memory.
 
@@ -110,10 +106,19 @@ def refuse_shared_memory(parameters: Mapping[str, pb.InferParameter]) -> None:
         raise Unsupported("this server shares no memory with its clients; send tensors in the request")
 
 
-def add_output(response: pb.ModelInferResponse, name: str, array: Array) -> None:
-    """Put an array into a reply."""
-    response.outputs.add(name=name, datatype=DATATYPES[array.dtype.name], shape=array.shape)
-    response.raw_output_contents.append(to_bytes(array))
+def written(response: pb.ModelInferResponse, outputs: Mapping[str, Joined]) -> list[Part]:
+    """Return a reply with its outputs, to be put together.
+
+    Args:
+        response: the reply as far as it goes; it gets what is told of the outputs.
+        outputs: by name, in their order.
+    """
+    for name, output in outputs.items():
+        response.outputs.add(name=name, datatype=DATATYPES[output.dtype.name], shape=output.shape)
+    parts: list[Part] = [response.SerializeToString()]
+    for output in outputs.values():
+        parts += field(pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER, [output])
+    return parts
 
 
 def integers(tensor: Tensor, most: int, dtypes: Collection[str] = ("int64", "int32")) -> list[int]:
