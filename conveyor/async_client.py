@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import grpc
-import numpy as np
 
 from conveyor.async_session import AsyncSession, step_sessions
 from conveyor.connection import Connection, Settings
@@ -18,22 +17,21 @@ from conveyor.opening import find_session, new_session_id, open_session
 from conveyor.payload import (
     Inputs,
     Outputs,
+    Sequences,
     States,
+    are_ragged,
     decode_named,
     decode_outputs,
     encode_inputs,
     encode_lengths,
+    encode_ragged,
     encode_states,
-    pad,
-    unpad,
+    split,
 )
 from conveyor.state import SessionState, encode_state
 from conveyor.stream import ChunkStream
 from conveyor.tensors import Array
 from conveyor.v1 import conveyor_pb2 as pb
-
-Sequences: TypeAlias = Sequence[Array]
-"""Ragged sequences, each [T_i, I]."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +176,8 @@ class AsyncClient:
 
         Args:
             model: its name.
-            x: [N, T, I], or [N, T] for tokens; a dict by name for several inputs; or a list of arrays [T_i, I], each
-                its own length.
+            x: [N, T, I], or [N, T] for tokens; or a list of arrays [T_n, I], each with a length of its own, which are
+                sent without padding; a dict by name for several inputs.
             lengths: how many steps of each row are valid; all of them if None.
             states: to begin from, by name, each [N, ...]; the model's initial ones if None.
             return_states: whether to return the final states too.
@@ -188,8 +186,8 @@ class AsyncClient:
 
         Returns:
             [N, T, O] with zeros after a row's length, or [N, O] for an output that holds the last valid step's value; a
-            list of rows [T_i, O] where x was a list; a dict by name for several outputs. With ``return_states`` an
-            InferResult. The arrays are read-only.
+            list of rows, each [T_n, O] or [O], where x was a list; a dict by name for several outputs. With
+            ``return_states`` an InferResult. The arrays are read-only.
 
         Raises:
             InvalidRequest: what was given does not fit the model, or not into a message; or the server says so.
@@ -197,18 +195,23 @@ class AsyncClient:
         """
         deadline = self._connection.deadline(timeout_s)
         signature = self._models.get((model, version)) or await self._model(model, version, deadline)
-        ragged = isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(row, np.ndarray) for row in x)
+        ragged = are_ragged(x)
         if ragged and lengths is not None:
             raise InvalidRequest("a list of sequences has lengths of its own; expected lengths=None")
         try:
+            steps: list[int] = []
             if ragged:
-                x, lengths = pad(signature, cast("list[Array]", x))
-            inputs = encode_inputs(signature, cast("Inputs", x))
+                inputs, steps = encode_ragged(signature, cast("Sequences", x))
+            else:
+                inputs = encode_inputs(signature, cast("Inputs", x))
+                if lengths is not None:
+                    steps = encode_lengths(lengths, rows=inputs[0].shape[0])
             request = pb.InferRequest(
                 model=model,
                 version=version,
                 inputs=inputs,
-                lengths=() if lengths is None else encode_lengths(lengths, rows=inputs[0].shape[0]),
+                lengths=steps,
+                ragged=ragged,
                 initial_states=() if states is None else encode_states(signature, states, batch=True),
                 return_states=return_states,
             )
@@ -222,7 +225,7 @@ class AsyncClient:
             self._models.pop((model, 0), None)
         outputs = decode_outputs(signature, response.outputs)
         if ragged:
-            outputs = unpad(signature, outputs, cast("list[int]", lengths))
+            outputs = split(signature, outputs, steps)
         if return_states:
             return InferResult(outputs, decode_named(response.final_states), response.version)
         return outputs

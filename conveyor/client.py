@@ -10,10 +10,10 @@ from typing import Any, Literal, Self, TypeVar, overload
 import grpc
 
 from conveyor import background
-from conveyor.async_client import AsyncClient, InferResult, Sequences
+from conveyor.async_client import AsyncClient, InferResult
 from conveyor.errors import StepsFailed
 from conveyor.model import Model
-from conveyor.payload import Inputs, Outputs, States
+from conveyor.payload import Inputs, Outputs, Sequences, States
 from conveyor.session import Session
 from conveyor.state import SessionState
 from conveyor.tensors import Array
@@ -117,8 +117,8 @@ class Client:
 
         Args:
             model: its name.
-            x: [N, T, I], or [N, T] for tokens; a dict by name for several inputs; or a list of arrays [T_i, I], each
-                its own length.
+            x: [N, T, I], or [N, T] for tokens; or a list of arrays [T_n, I], each with a length of its own, which are
+                sent without padding; a dict by name for several inputs.
             lengths: how many steps of each row are valid; all of them if None.
             states: to begin from, by name, each [N, ...]; the model's initial ones if None.
             return_states: whether to return the final states too.
@@ -127,8 +127,8 @@ class Client:
 
         Returns:
             [N, T, O] with zeros after a row's length, or [N, O] for an output that holds the last valid step's value; a
-            list of rows [T_i, O] where x was a list; a dict by name for several outputs. With ``return_states`` an
-            InferResult. The arrays are read-only.
+            list of rows, each [T_n, O] or [O], where x was a list; a dict by name for several outputs. With
+            ``return_states`` an InferResult. The arrays are read-only.
 
         Raises:
             InvalidRequest: what was given does not fit the model, or not into a message; or the server says so.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +15,9 @@ from conveyor.v1 import conveyor_pb2 as pb
 
 Inputs: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
 """One array where the model has one input; otherwise arrays by name."""
+
+Sequences: TypeAlias = Sequence[Array] | Mapping[str, Sequence[Array]]
+"""Sequences of different lengths, each [T_n, ...]: a list where the model has one input, otherwise lists by name."""
 
 Outputs: TypeAlias = Any
 """One array where the model has one output; otherwise a dict of arrays by name. They are read-only: copy to write."""
@@ -119,53 +122,83 @@ def decode_named(tensors: Iterable[pb.Tensor]) -> dict[str, Array]:
     return {tensor.name: decode_tensor(tensor) for tensor in tensors}
 
 
-def pad(model: Model, sequences: list[Array]) -> tuple[Array, list[int]]:
-    """Brings ragged sequences [T_i, ...] into one batch [N, T, ...] with zeros behind each.
+def are_ragged(x: Inputs | Sequences) -> bool:
+    """Whether inputs are lists of arrays, and not arrays."""
+    given = list(x.values()) if isinstance(x, Mapping) else [x]
+    return bool(given) and all(
+        isinstance(each, list | tuple) and len(each) > 0 and all(isinstance(row, np.ndarray) for row in each)
+        for each in given
+    )
+
+
+def encode_ragged(model: Model, x: Sequences) -> tuple[list[pb.Tensor], list[int]]:
+    """Writes sequences of different lengths, each [T_n, ...], one behind the other, in the model's dtypes.
 
     Returns:
-        The batch and each row's length.
+        The tensors, each [sum of T_n, ...], and the lengths T_n.
 
     Raises:
-        InvalidRequest: the model has several inputs, there are no sequences, or they differ in more than their length.
+        InvalidRequest: an input is missing or unknown, a sequence has another shape or does not go into the model's
+            dtype, or sequences differ in what they must not.
     """
-    if len(model.inputs) != 1:
-        raise InvalidRequest(f"model {model.name!r} has several inputs; a list of sequences needs a model with one")
-    spec = model.inputs[0]
-    arrays = [_cast(repr(spec.name), sequence, spec.dtype) for sequence in sequences]
-    features = {array.shape[1:] for array in arrays}
-    if len(features) != 1 or any(array.ndim == 0 for array in arrays):
-        raise InvalidRequest(f"sequences must agree in all axes but the first; got {[array.shape for array in arrays]}")
-    lengths = [len(array) for array in arrays]
-    batch = np.zeros((len(arrays), max(lengths), *features.pop()), arrays[0].dtype)
-    for row, array in zip(batch, arrays, strict=True):
-        row[: len(array)] = array
-    return batch, lengths
+    tensors: list[pb.Tensor] = []
+    lengths: list[int] = []
+    for spec, sequences in _by_name(model, x):
+        name = repr(spec.name)
+        arrays = [_cast(name, sequence, spec.dtype) for sequence in sequences]
+        for n, array in enumerate(arrays):
+            _check_shape(f"sequence {n} of input {name}", array, _sizes(spec)[1:])
+        if len({array.shape[1:] for array in arrays}) > 1:
+            shapes = [list(array.shape) for array in arrays]
+            raise InvalidRequest(f"the sequences of input {name} must agree in all axes but the first; got {shapes}")
+        steps = [len(array) for array in arrays]
+        if tensors and steps != lengths:
+            raise InvalidRequest(
+                f"the sequences of input {name} are as long as {steps}; "
+                f"expected {lengths}, as those of input {model.inputs[0].name!r}"
+            )
+        lengths = steps
+        tensors.append(encode_tensor(spec.name, np.concatenate(arrays)))
+    return tensors, lengths
 
 
-def unpad(model: Model, outputs: Outputs, lengths: list[int]) -> Outputs:
-    """Cuts a batch's outputs back into rows, each of its own length: a list [T_i, ...] for each output."""
+def split(model: Model, outputs: Outputs, lengths: list[int]) -> Outputs:
+    """Takes the outputs of sequences that stand one behind the other apart: a list for each output.
+
+    Args:
+        model: that gave them.
+        outputs: as ``decode_outputs`` gives them, each [sum of T_n, ...], or [N, ...] where it has no time axis.
+        lengths: T_n, of each sequence.
+
+    Raises:
+        ProtocolError: an output is not as long as it must be.
+    """
     named = outputs if isinstance(outputs, dict) else {model.outputs[0].name: outputs}
-    rows = {
-        spec.name: [
-            row[:length] if "time" in spec.axes else row
-            for row, length in zip(named[spec.name], lengths, strict=True)
-        ]
-        for spec in model.outputs
-    }  # fmt: skip
+    rows = {}
+    for spec in model.outputs:
+        array, expected = named[spec.name], sum(lengths) if "time" in spec.axes else len(lengths)
+        if array.shape[:1] != (expected,):
+            raise ProtocolError(f"output {spec.name!r} came with shape {list(array.shape)}; expected [{expected}, ...]")
+        rows[spec.name] = np.split(array, np.cumsum(lengths)[:-1]) if "time" in spec.axes else list(array)
     return rows if isinstance(outputs, dict) else rows[model.outputs[0].name]
 
 
 def _arrays(model: Model, x: Inputs) -> list[tuple[TensorSpec, Array]]:
+    return [(spec, _cast(repr(spec.name), values, spec.dtype)) for spec, values in _by_name(model, x)]
+
+
+def _by_name(model: Model, x: Any) -> list[tuple[TensorSpec, Any]]:
+    """What is given for each of the model's inputs."""
     if not isinstance(x, Mapping):
         if len(model.inputs) != 1:
             names = ", ".join(spec.name for spec in model.inputs)
             raise InvalidRequest(f"model {model.name!r} has the inputs {names}; expected a dict of arrays by name")
         x = {model.inputs[0].name: x}
     _check_names("inputs", model.inputs, x)
-    return [(spec, _cast(repr(spec.name), x[spec.name], spec.dtype)) for spec in model.inputs]
+    return [(spec, x[spec.name]) for spec in model.inputs]
 
 
-def _check_names(kind: str, specs: tuple[TensorSpec, ...], given: Mapping[str, ArrayLike]) -> None:
+def _check_names(kind: str, specs: tuple[TensorSpec, ...], given: Mapping[str, Any]) -> None:
     expected = {spec.name for spec in specs}
     if given.keys() != expected:
         raise InvalidRequest(f"got the {kind} {sorted(given)}; expected {sorted(expected)}")

@@ -80,6 +80,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         metadata: of the last call.
         calls: names of the unary calls that arrived.
         chunk_faults: for the chunks to come, in order of arrival; None for no fault.
+        ragged: whether the last batch came without padding.
         call_faults: likewise for each unary call, by name.
         refusals: errors for the chunks to come, in-band; None for none.
         held: gets an item when a chunk or call is being held.
@@ -100,6 +101,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         self.messages: list[int] = []
         self.chunks: list[pb.Chunk] = []
         self.streams = 0
+        self.ragged = False
         self.metadata: dict[str, str | bytes] = {}
         self.calls: list[str] = []
         self.chunk_faults: deque[Fault | None] = deque()
@@ -143,16 +145,21 @@ class SumServer(stubs.ConveyorServiceServicer):
 
     async def Infer(self, request: pb.InferRequest, context: Any) -> pb.InferResponse:
         def infer() -> pb.InferResponse:
+            self.ragged = request.ragged
             x = decode_tensor(request.inputs[0])
-            initial = decode_tensor(request.initial_states[0]) if request.initial_states else np.zeros((len(x), WIDTH))
-            lengths = np.array(request.lengths or [x.shape[1]] * len(x))
-            valid = np.arange(x.shape[1]) < lengths[:, None]
-            y = (np.cumsum(x, 1) + initial[:, None]).astype(np.float32)
-            final = np.stack([row[length - 1] for row, length in zip(y, lengths, strict=True)])
+            lengths = list(request.lengths) or [x.shape[1]] * len(x)
+            sequences = np.split(x, np.cumsum(lengths)[:-1]) if request.ragged else x
+            initial = decode_tensor(request.initial_states[0]) if request.initial_states else [np.zeros(WIDTH)] * len(x)
+            rows = [
+                (start + np.cumsum(sequence[:length], 0)).astype(np.float32)
+                for start, sequence, length in zip(initial, sequences, lengths, strict=False)
+            ]
+            steps = 0 if request.ragged else x.shape[1]
+            padded = [np.pad(row, ((0, max(0, steps - len(row))), (0, 0))) for row in rows]
             return pb.InferResponse(
                 version=self.version,
-                outputs=[encode_tensor("y", y * valid[..., None].astype(np.float32))],
-                final_states=[encode_tensor("s", final)] if request.return_states else [],
+                outputs=[encode_tensor("y", np.concatenate(padded) if request.ragged else np.stack(padded))],
+                final_states=[encode_tensor("s", np.stack([row[-1] for row in rows]))] if request.return_states else [],
             )
 
         return await self._call("Infer", context, infer)

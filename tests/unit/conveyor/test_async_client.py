@@ -637,7 +637,9 @@ async def test_infer_takes_batches_and_ragged_lists() -> None:
         whole = await client.infer("sum", np.stack([b, b]), lengths=np.array([2, 3]))
         np.testing.assert_array_equal(whole[1], np.cumsum(b, 0))
         assert not whole[0, 2:].any()
+        assert not server.ragged
         ragged = await client.infer("sum", [a, b])
+        assert server.ragged
         for y, x in zip(ragged, [a, b], strict=True):
             np.testing.assert_array_equal(y, np.cumsum(x, 0))
         with pytest.raises(InvalidRequest, match="lengths of its own"):

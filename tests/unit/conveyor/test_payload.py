@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 
 from conveyor import InvalidRequest, Model, ProtocolError, TensorSpec
 from conveyor.payload import (
+    are_ragged,
     decode_outputs,
     encode_chunk,
     encode_inputs,
     encode_lengths,
+    encode_ragged,
     encode_states,
-    pad,
-    unpad,
+    split,
 )
 from conveyor.tensors import decode_tensor, encode_tensor
 
@@ -182,22 +184,79 @@ def test_a_reply_without_an_output_is_a_protocol_error() -> None:
         decode_outputs(TWO, [encode_tensor("y", np.zeros((1, 3)))])
 
 
-def test_ragged_sequences_become_one_batch_and_come_apart_again() -> None:
-    """Zeros behind each row on the way in; each row of its own length on the way out."""
-    sequences = [np.ones((2, 3)), np.full((4, 3), 2.0)]
-    batch, lengths = pad(VECTORS, sequences)
-    assert (batch.shape, lengths) == ((2, 4, 3), [2, 4])
-    assert batch.dtype == np.float32
-    assert not batch[0, 2:].any()
-    for row, sequence in zip(unpad(VECTORS, batch, lengths), sequences, strict=True):
+def test_ragged_sequences_stand_one_behind_the_other_and_come_apart_again() -> None:
+    """Nothing between them on the way in; each row of its own length on the way out."""
+    sequences = [np.ones((2, 3)), np.full((4, 3), 2.0), np.zeros((1, 3))]
+    (tensor,), lengths = encode_ragged(VECTORS, sequences)
+    assert lengths == [2, 4, 1]
+    x = decode_tensor(tensor)
+    np.testing.assert_array_equal(x, np.concatenate(sequences))
+    assert x.dtype == np.float32
+    for row, sequence in zip(split(VECTORS, x, lengths), sequences, strict=True):
         np.testing.assert_array_equal(row, sequence)
-    rows = unpad(TOKENS, np.eye(2, 3, dtype=np.float32), [1, 2])
-    np.testing.assert_array_equal(rows, np.eye(2, 3))
 
 
-def test_ragged_sequences_must_agree_in_everything_else() -> None:
-    """And a model must have one input for them."""
-    with pytest.raises(InvalidRequest, match="must agree in all axes but the first"):
-        pad(VECTORS, [np.zeros((2, 3)), np.zeros((2, 4))])
-    with pytest.raises(InvalidRequest, match="several inputs"):
-        pad(TWO, [np.zeros((2, 3))])
+def test_ragged_sequences_of_several_inputs_are_lists_by_name() -> None:
+    """And so are several outputs, of which those without time have one value a sequence."""
+    a, b = [np.ones((2, 3)), np.zeros((1, 3))], [np.zeros((2, 3)), np.ones((1, 3))]
+    tensors, lengths = encode_ragged(TWO, {"b": b, "a": a})
+    assert [tensor.name for tensor in tensors] == ["a", "b"]
+    for tensor, given in zip(tensors, (a, b), strict=True):
+        np.testing.assert_array_equal(decode_tensor(tensor), np.concatenate(given))
+    y, last = np.arange(3, dtype=np.float32)[:, None], np.eye(2, dtype=np.float32)
+    rows = split(TWO, {"y": y, "last": last}, lengths)
+    np.testing.assert_array_equal(np.concatenate(rows["y"]), y)
+    assert [len(row) for row in rows["y"]] == [2, 1]
+    np.testing.assert_array_equal(rows["last"], last)
+
+
+@pytest.mark.parametrize(
+    ("x", "ragged"),
+    [
+        ([np.zeros((2, 3))], True),
+        ((np.zeros((2, 3)), np.zeros((1, 3))), True),
+        ({"a": [np.zeros(2)], "b": [np.zeros(2)]}, True),
+        (np.zeros((1, 2, 3)), False),
+        ([[[0.0, 0.0, 0.0]]], False),
+        ({"a": [np.zeros(2)], "b": np.zeros((1, 2))}, False),
+        ([], False),
+        ({}, False),
+    ],
+)
+def test_what_is_ragged(x: Any, ragged: bool) -> None:
+    """Lists of arrays are; arrays, and lists of numbers that make one, are batches."""
+    assert are_ragged(x) == ragged
+
+
+@pytest.mark.parametrize(
+    ("of", "x", "message"),
+    [
+        (
+            VECTORS,
+            [np.zeros((2, 3)), np.zeros((2, 4))],
+            r"sequence 1 of input 'x' has shape \[2, 4\]; expected \[T, 3\]",
+        ),
+        (VECTORS, [np.zeros(3)], r"sequence 0 of input 'x' has shape \[3\]; expected \[T, 3\]"),
+        (TOKENS, [np.zeros(3)], "has dtype float64; expected int64"),
+        (TWO, [np.zeros((2, 3))], "inputs a, b; expected a dict"),
+        (TWO, {"a": [np.zeros((2, 3))]}, r"expected \['a', 'b'\]"),
+        (TWO, {"a": [np.zeros((2, 3))], "b": [np.zeros((1, 3))]}, r"'b' are as long as \[1\]; expected \[2\], as"),
+    ],
+)
+def test_ragged_sequences_that_do_not_fit_are_refused(of: Model, x: Any, message: str) -> None:
+    """Each is held against the model, and the inputs against each other."""
+    with pytest.raises(InvalidRequest, match=message):
+        encode_ragged(of, x)
+
+
+def test_ragged_sequences_agree_where_the_model_leaves_a_size_open() -> None:
+    """They stand in one tensor."""
+    spec = replace(VECTORS.inputs[0], shape=(None, None, None))
+    with pytest.raises(InvalidRequest, match=r"agree in all axes but the first; got \[\[2, 3\], \[2, 4\]\]"):
+        encode_ragged(replace(VECTORS, inputs=(spec,)), [np.zeros((2, 3)), np.zeros((2, 4))])
+
+
+def test_a_ragged_reply_of_another_length_is_a_protocol_error() -> None:
+    """A server that knows no ragged batches, say."""
+    with pytest.raises(ProtocolError, match=r"output 'y' came with shape \[2, 3\]; expected \[3, ...\]"):
+        split(VECTORS, np.zeros((2, 3)), [1, 2])
