@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+import math
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,9 +91,9 @@ def test_what_is_read_is_a_copy() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_growth_keeps_contents(shape: tuple[int | None, ...]) -> None:
-    """All slots hold what they held however often the pool grows, and each slot is handed out once."""
+    """All slots hold what they held however many there come to be, and each slot is handed out once."""
     state = spec(shape)
-    pool = Pool([state], limit=21, capacity=2)
+    pool = Pool([state], limit=21)
     held = {pool.allocate([value(state, n)]): n for n in range(21)}
     assert len(held) == pool.taken == 21
     for slot, n in held.items():
@@ -98,10 +101,9 @@ def test_growth_keeps_contents(shape: tuple[int | None, ...]) -> None:
         np.testing.assert_array_equal(read, value(state, n))
 
 
-@pytest.mark.parametrize("capacity", [1, 3, 64])
-def test_the_number_of_slots_is_limited(capacity: int) -> None:
+def test_the_number_of_slots_is_limited() -> None:
     """Over the limit the error names it, nothing changes, and a slot that is given back can be taken."""
-    pool = Pool([spec((None, 3))], limit=3, capacity=capacity)
+    pool = Pool([spec((None, 3))], limit=3)
     taken = [pool.allocate() for _ in range(3)]
     with pytest.raises(Full, match="all 3 state slots"):
         pool.allocate()
@@ -143,29 +145,10 @@ def test_a_model_without_states_has_slots_all_the_same() -> None:
     pool.scatter(slots(slot), slots(0), [])
 
 
-def test_memory_that_runs_out_while_growing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pool is as it was, whichever of its arrays had grown already, and grows the next time."""
-    states = [spec((None, 3)), spec((None, 3))]
-    pool = Pool(states, limit=4, capacity=2)
-    held = [value(states[0], 1), value(states[1], 2)]
-    first, _ = pool.allocate(held), pool.allocate()
-    real, calls = np.concatenate, []
-
-    def second_fails(*given: Any) -> Any:
-        calls.append(given)
-        if len(calls) == 2:
-            raise MemoryError
-        return real(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "concatenate", second_fails)
-        with pytest.raises(MemoryError):
-            pool.allocate()
-    assert pool.taken == 2
-    assert {array.shape for array in pool._arrays} == {(2, 3)}
-    third = pool.allocate(held)
-    for array, other in zip(pool.read(first), pool.read(third), strict=True):
-        np.testing.assert_array_equal(array, other)
+def test_address_space_that_cannot_be_had() -> None:
+    """The pool is not made, and the error says how much it would have taken."""
+    with pytest.raises(MemoryError, match=f"cannot reserve {12 << 60} bytes of address space"):
+        Pool([spec((None, 3))], limit=1 << 60)
 
 
 def test_states_that_cannot_be_written_take_no_slot() -> None:
@@ -174,3 +157,120 @@ def test_states_that_cannot_be_written_take_no_slot() -> None:
     with pytest.raises(ValueError, match="broadcast"):
         pool.allocate([np.zeros(5, np.float32)])
     assert pool.taken == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "bool"])
+def test_gather_into_arrays_that_are_there(shape: tuple[int | None, ...], dtype: str) -> None:
+    """They hold what new ones would, and are the ones that were given."""
+    states = [spec(shape, dtype), spec((None,), dtype)]
+    pool = Pool(states, limit=5)
+    held = [pool.allocate([value(states[0], n), value(states[1], n)]) for n in range(5)]
+    chosen = slots(held[3], held[0], held[3])
+    new = pool.gather(chosen)
+    out = [np.ones_like(array) for array in new]
+    for given, copied, expected in zip(out, pool.gather(chosen, out), new, strict=True):
+        assert copied is given
+        np.testing.assert_array_equal(given, expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_slots_that_are_not_there(wrong: int) -> None:
+    """Raised, whether the arrays are given or not, instead of another slot's state."""
+    pool = Pool([spec((None, 3))], limit=3)
+    out = [np.ones((2, 3), np.float32)]
+    with pytest.raises(IndexError, match="slots"):
+        pool.gather(slots(0, wrong), out)
+    assert out[0].all()
+    with pytest.raises(IndexError, match="slots"):
+        pool.gather(slots(0, wrong))
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["zeros", "learned"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_many_slots_at_once(shape: tuple[int | None, ...], learned: bool) -> None:
+    """They hold the initial states whatever their last owners left, and are taken all or none."""
+    plain = spec(shape)
+    initial = value(plain, 7) if learned else np.zeros(plain.tail, np.float32)
+    pool = Pool([spec(shape, initial=initial if learned else None)], limit=4)
+    before = [pool.allocate([value(plain, n)]) for n in range(3)]
+    pool.free_many(slots(*before[1:]))
+    with pytest.raises(Full, match="all 4 state slots"):
+        pool.allocate_many(4)
+    many = pool.allocate_many(3)
+    assert len({before[0], *many.tolist()}) == pool.taken == 4
+    for slot in many.tolist():
+        np.testing.assert_array_equal(pool.read(slot)[0], initial)
+    np.testing.assert_array_equal(pool.read(before[0])[0], value(plain, 0))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that no file is behind."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) << 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux alone")
+@pytest.mark.parametrize(("layers", "hidden"), [(1, 128), (2, 64), (3, 43)])
+def test_a_hundred_thousand_slots_and_back(layers: int, hidden: int) -> None:
+    """Slots that were never taken cost nothing; most of a peak is given back; those who stay keep their states."""
+    state = spec((layers, None, hidden))
+    began = resident_bytes()
+    pool = Pool([state, state], limit=1_000_000)
+    assert resident_bytes() - began < 1 << 20
+    used = 100_000 * 2 * 4 * math.prod(state.tail)
+    taken = np.concatenate([pool.allocate_many(500) for _ in range(200)])
+    peak = resident_bytes()
+    # Beside the states, some bytes a slot for the numbers.
+    assert used < peak - began < used + 100_000 * 100
+    stay = taken[::1000]
+    held = [np.random.default_rng(n).standard_normal((layers, len(stay), hidden)).astype(np.float32) for n in (0, 1)]
+    pool.scatter(stay, np.arange(len(stay)), held)
+    leave = np.random.default_rng(2).permutation(np.setdiff1d(taken, stay))
+    for part in np.array_split(leave, 300):
+        pool.free_many(part)
+    assert pool.taken == len(stay) == 100
+    assert peak - resident_bytes() > 0.8 * used
+    for gathered, expected in zip(pool.gather(stay), held, strict=True):
+        np.testing.assert_array_equal(gathered, expected)
+    # What is taken again is full of what it should be, not of what the system gives or somebody left.
+    again = pool.allocate_many(50_000)
+    assert not any(array.any() for array in pool.gather(again))
+    for gathered, expected in zip(pool.gather(stay), held, strict=True):
+        np.testing.assert_array_equal(gathered, expected)
+
+
+def test_the_lowest_free_slot_goes_first() -> None:
+    """Sessions stay together at the front, in whatever order others end."""
+    pool = Pool([], limit=100)
+    taken = pool.allocate_many(50)
+    pool.free_many(taken[::-3])
+    assert [pool.allocate() for _ in range(3)] == sorted(taken[::-3])[:3]
+
+
+def test_threads_that_take_and_give_back_while_others_gather() -> None:
+    """Each slot has one owner at a time, and no owner sees another's state, however memory comes and goes."""
+    state = spec((2, None, 512))
+    pool = Pool([state], limit=20_000)
+    wrong: list[str] = []
+
+    def come_and_go(number: int) -> None:
+        random = np.random.default_rng(number)
+        mine = np.full((2, 1, 512), number, np.float32)
+        for _ in range(6):
+            many = pool.allocate_many(int(random.integers(1000, 3000)))
+            if pool.gather(many)[0].any():
+                wrong.append("not the initial state")
+            pool.scatter(many, np.arange(len(many)), [mine.repeat(len(many), 1)])
+            out = [np.empty((2, len(many), 512), np.float32)]
+            if not (pool.gather(many, out)[0] == number).all():
+                wrong.append("another's state")
+            for part in np.array_split(random.permutation(many), 5):
+                pool.free_many(part)
+
+    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (wrong, pool.taken) == ([], 0)
