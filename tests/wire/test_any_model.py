@@ -34,8 +34,9 @@ def named(outputs: Any) -> dict[str, Array]:
     return outputs if isinstance(outputs, dict) else {"y": outputs}
 
 
-async def test_a_batch_is_the_plain_loop(tmp_path: Path, case: Case) -> None:
-    """Ragged rows in one call: outputs, and the final states, batch first on the wire."""
+@pytest.mark.parametrize("form", ["padded", "ragged"])
+async def test_a_batch_is_the_plain_loop(tmp_path: Path, case: Case, form: str) -> None:
+    """Rows of different lengths in one call: outputs, and the final states, batch first on the wire."""
     path = case.write(tmp_path)
     random = np.random.default_rng(1)
     rows = [case.inputs(random, length) for length in LENGTHS]
@@ -44,12 +45,17 @@ async def test_a_batch_is_the_plain_loop(tmp_path: Path, case: Case) -> None:
         for name in rows[0]
     }
     async with running(tmp_path) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
-        result = await client.infer("any", padded, lengths=LENGTHS, return_states=True)
+        if form == "padded":
+            result = await client.infer("any", padded, lengths=LENGTHS, return_states=True)
+        else:
+            ragged = {name: [row[name] for row in rows] for name in rows[0]}
+            result = await client.infer("any", ragged, return_states=True)
         specs = server.repository.find("any").manifest.states
     for index, (row, length) in enumerate(zip(rows, LENGTHS, strict=True)):
         expected, states = case.loop(path, row)
         for name, given in named(result.outputs).items():
-            close(given[index, :length], expected[name])
+            close(given[index][:length], expected[name])
+            assert form == "padded" or len(given[index]) == length
         for spec in specs:
             given = result.states[spec.name][index]
             close(given, states[spec.input].reshape(given.shape))
