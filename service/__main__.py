@@ -1,4 +1,7 @@
-"""Run the server: ``python -m service --repository DIR``. Parses settings and runs, nothing else."""
+"""Run the server, ``python -m service --repository DIR``, or measure its models, ``python -m service tune``.
+
+Parses settings and runs, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import asyncio
 import os
 import sys
 
-from service.settings import load
+from service.settings import load, load_tune
 
 
 def main() -> int:
     """Run until a signal comes; return the exit status."""
+    if sys.argv[1:2] == ["tune"]:
+        return measure()
     settings = load(sys.argv[1:], os.environ)
     # gRPC's core writes to standard error in a form of its own; what matters comes back as an exception and is logged.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -20,6 +25,16 @@ def main() -> int:
 
     configure_logs(settings.log_level, settings.log_format)
     return asyncio.run(serve(settings))
+
+
+def measure() -> int:
+    """Measure the models; return the exit status."""
+    settings, model = load_tune(sys.argv[2:], os.environ)
+    from service.logs import configure_logs
+    from service.tune import tune
+
+    configure_logs(settings.log_level, settings.log_format)
+    return tune(settings, model)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, ValidationInfo, field_validator, model_validator
 
 from service.errors import LoadError
+from service.manifest import Precision
 from service.yaml_file import MAX_BYTES, Section, parse_yaml
 
 NAME = "model.yaml"
@@ -156,6 +157,11 @@ class Description(Section):
         row_by_row: run the graph on one row at a time, although it takes several.
         tolerance: largest difference that the audit lets pass, as a share where values are beyond 1.
         versions: which to serve; null for what the server's settings say.
+        precision: of the file to serve, of those that a version has; null for that of its model.onnx.
+        threads: inside one run. This and what follows: null for what the server's settings say.
+        max_tick_rows: most rows in one run.
+        short_tick_ms: milliseconds that a run should take while chunks come.
+        long_tick_ms: the same while there are only batches.
     """
 
     inputs: dict[str, InputDescription] = Field(default_factory=dict)
@@ -166,11 +172,21 @@ class Description(Section):
     row_by_row: StrictBool = False
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     versions: Versions | None = None
+    precision: Precision | None = None
+    threads: Annotated[int, Field(ge=1, le=1024, strict=True)] | None = None
+    max_tick_rows: Annotated[int, Field(ge=1, le=65_536, strict=True)] | None = None
+    short_tick_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    long_tick_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @property
     def of_graph(self) -> bool:
         """Whether it describes a graph, rather than only how one is to be served."""
         return bool(self.model_fields_set & {"inputs", "states", "outputs", "streamable"})
+
+    @property
+    def speed(self) -> tuple[float | None, ...]:
+        """What of it changes how fast the model is run, and nothing else."""
+        return self.threads, self.max_tick_rows, self.short_tick_ms, self.long_tick_ms
 
     @field_validator("inputs", "states", "outputs", mode="before")
     @classmethod

@@ -36,6 +36,10 @@ _DTYPES = {
 }
 
 
+VERSION: str = onnxruntime.__version__
+"""Of onnxruntime: another one may be faster or slower."""
+
+
 class NoManifest(LoadError):
     """Neither the file nor whoever loads it says what its inputs and outputs are."""
 
@@ -47,14 +51,16 @@ class Engine:
         manifest: what the file says of itself, or was said of it.
         digest: SHA-256 of the file, in hexadecimal; of a described graph, of all that makes its results.
         provider: the onnxruntime execution provider that runs it.
+        file_digests: SHA-256 of the file and of those beside it, in hexadecimal.
 
     Args:
         path: the .onnx file.
         device: ``cuda`` fails where CUDA does not start or any node would run elsewhere; ``auto`` falls to the
             CPU then.
-        threads: inside one run; 0 for one a core.
+        threads: inside one run.
         describe: gives the manifest of a graph that has none inside, from its signature.
         external: files beside it that hold its data.
+        file_digests: where they are known already.
 
     Raises:
         LoadError: if the file cannot be read, is no model, has no manifest, disagrees with it, or the device does not
@@ -65,11 +71,13 @@ class Engine:
         self,
         path: Path,
         device: Literal["auto", "cpu", "cuda"] = "cpu",
-        threads: int = 0,
+        threads: int = 1,
         describe: Callable[[Signature], Manifest] | None = None,
         external: Sequence[Path] = (),
+        file_digests: Sequence[str] = (),
     ) -> None:
-        digests = [_digest(file) for file in (path, *external)]
+        digests = list(file_digests) or [_digest(file) for file in (path, *external)]
+        self.file_digests = tuple(digests)
         self._session = _start(path, device, threads)
         self.provider: str = self._session.get_providers()[0]
         signature = Signature(

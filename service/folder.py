@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
-from service import description
+from service import description, tuning_file
 from service.description import Description
 from service.errors import LoadError
 
@@ -171,7 +171,10 @@ def _model(path: Path) -> ModelFolder:
 
 
 def _files(folder: Path, apart: re.Pattern[str] | None = None) -> Iterator[File]:
-    """Go through the files in a folder and those below it, but for hidden ones: those are on their way to be others."""
+    """Go through the files in a folder and those below it.
+
+    Hidden ones are on their way to be others, and what the server has measured is none of the model's.
+    """
     entries = _entries(folder)
     entries = [entry for entry in entries if apart is None or not apart.fullmatch(entry.name)]
     # Not by recursion: folders can be deeper than Python's stack.
@@ -191,7 +194,8 @@ def _files(folder: Path, apart: re.Pattern[str] | None = None) -> Iterator[File]
 
 def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        return sorted((one for one in entries if not one.name.startswith(".")), key=lambda one: one.name, reverse=True)
+        of_model = (one for one in entries if not one.name.startswith(".") and one.name != tuning_file.NAME)
+        return sorted(of_model, key=lambda one: one.name, reverse=True)
 
 
 def _folders(folder: Path) -> list[Path]:

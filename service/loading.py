@@ -1,7 +1,7 @@
 """From a model's file to a graph that is ready to run.
 
-Owns the order in which a file is read, checked, started and audited, and what is said of it. Must not know runners or
-sessions. Called in a thread of its own: all of it may take long.
+Owns the order in which a file is chosen, read, checked, started, and audited, and what is said of it. Must not know
+runners or sessions. Called in a thread of its own: all of it may take long.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from service.audit import audit
+from service.audit import Audit, audit
 from service.description import NAME, Description, read
 from service.engine import Engine, NoManifest
 from service.errors import LoadError
@@ -37,28 +37,39 @@ class Loaded:
     Attributes:
         graph: to be run.
         provider: the onnxruntime execution provider that runs it.
+        threads: inside one run.
         warnings: what its operator should know, a sentence each.
         interrupt: ends a run of it that is under way, from another thread; none can follow.
+        path: the file that was loaded.
+        file_digests: of the file and those beside it that hold its data.
+        description: what its model.yaml says.
     """
 
     graph: Graph
     provider: str
+    threads: int
     warnings: tuple[str, ...]
     interrupt: Callable[[], None]
+    path: Path
+    file_digests: tuple[str, ...]
+    description: Description
 
 
-def load_model(path: Path, settings: Settings) -> Loaded:
+def load_model(path: Path, settings: Settings, threads: int = 0, before: Loaded | None = None) -> Loaded:
     """Load a model file, and hold it against what the server relies on.
 
     Args:
-        path: DIR/NAME/VERSION/model.onnx.
+        path: DIR/NAME/VERSION/model.onnx; beside it other files of the model, of which its description may choose one.
         settings: of the server.
+        threads: inside one run; 0 for what the description says, or else the settings, or else 1.
+        before: the same model with other threads, whose file need not be read again to be known, nor warned of.
 
     Raises:
         LoadError: if it cannot be served; the text says why.
     """
     folder = path.parent.parent
     description = read(folder) or Description()
+    path = _chosen(path, description.precision)
     check_size([path], settings.max_model_bytes)
     external: list[Path] = []
     describe: Callable[[Signature], Manifest] | None = None
@@ -73,17 +84,46 @@ def load_model(path: Path, settings: Settings) -> Loaded:
             describe = partial(
                 present, description, folder=folder, initializer=file.initializer, precision=file.precision
             )
+    threads = threads or description.threads or settings.threads or 1
+    file_digests = () if before is None else before.file_digests
     try:
-        engine = Engine(path, settings.device, settings.threads, describe, external)
+        engine = Engine(path, settings.device, threads, describe, external, file_digests)
     except NoManifest as error:
         raise LoadError(f"{error}{_near_misses(folder, path)}") from error
+    _check_precision(path, engine.manifest.precision, description.precision)
     _check_sizes(engine.manifest, settings.max_message_bytes)
     with no_longer_than(settings.load_timeout_s, engine.interrupt):
-        return _audited(path, engine, description)
+        found = _audited(path, engine, description, threads)
+    if before is None:
+        for warning in found.warnings:
+            name, version = path.parent.parent.name, path.parent.name
+            log.warning("model served with a reservation", model=name, version=version, reason=warning)
+    return Loaded(
+        found.graph,
+        engine.provider,
+        threads,
+        found.warnings,
+        engine.interrupt,
+        path,
+        engine.file_digests,
+        description,
+    )
+
+
+def _chosen(path: Path, precision: str | None) -> Path:
+    """The file of a precision, where there is one of its own."""
+    own = path.with_name(f"{path.stem}.{precision}{path.suffix}")
+    return own if precision is not None and own.is_file() else path
+
+
+def _check_precision(path: Path, have: str, want: str | None) -> None:
+    if want is not None and have != want:
+        own = "" if path.stem.endswith(want) else f" and there is no {path.stem}.{want}{path.suffix} beside it"
+        raise LoadError(f"{NAME} asks for precision {want}; {path.name} is {have}{own}")
 
 
 @contextmanager
-def no_longer_than(seconds: float, interrupt: Callable[[], None]) -> Iterator[None]:
+def no_longer_than(seconds: float, interrupt: Callable[[], object]) -> Iterator[None]:
     """Interrupt what runs within, once it has taken too long.
 
     Raises:
@@ -131,7 +171,7 @@ def _near_misses(folder: Path, path: Path) -> str:
     return f"; there is {there[0]}, which is not read: expected {folder.name}/{NAME}" if there else ""
 
 
-def _audited(path: Path, engine: Engine, description: Description) -> Loaded:
+def _audited(path: Path, engine: Engine, description: Description, threads: int) -> Audit:
     began = time.perf_counter()
     graph: Graph = engine
     if graph.manifest.steps_per_run == 1:
@@ -147,12 +187,11 @@ def _audited(path: Path, engine: Engine, description: Description) -> Loaded:
         model=name,
         version=version,
         provider=engine.provider,
+        threads=threads,
         rows=found.rows,
         chunks=found.chunks,
         row_by_row=found.graph.manifest.rows_per_run == 1,
         step_by_step=found.graph.manifest.steps_per_run == 1,
         seconds=round(time.perf_counter() - began, 3),
     )
-    for warning in found.warnings:
-        log.warning("model served with a reservation", model=name, version=version, reason=warning)
-    return Loaded(found.graph, engine.provider, found.warnings, engine.interrupt)
+    return found

@@ -131,6 +131,11 @@ class Parity(_Part):
     provider: str = Field(description="the onnxruntime execution provider that ran the graph")
     rows: tuple[ParityRow, ...]
 
+    @property
+    def max_error(self) -> float:
+        """The largest error seen; 0 where nothing was compared."""
+        return max((max(row.outputs, row.states) for row in self.rows), default=0.0)
+
 
 class LayerSpec(_Part):
     """One recurrent layer, for people and for placement on a device; the server does not need it to run the graph."""

@@ -19,11 +19,12 @@ from service.background import in_thread
 from service.catalogue import Catalogue
 from service.errors import ControlRefused, ConveyorError, Draining, LoadError, LoadFailed, ModelUnknown
 from service.folder import Found, ModelFolder, look_again, overlooked, scan, wanted
-from service.loading import Loaded, load_model, no_longer_than, too_long
+from service.loading import Loaded, no_longer_than, too_long
 from service.metrics import Metrics
 from service.runner import Runner
 from service.scheduler import Limits
 from service.settings import Settings
+from service.tuner import tuned
 from service.version import Version
 
 T = TypeVar("T")
@@ -339,7 +340,9 @@ class Repository(Catalogue):
             runner = await self._load(version, found)
             if runner is not None:
                 # The same model as before, in files that were written anew, needs no switch.
-                held = next((one for one in version.runners if _same(one, runner)), runner)
+                speed = found.content[1].speed
+                alike = (one for one in version.runners if _same(one, runner))
+                held = next((one for one in alike if version.contents[one][1].speed == speed), runner)
                 version.contents[held] = found.content
                 self._switch(version, held)
         return version.serving is not None
@@ -392,6 +395,8 @@ class Repository(Catalogue):
             version=found.version,
             provider=loaded.provider,
             precision=runner.manifest.precision,
+            max_error=None if (parity := runner.manifest.parity) is None else float(f"{parity.max_error:.2g}"),
+            threads=loaded.threads,
             streamable=runner.manifest.streamable,
             seconds=round(time.perf_counter() - began, 3),
         )
@@ -399,21 +404,33 @@ class Repository(Catalogue):
 
     def _make(self, found: Found, loop: asyncio.AbstractEventLoop) -> tuple[Runner, Loaded]:
         settings = self._settings
-        loaded = load_model(found.path, settings)
+        loaded, tuning = tuned(found.path, settings)
+        description = loaded.description
+        tick_rows = description.max_tick_rows or settings.max_tick_rows or tuning.tick_rows
         limits = Limits(
             queued_rows=settings.max_queued_rows,
             queued_bytes=settings.max_queued_bytes,
             queued_s=settings.max_queued_s,
-            tick_rows=settings.max_tick_rows,
+            tick_rows=tick_rows,
             tick_steps=settings.max_tick_steps,
             ragged=loaded.graph.manifest.lengths is not None,
             sliced=loaded.graph.manifest.streamable,
-            short_tick_s=settings.short_tick_ms * 1e-3,
-            long_tick_s=settings.long_tick_ms * 1e-3,
+            short_tick_s=(description.short_tick_ms or settings.short_tick_ms) * 1e-3,
+            long_tick_s=(description.long_tick_ms or settings.long_tick_ms) * 1e-3,
         )
-        slots = settings.max_sessions + 2 * (settings.max_queued_rows + settings.max_tick_rows)
+        slots = settings.max_sessions + 2 * (settings.max_queued_rows + tick_rows)
         try:
-            runner = Runner(found.name, found.version, loaded.graph, limits, slots, self._metrics, self._clock, loop)
+            runner = Runner(
+                found.name,
+                found.version,
+                loaded.graph,
+                limits,
+                slots,
+                self._metrics,
+                self._clock,
+                loop,
+                pace=tuning.pace,
+            )
             with no_longer_than(settings.load_timeout_s, loaded.interrupt):
                 runner.warm_up()
         except LoadError:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from service.errors import ConveyorError, Draining, EngineFailed
 from service.graph import Graph
 from service.metrics import Metrics
+from service.pace import Pace
 from service.packing import pack, unpack
 from service.pool import Pool
 from service.row import Phase, Row, Track
@@ -51,6 +52,7 @@ class Runner:
         clock: tells the time, in seconds.
         loop: the event loop on which rows end.
         calendar: tells the time, in seconds since 1970.
+        pace: how long ticks take, as far as it is known.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Runner:
         clock: Callable[[], float],
         loop: asyncio.AbstractEventLoop,
         calendar: Callable[[], float] = time.time,
+        pace: Pace | None = None,
     ) -> None:
         self.name = name
         self.version = version
@@ -72,7 +75,7 @@ class Runner:
         self.pool = Pool(self.manifest.states, slots)
         self.engine = engine
         self.statistics = Statistics()
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(limits, pace)
         self._clock = clock
         self._calendar = calendar
         self._metrics = metrics

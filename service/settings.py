@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -28,11 +29,22 @@ Serve recurrent models over gRPC: whole batches, and streaming sessions that kee
   python -m service --repository models/ --port 0              pick a free port; the log's "ready" line names it
   python -m service --repository models/ --model-control poll  serve new versions as they are put there
   CONVEYOR_PORT=9000 python -m service --config server.toml    settings from the environment and a file
+  python -m service tune --repository models/                  measure the models and print what that leads to
 
 Each setting is a flag, an environment variable (CONVEYOR_ and the name in capitals, as CONVEYOR_MAX_SESSIONS) or a line
 in the --config file (max_sessions = 1000). A flag wins over the environment, that over the file, that over the default.
 SIGTERM drains: no new work, what was accepted is finished, then the server stops. A second signal, half a second or
 more after the first, stops it at once."""
+
+_HELP_TUNE = """\
+Measure the models of a repository on this machine: what a run takes with so many rows, steps and threads, and how the
+server will run them because of that. What was measured is kept beside the model, or in --cache-dir, for the server to
+find: do this while the machine has nothing else to do.
+
+  python -m service tune --repository models/               every model, the versions that would be served
+  python -m service tune --repository models/ --model lstm  one of them
+
+The settings are the server's; only those of models and of compute matter here."""
 
 
 class Settings(BaseModel):
@@ -62,7 +74,12 @@ class Settings(BaseModel):
     """Where models run. cuda fails where CUDA does not start; auto takes CUDA where it starts, and says what it chose.
     """
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads inside one run of a model; 0 takes one a core."""
+    """Threads inside one run of a model; 0 takes as many as pay by what is measured when it is loaded, or 1 where
+    nothing is. A model's own model.yaml goes before this, and before the lengths of ticks."""
+    tune_s: Annotated[float, Field(ge=0)] = 0.4
+    """Most seconds that a model is measured for when it is loaded, unless that was done before; 0 for not at all."""
+    cache_dir: Path | None = None
+    """Folder for what was measured, as NAME/VERSION/tuning.json; left out, beside the model."""
 
     max_message_bytes: Positive = 64 * 1024 * 1024
     """Largest message taken in, and largest reply that is built."""
@@ -86,8 +103,9 @@ class Settings(BaseModel):
     max_stream_chunks: Positive = 4096
     """Most chunks of one stream that are not answered yet; over it, or with a message's worth of results unread, the
     stream is not read until some are."""
-    max_tick_rows: Positive = 512
-    """Most chunks and batch rows in one run of a model."""
+    max_tick_rows: Positive | None = None
+    """Most chunks and batch rows in one run of a model; left out, 512, or fewer where more gain nothing by what is
+    measured."""
     max_tick_steps: Positive = 8192
     """Most steps in one run of a model, padding counted, unless one row alone has more."""
     max_model_bytes: Positive = 4 * 1024 * 1024 * 1024
@@ -135,10 +153,11 @@ _GROUPS = {
     "config": "settings file",
 }
 """The first setting of each group of the help page."""
+_NO_OTHER: Mapping[str, Any] = MappingProxyType({})
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Read the settings.
+    """Read the settings of a server.
 
     Args:
         argv: the flags, without the program's name.
@@ -148,8 +167,31 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         SystemExit: with status 0 after --help, with status 2 and a line on standard error for each setting that is
         wrong.
     """
-    parser = _parser()
-    flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    parser = _parser("python -m service", "[--repository DIR] [--port PORT] [flags]", _HELP)
+    return _read(parser, vars(parser.parse_args(argv)), environ)
+
+
+def load_tune(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, str | None]:
+    """Read what ``python -m service tune`` is to do: the settings, and the model, or None for every one.
+
+    Raises:
+        SystemExit: as for ``load``.
+    """
+    defaults = {"tune_s": 5.0, "log_level": "warning"}
+    parser = _parser("python -m service tune", "[--repository DIR] [--model NAME] [flags]", _HELP_TUNE, defaults)
+    parser.add_argument("--model", metavar="NAME", help="the model to measure; every one where it is left out")
+    flags = vars(parser.parse_args(argv))
+    model = flags.pop("model")
+    return _read(parser, flags, environ, defaults), model
+
+
+def _read(
+    parser: argparse.ArgumentParser,
+    given: Mapping[str, Any],
+    environ: Mapping[str, str],
+    defaults: Mapping[str, Any] = _NO_OTHER,
+) -> Settings:
+    flags = {name: value for name, value in given.items() if value is not None}
     variables = {
         name: environ[_PREFIX + name.upper()] for name in Settings.model_fields if environ.get(_PREFIX + name.upper())
     }
@@ -170,7 +212,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         | {name: _flag(name) for name in flags}
     )
     try:
-        return Settings(**{**in_file, **variables, **flags})
+        return Settings(**{**defaults, **in_file, **variables, **flags})
     except ValidationError as error:
         lines = [
             f"{origins[str(wrong['loc'][0])]}: "
@@ -184,11 +226,13 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(
+    command: str, usage: str, description: str, defaults: Mapping[str, Any] = _NO_OTHER
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m service",
-        usage="python -m service [--repository DIR] [--port PORT] [flags]",
-        description=_HELP,
+        prog=command,
+        usage=f"{command} {usage}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -198,14 +242,9 @@ def _parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(_GROUPS[name])
         words = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
         metavar = "|".join(words) if words else _METAVARS.get(name, "N")
-        default = (
-            ""
-            if field.default in (None, ())
-            else f" [{field.default:g}]"
-            if isinstance(field.default, float)
-            else f" [{field.default}]"
-        )
-        group.add_argument(_flag(name), metavar=metavar, default=None, help=f"{field.description}{default}")
+        default = defaults.get(name, field.default)
+        shown = "" if default in (None, ()) else f" [{default:g}]" if isinstance(default, float) else f" [{default}]"
+        group.add_argument(_flag(name), metavar=metavar, default=None, help=f"{field.description}{shown}")
     return parser
 
 
@@ -228,4 +267,6 @@ _METAVARS = {
     "max_model_bytes": "BYTES",
     "config": "FILE",
     "sessions_file": "FILE",
+    "cache_dir": "DIR",
+    "tune_s": "SECONDS",
 }

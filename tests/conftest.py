@@ -28,8 +28,11 @@ def lstm_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def running(repository: Path, clock: Clock | None = None, **settings: Any) -> AsyncIterator[Server]:
-    """Run a server in this event loop, on a free port; the clock stands still unless the test moves it."""
-    server = Server(Settings(repository=repository, port=0, **settings), clock or Clock())
+    """Run a server in this event loop, on a free port; the clock stands still unless the test moves it.
+
+    Models are not measured, unless the test asks for it.
+    """
+    server = Server(Settings(**{"repository": repository, "port": 0, "tune_s": 0, **settings}), clock or Clock())
     await server.start()
     try:
         yield server

@@ -72,7 +72,7 @@ async def test_while_models_load(lstm_repository: Path, monkeypatch: pytest.Monk
         await load(repository, needed)
 
     monkeypatch.setattr(Repository, "load", held)
-    server = Server(Settings(repository=lstm_repository, port=0), Clock())
+    server = Server(Settings(repository=lstm_repository, port=0, tune_s=0), Clock())
     start = asyncio.create_task(server.start())
     try:
         await entered.wait()

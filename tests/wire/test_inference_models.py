@@ -49,7 +49,7 @@ async def test_health(lstm_repository: Path) -> None:
 
 async def test_while_models_load(lstm_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server answers, says that it is not ready, and tells everybody else to come again."""
-    server = Server(Settings(repository=lstm_repository, port=0), Clock())
+    server = Server(Settings(repository=lstm_repository, port=0, tune_s=0), Clock())
 
     async def load(needed: object) -> None:
         async with calling(server) as stub:

@@ -32,7 +32,7 @@ from tests.graphs import replace_lstm, write_broken, write_lstm
 
 def repository_of(folder: Path, **settings: Any) -> Repository:
     """A repository that has not loaded yet."""
-    return Repository(Settings(repository=folder, threads=1, **settings), Metrics(), Clock())
+    return Repository(Settings(repository=folder, threads=1, tune_s=0, **settings), Metrics(), Clock())
 
 
 @asynccontextmanager
@@ -94,7 +94,7 @@ def gated(*names: str) -> Iterator[Gate]:
     """Hold the loads of some models up."""
     gate = Gate(*names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.repository.load_model", gate.load)
+        patch.setattr("service.tuner.load_model", gate.load)
         try:
             yield gate
         finally:
@@ -175,7 +175,7 @@ async def test_an_unexpected_error_is_no_exception(tmp_path: Path, monkeypatch: 
             raise MemoryError("at 0x1234")
         return load_model(path, settings)
 
-    monkeypatch.setattr("service.repository.load_model", fail)
+    monkeypatch.setattr("service.tuner.load_model", fail)
     async with loaded(tmp_path) as repository:
         assert repository.names() == ["lstm"]
         assert told(repository)["odd", 1] == ("UNAVAILABLE", "unexpected error; the server's log has it")
@@ -533,7 +533,7 @@ async def test_what_is_unloaded_is_freed(tmp_path: Path) -> None:
     """The runner, its thread, its graph and its metrics, at once and not when the collector comes by."""
     write_lstm(tmp_path, "lstm", 1)
     metrics = Metrics()
-    settings = Settings(repository=tmp_path, threads=1, model_control="explicit", load_models=("*",))
+    settings = Settings(repository=tmp_path, threads=1, tune_s=0, model_control="explicit", load_models=("*",))
     repository = Repository(settings, metrics, Clock())
     gc.disable()
     try:
@@ -559,7 +559,7 @@ async def test_what_takes_over_keeps_its_metrics(tmp_path: Path) -> None:
     """Freeing the runner before does not hide the queue of the one that has its number now."""
     write_lstm(tmp_path, "lstm", 1, seed=1)
     metrics = Metrics()
-    repository = Repository(Settings(repository=tmp_path, threads=1, model_control="poll"), metrics, Clock())
+    repository = Repository(Settings(repository=tmp_path, threads=1, tune_s=0, model_control="poll"), metrics, Clock())
     await repository.load()
     replace_lstm(tmp_path, "lstm", 1, seed=2)
     await look(repository)
@@ -770,7 +770,7 @@ async def test_files_that_change_while_they_are_loaded(tmp_path: Path, monkeypat
         before = repository.find("lstm")
         replace_lstm(tmp_path, "lstm", 1, seed=2)
         with monkeypatch.context() as patch:
-            patch.setattr("service.repository.load_model", late)
+            patch.setattr("service.tuner.load_model", late)
             await look(repository)
         assert told(repository)["lstm", 1] == (
             "READY",
@@ -899,7 +899,7 @@ async def test_what_did_not_load_has_no_metrics(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Runner, "warm_up", fail)
     metrics = Metrics()
-    repository = Repository(Settings(repository=tmp_path, threads=1), metrics, Clock())
+    repository = Repository(Settings(repository=tmp_path, threads=1, tune_s=0), metrics, Clock())
     await repository.load()
     assert b'model="lstm"' in generate_latest(metrics.registry)
     assert b'model="odd"' not in generate_latest(metrics.registry)
