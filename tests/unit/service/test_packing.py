@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from service.manifest import TensorSpec
-from service.packing import pack, unpack
+from service.packing import pack, pack_blocks, unpack, unpack_blocks
 
 Array = NDArray[np.generic]
 
@@ -88,3 +88,71 @@ def test_rows_of_different_features_are_not_stretched_over_each_other(time: int 
         given = [np.ones((1, *((2,) if time is None else ()), size), np.float32) for size in tails]
         with pytest.raises(ValueError, match="differ in their features"):
             pack(given, free, longest=1)
+
+
+WIDTHS = [2, 1, 3]
+
+
+def blocks(spec: TensorSpec, lengths: list[int]) -> list[Array]:
+    """Blocks of those lengths and of different widths, no value of them zero."""
+    draw = np.random.default_rng(0)
+    tail = [size or 0 for size in spec.tail]
+    return [
+        draw.uniform(1, 100, (width, steps, *tail)).astype(spec.dtype)
+        for width, steps in zip(WIDTHS, lengths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["out", "new"])
+@pytest.mark.parametrize("lengths", [[3, 1, 4], [4, 4, 4], [1, 1, 1]], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape} batch {spec.batch_axis} time {spec.time_axis}")
+def test_rows_of_blocks_stand_where_the_graph_has_them(spec: TensorSpec, lengths: list[int], given: bool) -> None:
+    """Each step of each row at its batch and time index, zeros behind its end; and back, bit for bit."""
+    assert spec.time_axis is not None
+    longest = max(lengths)
+    sizes = {spec.batch_axis: sum(WIDTHS), spec.time_axis: longest}
+    shape = [size or sizes[axis] for axis, size in enumerate(spec.shape)]
+    # What is given holds the tick before.
+    out = np.full(shape, 7, spec.dtype) if given else None
+    put = blocks(spec, lengths)
+    packed = pack_blocks(put, lengths, spec, out)
+    assert out is None or packed is out
+    assert packed.shape == tuple(shape)
+    assert packed.dtype == spec.dtype
+    rows = [row for block in put for row in block]
+    for n, row in enumerate(rows):
+        for t in range(longest):
+            index = tuple({spec.batch_axis: n, spec.time_axis: t}.get(axis, slice(None)) for axis in range(packed.ndim))
+            np.testing.assert_array_equal(packed[index], row[t] if t < len(row) else np.zeros_like(row[0]))
+    for block, back in zip(put, unpack_blocks(packed, spec, WIDTHS, lengths), strict=True):
+        np.testing.assert_array_equal(back, block)
+        assert back.flags.c_contiguous
+        assert back.base is None
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["out", "new"])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_blocks_without_time(batch: int, given: bool) -> None:
+    """An input has one step a row, and an output none, whatever the lengths of the others."""
+    free = spec(batch, None, (5,))
+    put = blocks(free, [1, 1, 1])
+    out = np.full((6, 5) if batch == 0 else (5, 6), 7, np.float32) if given else None
+    packed = pack_blocks(put, LENGTHS, free, out)
+    assert out is None or packed is out
+    np.testing.assert_array_equal(np.moveaxis(packed, batch, 0), np.concatenate(put)[:, 0])
+    for block, back in zip(put, unpack_blocks(packed, free, WIDTHS, LENGTHS), strict=True):
+        np.testing.assert_array_equal(back, block[:, 0])
+        assert back.flags.c_contiguous
+        assert back.base is None
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [2, 1]], ids=["of one length", "padded"])
+@pytest.mark.parametrize("given", [True, False], ids=["out", "new"])
+def test_blocks_of_different_features_are_not_stretched_over_each_other(lengths: list[int], given: bool) -> None:
+    """Nor over those of the array they are to fill."""
+    free = TensorSpec(name="x", dtype="float32", shape=(None, None, None), batch_axis=1, time_axis=0)
+    out = np.ones((max(lengths), 4, 5), np.float32) if given else None
+    for tails in ((5, 1), (1, 5), (1, 1)) if given else ((5, 1), (1, 5)):
+        put = [np.ones((2, length, size), np.float32) for length, size in zip(lengths, tails, strict=True)]
+        with pytest.raises(ValueError, match=r"differ in their features|must match exactly|wrong shape"):
+            pack_blocks(put, lengths, free, out)
