@@ -27,8 +27,8 @@ lint: venv  ## style, types, the order of imports, stale stubs
 proto: venv  ## the stubs of the wire contracts, from proto/
 	$(RUN) proto/generate.py
 
-bench: venv  ## throughput and latency, beside ceilings and peers
-	$(RUN) -m bench
+bench: venv  ## throughput and latency, beside ceilings and peers: under ten minutes on two cores; into docs/performance
+	$(RUN) -m bench --write docs/performance
 
 test-gpu: venv  ## the tests that need one; see CONTRIBUTING.md (not in this version yet)
 	@test -d tests/gpu || { echo "There are no GPU tests in this version." >&2; exit 2; }

@@ -10,35 +10,45 @@ from typing import Any
 import grpc
 
 METHOD = "/conveyor.bench/Echo"
+REPLY_BYTES = "reply-bytes"
+"""The call's metadata entry that says how long each answer is."""
 
 
 class Echo(grpc.GenericRpcHandler):
     """One bidirectional call, in bytes."""
-
-    def __init__(self, reply: bytes) -> None:
-        self._reply = reply
 
     def service(self, handler_call_details: Any) -> Any:
         """Serve the one method there is."""
         return grpc.stream_stream_rpc_method_handler(self._echo)
 
     async def _echo(self, _: Any, context: Any) -> None:
+        reply = bytes(int(dict(context.invocation_metadata())[REPLY_BYTES]))
         while await context.read() is not grpc.aio.EOF:
-            await context.write(self._reply)
+            await context.write(reply)
 
 
-async def main() -> None:
+async def serve() -> None:
     """Serve until ended."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--reply-bytes", type=int, required=True)
-    options = parser.parse_args()
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)])
-    server.add_generic_rpc_handlers((Echo(bytes(options.reply_bytes)),))
+    server.add_generic_rpc_handlers((Echo(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(json.dumps({"event": "ready", "port": port}), flush=True)
     await server.wait_for_termination()
 
 
+def main() -> None:
+    """Serve on the event loop that the command line says."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--event-loop", choices=("asyncio", "uvloop"), default="asyncio")
+    factory = None
+    if parser.parse_args().event_loop == "uvloop":
+        import uvloop  # type: ignore[import-not-found, unused-ignore]
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(serve())
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

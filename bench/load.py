@@ -1,28 +1,35 @@
-"""The client, in a process of its own. Prints one line of JSON.
+"""The client, in a process of its own: takes one load a line, as JSON, and prints one line of figures for each.
 
-Every session has one chunk in flight. Sessions stand in groups, and the chunks of a group travel in one message; a
-group sends again when all of it has been answered, or, where the load has a rate, when its time has come as well.
+Every group of sessions has one message in flight. A group sends again when all of its message has been answered; where
+the load has a rate, messages fall due at that rate whoever is free, and count from when they were due, so that a
+server that falls behind is seen to.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import numpy as np
 
-from bench.echo import METHOD
+from bench.doors import DOORS, Door, Refused, Shape
+from bench.processes import tree_cpu_s
+from conveyor.v1 import conveyor_pb2 as pb
 
-_EXHAUSTED, _LATE = 8, 4
-"""gRPC's status codes RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED."""
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+_ON_THE_WAY = 0.2
+"""Of a load's timeout, what the client keeps back for the way there and back."""
+_WARM_UP = 0.2
+"""Of a load's seconds, how long it runs before anything is counted."""
+_UNARY = "/conveyor.v1.ConveyorService/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +37,22 @@ class Load:
     """What is asked of a server.
 
     Attributes:
-        door: ``native``, ``inference`` (one chunk of one step a message), ``batch`` or ``echo``.
+        door: ``blocks``, ``chunks``, ``sequences``, ``echo``, or ``batch``: ragged batches of whole sequences.
         port: where the server listens.
         model: its name.
         input_size: I.
-        sessions: how many live at a time.
+        output_size: O.
+        sessions: how many live at a time; of batches, how many callers.
         streams: calls, each on a connection of its own, that share the sessions.
         steps: of a chunk.
         chunks: of a message.
         seconds: how long is counted, after a fifth of it to warm up.
         pid: the server's process, whose CPU time is counted meanwhile; 0 for none.
         rate: steps per second of all sessions together; 0 for as many as the server answers.
-        timeout_ms: within which a chunk is to be applied; 0 for no limit.
-        rows: of a batch, where the door is ``batch``; its sequences have log-normal lengths.
+        timeout_ms: within which the client needs an answer; the server is told a fifth less. 0 for no limit.
+        residents: the sessions are some of so many that are open already; 0 to open and close new ones.
+        sample: which of the residents: another for each load.
+        rows: of a batch; its sequences have log-normal lengths.
         median: of those lengths.
         sigma: of their logarithm.
     """
@@ -51,319 +61,251 @@ class Load:
     port: int
     model: str
     input_size: int
+    output_size: int
     sessions: int
     streams: int = 1
     steps: int = 1
     chunks: int = 1
-    seconds: float = 3.0
+    seconds: float = 1.5
     pid: int = 0
     rate: float = 0.0
     timeout_ms: float = 0.0
+    residents: int = 0
+    sample: int = 0
     rows: int = 16
     median: float = 100.0
     sigma: float = 1.0
 
-    def to_flags(self) -> list[str]:
-        """What this module's command line takes."""
-        return [json.dumps(asdict(self))]
+    def to_line(self) -> str:
+        """What this module reads."""
+        return json.dumps(asdict(self))
 
 
-class Group(Protocol):
-    """Sessions whose chunks travel together."""
-
-    def message(self) -> bytes:
-        """The next message."""
+def resident(number: int) -> str:
+    """The name of a session that stays open."""
+    return f"resident-{number}"
 
 
-class _NativeGroup:
-    def __init__(self, load: Load, names: Sequence[str]) -> None:
-        from conveyor.v1 import conveyor_pb2 as pb
-
-        x = np.random.default_rng(0).standard_normal((load.steps, load.input_size)).astype("<f4")
-        tensor = pb.Tensor(name="x", data_type=pb.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes())
-        self._steps = load.steps
-        timeout_us = round(load.timeout_ms * 1e3)
-        chunks = [pb.Chunk(session_id=name, inputs=[tensor], timeout_us=timeout_us) for name in names]
-        self._request = pb.StreamRequest(chunks=chunks)
-        self._at = dict(zip(names, self._request.chunks, strict=True))
-
-    def message(self) -> bytes:
-        return bytes(self._request.SerializeToString())
-
-    def applied(self, name: str) -> None:
-        """Go on behind the chunk of a session."""
-        self._at[name].position += self._steps
+def event_loop() -> str:
+    """The event loop that the client runs on: uvloop where it is installed."""
+    return "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
 
 
-class _InferenceGroup:
-    def __init__(self, load: Load, name: int) -> None:
-        from service.wire.inference_stubs import inference_pb2 as pb
-
-        x = np.random.default_rng(0).standard_normal((1, 1, load.input_size)).astype("<f4")
-        request = pb.ModelInferRequest(model_name=load.model, id=str(name))
-        request.parameters["sequence_id"].int64_param = name
-        request.inputs.add(name="x", datatype="FP32", shape=x.shape)
-        request.raw_input_contents.append(x.tobytes())
-        self._middle = request.SerializeToString()
-        request.parameters["sequence_start"].bool_param = True
-        self._next = request.SerializeToString()
-        del request.parameters["sequence_start"]
-        request.parameters["sequence_end"].bool_param = True
-        self.last: bytes = request.SerializeToString()
-
-    def message(self) -> bytes:
-        message, self._next = self._next, self._middle
-        return message
-
-
-class _EchoGroup:
-    def __init__(self, load: Load) -> None:
-        self._message = _NativeGroup(load, [f"s{number}" for number in range(load.chunks)]).message()
-
-    def message(self) -> bytes:
-        return self._message
-
-
-class _Clock:
-    """When counting begins and ends, and what was counted."""
+class _Tally:
+    """When counting begins and ends, and what was counted: what was answered between the two."""
 
     def __init__(self, load: Load) -> None:
-        self.began = time.perf_counter() + load.seconds / 5
+        self.timeout_s = load.timeout_ms * 1e-3 or float("inf")
+        self.began = time.perf_counter() + load.seconds * _WARM_UP
         self.until = self.began + load.seconds
         self.latencies_s: list[float] = []
         self.refusals_s: list[float] = []
-        self.late = 0
-        self.steps = 0
+        self.steps = self.slow = self.dropped = self.sent = 0
 
-    def refused(self, sent: float, now: float) -> None:
-        if self.began <= sent and now <= self.until:
-            self.refusals_s.append(now - sent)
+    def counts(self, now: float) -> bool:
+        return self.began <= now <= self.until
 
-    def count(self, sent: float, now: float, steps: int) -> None:
-        if self.began <= sent and now <= self.until:
-            self.latencies_s.append(now - sent)
+    def applied(self, after_s: float, steps: int) -> None:
+        if after_s <= self.timeout_s:
             self.steps += steps
-
-
-async def _native(load: Load, clock: _Clock, channel: grpc.aio.Channel, names: list[str]) -> None:
-    from conveyor.v1 import conveyor_pb2 as pb
-
-    call: Any = channel.stream_stream("/conveyor.v1.ConveyorService/Stream")()
-    groups = [_NativeGroup(load, names[at : at + load.chunks]) for at in range(0, len(names), load.chunks)]
-    group_of = {name: index // load.chunks for index, name in enumerate(names)}
-    sizes = [min(load.chunks, len(names) - index * load.chunks) for index in range(len(groups))]
-    left = [0] * len(groups)
-    sent = [0.0] * len(groups)
-    applied = [0] * len(groups)
-    period_s = load.sessions * load.steps / load.rate if load.rate else 0.0
-    now = time.perf_counter()
-    # Spread over the period, so that a rate is one from the beginning.
-    due = [now + period_s * (index + 0.5) / len(groups) for index in range(len(groups))]
-    sleeping: set[asyncio.Task[None]] = set()
-    # A call takes one message at a time.
-    writing = asyncio.Lock()
-    live = len(groups)
-
-    async def send(index: int) -> None:
-        if (pause := due[index] - time.perf_counter()) > 0:
-            await asyncio.sleep(pause)
-        async with writing:
-            left[index], applied[index] = sizes[index], 0
-            sent[index] = time.perf_counter()
-            due[index] = max(due[index] + period_s, sent[index])
-            await call.write(groups[index].message())
-
-    async def send_when_due(index: int) -> None:
-        if period_s and due[index] > time.perf_counter():
-            task = asyncio.create_task(send(index))
-            sleeping.add(task)
-            task.add_done_callback(sleeping.discard)
         else:
-            await send(index)
-
-    for index in range(len(groups)):
-        await send_when_due(index)
-    while live:
-        reply = await call.read()
-        if reply is grpc.aio.EOF:
-            raise SystemExit("the stream ended early")
-        now = time.perf_counter()
-        for result in pb.StreamResponse.FromString(reply).results:
-            index = group_of[result.session_id]
-            if not result.HasField("error"):
-                groups[index].applied(result.session_id)
-                applied[index] += 1
-            elif result.error.code == _EXHAUSTED and load.timeout_ms:
-                clock.refused(sent[index], now)
-            elif result.error.code == _LATE and load.timeout_ms:
-                clock.late += 1
-            else:
-                raise SystemExit(f"refused: {result.error.message}")
-            left[index] -= 1
-            if left[index] == 0:
-                if applied[index]:
-                    clock.count(sent[index], now, applied[index] * load.steps)
-                if now < clock.until:
-                    await send_when_due(index)
-                else:
-                    live -= 1
-    await call.done_writing()
+            self.slow += steps
 
 
-async def _batch(load: Load, clock: _Clock, channel: grpc.aio.Channel, number: int) -> None:
-    from conveyor.v1 import conveyor_pb2 as pb
-
-    random = np.random.default_rng(number)
-    call: Any = channel.unary_unary("/conveyor.v1.ConveyorService/Infer")
-    while time.perf_counter() < clock.until:
-        lengths = np.clip(random.lognormal(np.log(load.median), load.sigma, load.rows), 1, 2048).astype(int)
-        x = np.zeros((load.rows, lengths.max(), load.input_size), "<f4")
-        tensor = pb.Tensor(name="x", data_type=pb.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes())
-        message = pb.InferRequest(model=load.model, inputs=[tensor], lengths=lengths.tolist()).SerializeToString()
-        sent = time.perf_counter()
-        await call(message)
-        clock.count(sent, time.perf_counter(), int(lengths.sum()))
-
-
-async def _inference(load: Load, clock: _Clock, channel: grpc.aio.Channel, names: list[int]) -> None:
-    from service.wire.inference_stubs import inference_pb2 as pb
-
-    call: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")()
-    groups = {name: _InferenceGroup(load, name) for name in names}
-    sent: dict[int, float] = {}
-    for name, group in groups.items():
-        sent[name] = time.perf_counter()
-        await call.write(group.message())
+async def _drive(load: Load, tally: _Tally, channel: grpc.aio.Channel, door: Door, number: int) -> None:
+    """Send and receive on one stream until the time is over and all is answered."""
+    call: Any = channel.stream_stream(door.method)(metadata=door.metadata)
+    left, applied, sent = [0] * len(door.sizes), [0] * len(door.sizes), [0.0] * len(door.sizes)
+    idle: asyncio.Queue[int] = asyncio.Queue()
+    for group in range(len(door.sizes)):
+        idle.put_nowait(group)
     ending: set[int] = set()
-    live = len(groups)
-    while live:
-        reply = await call.read()
-        if reply is grpc.aio.EOF:
-            raise SystemExit("the stream ended early")
-        now = time.perf_counter()
-        answer = pb.ModelStreamInferResponse.FromString(reply)
-        if answer.error_message:
-            raise SystemExit(f"refused: {answer.error_message}")
-        name = int(answer.infer_response.id)
-        if name in ending:
-            live -= 1
-            continue
-        clock.count(sent[name], now, 1)
-        sent[name] = now
-        if now >= clock.until:
-            ending.add(name)
-            await call.write(groups[name].last)
-        else:
-            await call.write(groups[name].message())
-    await call.done_writing()
+    period_s = load.streams * max(door.sizes) * load.steps / load.rate if load.rate else 0.0
+
+    async def write() -> None:
+        # Streams fall due one after the other, not all at once.
+        due = woke = time.perf_counter() + period_s * number / load.streams
+        for _ in range(len(door.sizes)):
+            while (group := await idle.get()) is not None:
+                at = time.perf_counter()
+                if period_s:
+                    if due > at:
+                        # How late a timer is must not count as the server's.
+                        await asyncio.sleep(min(due, tally.until) - at)
+                        woke = time.perf_counter()
+                    at, due = max(due, woke), due + period_s
+                if time.perf_counter() >= tally.until:
+                    break
+                left[group], applied[group], sent[group] = door.sizes[group], 0, at
+                if at >= tally.began:
+                    tally.sent += door.sizes[group] * load.steps
+                await call.write(door.message(group))
+            if (last := door.last(group)) is not None:
+                ending.add(group)
+                await call.write(last)
+        await call.done_writing()
+
+    async def read() -> None:
+        while (reply := await call.read()) is not grpc.aio.EOF:
+            now = time.perf_counter()
+            for group, steps, refused, late in door.read(reply):
+                if group in ending:
+                    ending.remove(group)
+                    continue
+                if tally.counts(now):
+                    tally.applied(now - sent[group], steps * load.steps)
+                    tally.dropped += late * load.steps
+                    tally.refusals_s += [now - sent[group]] * refused
+                applied[group] += steps
+                left[group] -= steps + refused + late
+                if left[group] == 0:
+                    if applied[group] and tally.counts(now):
+                        tally.latencies_s.append(now - sent[group])
+                    idle.put_nowait(group)
+        if any(left) or ending:
+            raise Refused("the stream ended before everything was answered")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(write())
+        tasks.create_task(read())
 
 
-async def _echo(load: Load, clock: _Clock, channel: grpc.aio.Channel, groups: int) -> None:
-    call: Any = channel.stream_stream(METHOD)()
-    message = _EchoGroup(load).message()
-    # Answers come in order, so the oldest message out is the one that is answered.
-    sent = [time.perf_counter() for _ in range(groups)]
-    for _ in range(groups):
-        await call.write(message)
-    live, oldest = groups, 0
-    while live:
-        await call.read()
+async def _batches(load: Load, tally: _Tally, channel: grpc.aio.Channel, number: int) -> None:
+    """Send one ragged batch after the other, out of a few that are made beforehand."""
+    random = np.random.default_rng(number)
+    call: Any = channel.unary_unary(_UNARY + "Infer")
+    batches = []
+    for _ in range(4):
+        lengths = lognormal_lengths(load, random)
+        x = random.standard_normal((lengths.sum(), load.input_size), np.float32)
+        tensor = pb.Tensor(name="x", data_type=pb.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes())
+        request = pb.InferRequest(model=load.model, inputs=[tensor], lengths=lengths.tolist(), ragged=True)
+        batches.append((request.SerializeToString(), int(lengths.sum())))
+    while time.perf_counter() < tally.until:
+        batches = batches[1:] + batches[:1]
+        sent = time.perf_counter()
+        await call(batches[0][0])
         now = time.perf_counter()
-        clock.count(sent[oldest], now, load.chunks * load.steps)
-        if now < clock.until:
-            sent[oldest] = now
-            await call.write(message)
-        else:
-            live -= 1
-        oldest = (oldest + 1) % groups
-    await call.done_writing()
+        if tally.counts(now):
+            tally.latencies_s.append(now - sent)
+            tally.steps += batches[0][1]
+
+
+def lognormal_lengths(load: Load, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The lengths of a batch's sequences."""
+    return np.clip(random.lognormal(np.log(load.median), load.sigma, load.rows), 1, 2048).astype(np.int64)
 
 
 async def run(load: Load) -> dict[str, float]:
     """Put the load on the server.
 
     Returns:
-        ``steps_per_s``, ``p50_ms`` and ``p99_ms`` of a message until all of it is answered, ``cpu_us_per_step`` of the
-        server where its process is known, ``steps``; of a load with a timeout also ``refused_per_s``,
-        ``refusal_p99_ms`` and ``late_per_s``.
+        ``steps_per_s``; ``p50_ms`` and ``p99_ms`` of a message until all of it is answered; ``cpu_us_per_step`` of the
+        server where its process is known; ``sent_per_s``, steps; ``client_busy``, the share of a core that the client
+        took; of a load with a timeout also ``refused_per_s``, chunks, ``refusal_p99_ms``, and as steps ``slow_per_s``,
+        whose answers came too late, and ``dropped_per_s``, which the server gave up.
+
+    Raises:
+        Refused: if the server refuses something that it should not.
+        grpc.aio.AioRpcError: if it fails, or is not there.
     """
     channels = [grpc.aio.insecure_channel(f"127.0.0.1:{load.port}", options=_OPTIONS) for _ in range(load.streams)]
-    share = load.sessions // load.streams
+    timeout_us = round(load.timeout_ms * 1e3 * (1 - _ON_THE_WAY))
+    shape = Shape(load.model, load.input_size, load.output_size, load.steps, load.chunks, timeout_us)
+    names: Sequence[Any] = _names(load)
+    share = len(names) // load.streams
+    opened = load.door in ("blocks", "chunks") and not load.residents
     try:
-        if load.door == "native":
-            names = await _open(load, channels[0])
-            clock = _Clock(load)
-            calls = [
-                _native(load, clock, channel, names[at * share : (at + 1) * share])
-                for at, channel in enumerate(channels)
-            ]
-        elif load.door == "batch":
-            clock = _Clock(load)
-            calls = [_batch(load, clock, channels[at % load.streams], at) for at in range(load.sessions)]
-        elif load.door == "inference":
-            first = int(time.time() * 1e3) % 10**9 * 1000 + 1
-            numbers = list(range(first, first + load.sessions))
-            clock = _Clock(load)
-            calls = [
-                _inference(load, clock, channel, numbers[at * share : (at + 1) * share])
-                for at, channel in enumerate(channels)
-            ]
-        else:
-            clock = _Clock(load)
-            calls = [_echo(load, clock, channel, max(1, share // load.chunks)) for channel in channels]
-        meter = asyncio.create_task(_meter(load, clock))
-        await asyncio.gather(*calls)
-        used = await meter
+        if opened:
+            await _each(
+                channels[0], "OpenSession", [pb.OpenSessionRequest(model=load.model, session_id=s) for s in names]
+            )
+        doors: list[Door] = []
+        if load.door != "batch":
+            doors = [DOORS[load.door](shape, names[at * share : (at + 1) * share]) for at in range(load.streams)]
+        tally = _Tally(load)
+        async with asyncio.TaskGroup() as tasks:
+            meter = tasks.create_task(_meter(load, tally))
+            for number, each in enumerate(doors):
+                tasks.create_task(_drive(load, tally, channels[number], each, number))
+            for number in range(load.sessions if load.door == "batch" else 0):
+                tasks.create_task(_batches(load, tally, channels[number % load.streams], number))
+        if opened:
+            await _each(channels[0], "CloseSession", [pb.CloseSessionRequest(session_id=name) for name in names])
     finally:
         for channel in channels:
             await channel.close()
-    p50, p99 = np.percentile(clock.latencies_s or [np.nan], [50, 99]) * 1e3
+    p50, p99 = np.percentile(tally.latencies_s or [np.nan], [50, 99]) * 1e3
     return {
-        "refused_per_s": len(clock.refusals_s) / load.seconds,
-        "refusal_p99_ms": float(np.percentile(clock.refusals_s or [np.nan], 99) * 1e3),
-        "late_per_s": clock.late / load.seconds,
-        "steps": clock.steps,
-        "steps_per_s": clock.steps / load.seconds,
+        "refused_per_s": len(tally.refusals_s) / load.seconds,
+        "refusal_p99_ms": float(np.percentile(tally.refusals_s or [np.nan], 99) * 1e3),
+        "slow_per_s": tally.slow / load.seconds,
+        "dropped_per_s": tally.dropped / load.seconds,
+        "sent_per_s": tally.sent / load.seconds,
+        "steps_per_s": tally.steps / load.seconds,
         "p50_ms": float(p50),
         "p99_ms": float(p99),
-        "cpu_us_per_step": used / max(1, clock.steps) * 1e6,
+        "cpu_us_per_step": meter.result()[0] / max(1, tally.steps) * 1e6,
+        "client_busy": meter.result()[1] / load.seconds,
     }
 
 
-async def _meter(load: Load, clock: _Clock) -> float:
-    """CPU seconds that the server uses while steps are counted."""
-    from bench.processes import tree_cpu_s
-
-    if not load.pid:
-        return float("nan")
-    await asyncio.sleep(clock.began - time.perf_counter())
-    before = tree_cpu_s(load.pid)
-    await asyncio.sleep(clock.until - time.perf_counter())
-    return tree_cpu_s(load.pid) - before
-
-
-async def _open(load: Load, channel: grpc.aio.Channel) -> list[str]:
-    from conveyor.v1 import conveyor_pb2 as pb
-    from conveyor.v1 import conveyor_pb2_grpc as stubs
-
-    stub: Any = stubs.ConveyorServiceStub(channel)
+def _names(load: Load) -> Sequence[Any]:
+    if load.door == "sequences":
+        first = time.time_ns() // 1000
+        return range(first, first + load.sessions)
+    if load.residents:
+        shuffled = np.random.default_rng(0).permutation(load.residents)
+        return [resident(n) for n in shuffled[load.sample * load.sessions : (load.sample + 1) * load.sessions].tolist()]
     first = time.time_ns()
-    names = [f"{first + number}" for number in range(load.sessions)]
-    for at in range(0, len(names), 256):
-        await asyncio.gather(
-            *(
-                stub.OpenSession(pb.OpenSessionRequest(model=load.model, session_id=name))
-                for name in names[at : at + 256]
-            )
-        )
-    return names
+    return [str(first + number) for number in range(load.sessions)]
+
+
+async def _each(channel: grpc.aio.Channel, method: str, requests: Sequence[Any]) -> None:
+    call: Any = channel.unary_unary(_UNARY + method)
+    for at in range(0, len(requests), 256):
+        await asyncio.gather(*(call(request.SerializeToString()) for request in requests[at : at + 256]))
+
+
+async def open_residents(port: int, model: str, first: int, until: int) -> float:
+    """Open sessions that stay, many calls at a time; the seconds that it took."""
+    began = time.perf_counter()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=_OPTIONS) as channel:
+        requests = [pb.OpenSessionRequest(model=model, session_id=resident(number)) for number in range(first, until)]
+        await _each(channel, "OpenSession", requests)
+    return time.perf_counter() - began
+
+
+async def _meter(load: Load, tally: _Tally) -> tuple[float, float]:
+    """CPU seconds that the server uses while steps are counted, NaN if it is not known; and those of this process."""
+    await asyncio.sleep(tally.began - time.perf_counter())
+    before, own = tree_cpu_s(load.pid) if load.pid else math.nan, time.process_time()
+    await asyncio.sleep(tally.until - time.perf_counter())
+    return (tree_cpu_s(load.pid) if load.pid else math.nan) - before, time.process_time() - own
+
+
+def _told(failure: BaseException) -> str:
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    if isinstance(failure, grpc.aio.AioRpcError):
+        return f"{failure.code().name}: {failure.details()}"
+    return str(failure) or type(failure).__name__
 
 
 def main() -> int:
-    """Run what the command line says; print what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("load", help="a Load, as JSON")
-    print(json.dumps(asyncio.run(run(Load(**json.loads(parser.parse_args().load))))))
+    """Run each load that standard input names; print what came of it."""
+    factory = None
+    if event_loop() == "uvloop":
+        import uvloop  # type: ignore[import-not-found, unused-ignore]
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        for line in sys.stdin:
+            try:
+                figures: dict[str, Any] = runner.run(run(Load(**json.loads(line))))
+            except Exception as failure:
+                figures = {"failed": _told(failure)}
+            print(json.dumps(figures), flush=True)
     return 0
 
 

@@ -1,7 +1,7 @@
 """A peer: the server that a user writes first. A dict of states, and one run of the model for each step at batch 1.
 
-Speaks conveyor.v1's Stream, so that the same load runs against it. It keeps no promise: no positions, no limits,
-nothing survives an error.
+Speaks conveyor.v1's Stream, so that the same load runs against it; of blocks it knows nothing, so that the chunks of a
+message come one by one. It keeps no promise: no positions, no limits, nothing survives an error.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Loop(stubs.ConveyorServiceServicer):
         """Open a session."""
         self._states[request.session_id] = self._zeros
         return pb.OpenSessionResponse(session=pb.Session(session_id=request.session_id))
+
+    async def CloseSession(self, request: pb.CloseSessionRequest, context: Any) -> pb.CloseSessionResponse:
+        """Forget a session."""
+        del self._states[request.session_id]
+        return pb.CloseSessionResponse()
 
     async def Stream(self, requests: AsyncIterator[pb.StreamRequest], context: Any) -> AsyncIterator[pb.StreamResponse]:
         """Step each chunk as it comes."""

@@ -1,7 +1,7 @@
-"""One case measured: its servers started, its subjects taken in turn, the runs gathered.
+"""Cases and curves measured: the subjects taken in turn, the runs gathered.
 
-Subjects take turns within each run rather than each having its runs in a row, so that a machine whose speed drifts
-drifts for all of them alike.
+Subjects take turns within each run rather than each having its runs in a row, and so do the cases of a group, so that a
+machine whose speed drifts drifts for all of them alike.
 """
 
 from __future__ import annotations
@@ -9,42 +9,22 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from bench import triton
-from bench.cases import Case, Subject
+from bench.cases import Case, Curve, Subject
 from bench.load import Load
-from bench.models import make
-from bench.processes import Failed, Process, python
+from bench.models import Model, model_file
+from bench.processes import Failed, Process, Worker, python
+from bench.servers import Servers, Settings
 
-_DOORS: dict[Subject, str] = {
-    "conveyor": "native",
-    "inference": "inference",
-    "loop": "native",
-    "triton": "inference",
-    "echo": "echo",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How measuring is done.
-
-    Attributes:
-        folder: where models and peers are kept.
-        runs: of each subject; the median counts.
-        seconds: of each run.
-        threads: inside one run of a model, of every subject.
-    """
-
-    folder: Path
-    runs: int = 3
-    seconds: float = 2.0
-    threads: int = 1
+KEEPS_UP = 0.95
+"""A subject keeps up with a rate if it answers at least this share of it."""
+_SHORTER = 2 / 3
+"""Of a run's seconds, how many there are where no target rests on it."""
+_TRITON_TRIES = 3
+"""It dies of signal 11 every now and then, mostly where sequences end."""
 
 
 @dataclass(slots=True)
@@ -54,11 +34,13 @@ class Measured:
     Attributes:
         subject: who.
         runs: the figures of each run by name.
-        why: it was not measured; empty if it was.
+        failed: how many runs came to nothing.
+        why: the last of those did; empty if there are none.
     """
 
     subject: Subject
     runs: list[dict[str, float]] = field(default_factory=list)
+    failed: int = 0
     why: str = ""
 
     def median(self, figure: str) -> float:
@@ -67,138 +49,155 @@ class Measured:
         return statistics.median(values) if values else float("nan")
 
 
-def measure(case: Case, settings: Settings, say: Callable[[str], None]) -> list[Measured]:
-    """Measure a case.
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What one subject did at one rate.
+
+    Attributes:
+        subject: who.
+        rate: steps per second that fell due.
+        figures: by name.
+    """
+
+    subject: Subject
+    rate: int
+    figures: dict[str, float]
+
+    @property
+    def kept_up(self) -> bool:
+        """Whether as much was answered as fell due, but for what was under way at the end."""
+        return self.figures["steps_per_s"] >= KEEPS_UP * self.rate
+
+
+def measure_case(case: Case, servers: Servers, measured: Sequence[Measured], number: int) -> None:
+    """One run of every subject of a case.
 
     Args:
         case: which.
-        settings: how.
-        say: told what is done.
-
-    Returns:
-        One a subject, in the case's order.
+        servers: who is asked.
+        measured: one a subject, in the case's order; the run is put there.
+        number: of the run, from 1.
     """
-    repository = make(case.model, settings.folder, say)
-    path = repository / case.model.name / "1" / "model.onnx"
-    measured = {subject: Measured(subject) for subject in case.subjects}
-    with ExitStack() as stack:
-        servers: dict[str, Process] = {}
-        for subject in case.subjects:
-            name = "conveyor" if subject == "inference" else subject
-            if name == "compute" or name in servers:
-                continue
-            say(f"{case.title}: starting {name}")
+    rows, steps = 1, case.steps
+    for one in measured:
+        servers.say(f"{case.title}: {one.subject}, run {number}")
+        for _ in range(_TRITON_TRIES if one.subject == "triton" else 1):
             try:
-                servers[name] = stack.enter_context(_start(name, case, path, repository, settings, say))
+                if one.subject == "compute":
+                    figures = _compute(case, rows, steps, servers.settings)
+                else:
+                    figures = _load(case, one.subject, servers)
             except Failed as error:
-                measured[subject].why = str(error)
-        for run in range(settings.runs):
-            rows = 1.0
-            for subject in _turns(case, measured, run):
-                say(f"{case.title}: {subject}, run {run + 1} of {settings.runs}")
-                if subject == "compute":
-                    measured[subject].runs.append(_compute(case, path, max(1, round(rows)), settings))
-                    continue
-                server = servers.get("conveyor" if subject == "inference" else subject)
-                if server is None:
-                    continue
+                one.failed, one.why = one.failed + 1, str(error)
+                servers.drop(one.subject, case.model)
+                continue
+            one.runs.append(figures)
+            if one.subject == "conveyor":
+                rows, steps = max(1, round(figures["rows_per_tick"])), max(1, round(figures["steps_per_row"]))
+            break
+
+
+def measure_curve(curve: Curve, servers: Servers) -> list[Point]:
+    """Every subject of a curve at rising rates, until it no longer keeps up; the last point of each is past that."""
+    points: list[Point] = []
+    left = list(curve.subjects)
+    for rate in curve.rates:
+        for subject in list(left):
+            servers.say(f"{curve.title}: {subject}, {rate:,} steps/s")
+            for _ in range(_TRITON_TRIES if subject == "triton" else 1):
                 try:
-                    figures = _load(case, subject, server, settings)
-                except Failed as error:
-                    measured[subject].why = str(error)
-                    # It dies of signal 11 every now and then, when sequences end.
-                    if subject == "triton":
-                        say(f"{case.title}: starting triton again")
-                        servers[subject] = stack.enter_context(_start(subject, case, path, repository, settings, say))
+                    server = servers.get(subject, curve.model)
+                    load = _plan(curve, subject, server, servers.settings, rate)
+                    points.append(Point(subject, rate, run_load(servers.client, load)))
+                except Failed:
+                    servers.drop(subject, curve.model)
                     continue
-                measured[subject].runs.append(figures)
-                if subject == "conveyor":
-                    rows = figures["rows_per_tick"]
-    return list(measured.values())
+                break
+            if not points or points[-1].subject != subject or not points[-1].kept_up:
+                left.remove(subject)
+    return points
 
 
-def _turns(case: Case, measured: dict[Subject, Measured], run: int) -> list[Subject]:
-    """Who is measured in a run; one that has failed before has a few more goes."""
-    subjects = list(case.subjects)
-    if "triton" in subjects and len(measured["triton"].runs) < run:
-        subjects[subjects.index("triton") : subjects.index("triton") + 1] = ["triton"] * 3
-    return subjects
-
-
-def _start(
-    name: str, case: Case, path: Path, repository: Path, settings: Settings, say: Callable[[str], None]
-) -> Process:
-    threads = str(settings.threads)
-    if name == "conveyor":
-        return start_conveyor(repository, settings)
-    if name == "loop":
-        return Process(name, python("bench.loop", str(path), "--threads", threads))
-    if name == "echo":
-        # A result's own fields are some fifty bytes beside its numbers.
-        reply = case.chunks * (case.steps * case.model.hidden_size * 4 + 50)
-        return Process(name, python("bench.echo", "--reply-bytes", str(reply)))
-    return triton.start(case.model, path, settings.folder, settings.threads, say)
-
-
-def start_conveyor(repository: Path, settings: Settings, *flags: str) -> Process:
-    """Start the server with what is in a repository.
-
-    Raises:
-        Failed: if it does not start.
-    """
-    given = ("--repository", str(repository), "--threads", str(settings.threads), *flags)
-    ports = ("--port", "0", "--metrics-port", "0")
-    return Process("conveyor", python("service", *given, *ports, "--device", "cpu", "--log-format", "json"))
-
-
-def run_load(load: Load) -> dict[str, float]:
-    """Run a load in a process of its own; its figures.
+def run_load(client: Worker, load: Load) -> dict[str, float]:
+    """Have the client run a load; its figures.
 
     Raises:
         Failed: if it does not come to its end.
     """
-    return _json(python("bench.load", *load.to_flags()), load.seconds + 60)
+    client.ask(load.to_line())
+    return client.answer(load.seconds * 2 + 30)
 
 
-def _load(case: Case, subject: Subject, server: Process, settings: Settings) -> dict[str, float]:
-    load = Load(
-        door=_DOORS[subject],
-        port=server.port,
-        model=case.model.name,
-        input_size=case.model.input_size,
+def load_of(model: Model, server: Process, door: str, **given: Any) -> Load:
+    """A load for a server that serves a model."""
+    return Load(door, server.port, model.name, model.input_size, model.hidden_size, pid=server.pid, **given)
+
+
+def expected_s(case: Case | Curve, settings: Settings) -> float:
+    """About how long something takes, all runs together, to tell how much is left."""
+    a_run = _seconds(case, settings) * 1.2 + 0.4
+    if isinstance(case, Curve):
+        # Who does not keep up drops out on the way.
+        return a_run * len(case.rates) * len(case.subjects) * 0.7 + 5
+    return a_run * len(case.subjects) * (settings.runs if case.target else 1) + 1.5
+
+
+def _seconds(case: Case | Curve, settings: Settings) -> float:
+    """How long a run is: longest where a target rests on it."""
+    return settings.seconds if isinstance(case, Case) and case.target else settings.seconds * _SHORTER
+
+
+def _door(subject: Subject, chunks: int) -> str:
+    if subject in ("inference", "triton"):
+        return "sequences"
+    if subject == "echo":
+        return "echo"
+    return "blocks" if subject == "conveyor" and chunks > 1 else "chunks"
+
+
+def _plan(case: Case | Curve, subject: Subject, server: Process, settings: Settings, rate: float = 0.0) -> Load:
+    return load_of(
+        case.model,
+        server,
+        _door(subject, case.chunks),
         sessions=case.sessions,
         streams=case.streams,
-        steps=case.steps,
+        steps=case.steps if isinstance(case, Case) else 1,
         chunks=case.chunks,
-        seconds=settings.seconds,
-        pid=server.pid,
+        seconds=_seconds(case, settings),
+        rate=float(rate),
     )
+
+
+def _load(case: Case, subject: Subject, servers: Servers) -> dict[str, float]:
+    server = servers.get(subject, case.model)
     counted = subject in ("conveyor", "inference")
-    before = _ticks(server) if counted else (0.0, 0.0)
-    figures = run_load(load)
+    before = _ticks(server) if counted else []
+    figures = run_load(servers.client, _plan(case, subject, server, servers.settings))
+    if not figures["steps_per_s"]:
+        raise Failed("nothing was answered")
     if counted:
-        after = _ticks(server)
-        figures["rows_per_tick"] = (after[0] - before[0]) / max(1.0, after[1] - before[1])
+        rows, ticks, steps = (after - at for after, at in zip(_ticks(server), before, strict=True))
+        figures["rows_per_tick"] = rows / max(1.0, ticks)
+        figures["steps_per_row"] = steps / max(1.0, rows)
     return figures
 
 
-def _ticks(server: Process) -> tuple[float, float]:
-    return server.metric("conveyor_tick_rows_sum"), server.metric("conveyor_tick_rows_count")
+def _ticks(server: Process) -> list[float]:
+    names = ("conveyor_tick_rows_sum", "conveyor_tick_rows_count", "conveyor_steps_total")
+    return [server.metric(name) for name in names]
 
 
-def _compute(case: Case, path: Path, rows: int, settings: Settings) -> dict[str, float]:
-    flags = ("--rows", str(rows), "--steps", str(case.steps), "--seconds", str(settings.seconds / 2))
-    figures = _json(python("bench.compute", str(path), *flags, "--threads", str(settings.threads)), 60)
-    return figures | {"rows_per_tick": float(rows)}
-
-
-def _json(command: list[str], timeout_s: float) -> dict[str, float]:
+def _compute(case: Case, rows: int, steps: int, settings: Settings) -> dict[str, float]:
+    flags = ("--rows", str(rows), "--steps", str(steps), "--seconds", str(_seconds(case, settings) / 2))
+    command = python("bench.compute", str(model_file(case.model, settings.folder)), *flags)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            [*command, "--threads", str(settings.threads)], capture_output=True, text=True, timeout=60, check=False
+        )
     except subprocess.TimeoutExpired as error:
-        raise Failed(f"no end after {timeout_s:g} s: {' '.join(command[1:4])}") from error
+        raise Failed("the graph alone: no end after 60 s") from error
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if "details" in line or "Error" in line]
-        raise Failed(f"{command[2]}: {said[-1] if said else done.stderr[-200:]}")
-    figures: dict[str, Any] = json.loads(done.stdout)
-    return figures
+        raise Failed(f"the graph alone: {done.stderr.strip()[-200:]}")
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures | {"rows_per_tick": float(rows), "steps_per_row": float(steps)}

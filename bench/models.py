@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import onnxruntime
+
+from service.manifest import METADATA_KEY, Manifest
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -45,6 +49,26 @@ LARGE_GRU = Model("gru-128-512-2", "gru", 128, 512, 2)
 MODELS = (SMALL, LARGE, LARGE_INT8, SMALL_GRU, LARGE_GRU)
 
 
+def model_file(model: Model, folder: Path) -> Path:
+    """Where the model's file is, or will be."""
+    return folder / "repositories" / model.name / model.name / "1" / "model.onnx"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What a model's file says of itself."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return Manifest.model_validate_json(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+
+
+def parity_loss(path: Path) -> float:
+    """The largest error over outputs and final states that export measured on the finished graph, against float64."""
+    parity = read_manifest(path).parity
+    assert parity is not None
+    # The others compare the module in torch, before there was a graph, and the graph with itself.
+    against = [row for row in parity.rows if row.case not in ("the module itself", "whole against chunked")]
+    return max(max(row.outputs, row.states) for row in against)
+
+
 def make(model: Model, folder: Path, say: Callable[[str], None]) -> Path:
     """Export a model, unless it is there.
 
@@ -57,7 +81,7 @@ def make(model: Model, folder: Path, say: Callable[[str], None]) -> Path:
         A repository that holds this model alone.
     """
     repository = folder / "repositories" / model.name
-    if (repository / model.name / "1" / "model.onnx").is_file():
+    if model_file(model, folder).is_file():
         return repository
     say(f"exporting {model.title}")
     import torch  # seconds, and only where a model is missing

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
@@ -85,6 +87,19 @@ class Process:
         """Memory that it and all its children hold."""
         return sum(_resident_bytes(pid) for pid in _tree(self._process.pid))
 
+    def peak_resident_bytes(self) -> int:
+        """The most memory that it has held at once."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+    def event_loop(self) -> str:
+        """The event loop that it runs on, told from the libraries it has mapped."""
+        return "uvloop" if "uvloop" in Path(f"/proc/{self.pid}/maps").read_text() else "asyncio"
+
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
     def metric(self, name: str) -> float:
         """The sum of one metric over its labels."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.said['metrics_port']}/metrics", timeout=10) as page:
@@ -122,6 +137,72 @@ class Process:
                     self.said = said
                     self._ready.set()
         self._ready.set()
+
+
+class Worker:
+    """A process that answers each line with one of JSON; it stays, for starting it takes as long as a short run.
+
+    Args:
+        module: to run.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, line: str) -> None:
+        """Give it something to do; ``answer`` comes next.
+
+        Raises:
+            Failed: if it has ended meanwhile.
+        """
+        if self._process is None:
+            self._process = subprocess.Popen(
+                python(self._module),
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            self.end()
+            raise Failed(f"{self._module} ended early") from error
+
+    def answer(self, timeout_s: float) -> dict[str, float]:
+        """What came of it.
+
+        Raises:
+            Failed: if it failed, ended, or has not answered in time; the next question starts it anew.
+        """
+        assert self._process is not None
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
+        line = self._process.stdout.readline() if ready else ""
+        if not line:
+            self.end()
+            raise Failed(f"{self._module}: " + ("ended early" if ready else f"no answer after {timeout_s:g} s"))
+        said: dict[str, Any] = json.loads(line)
+        if "failed" in said:
+            raise Failed(str(said["failed"]))
+        return said
+
+    def end(self) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end()
 
 
 def tree_cpu_s(pid: int) -> float:

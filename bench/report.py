@@ -1,21 +1,19 @@
-"""Results for people: tables for the terminal and for a page, and pictures. Measures nothing."""
+"""Results for people, in tables: for the terminal, and for pages in Markdown. Measures and draws nothing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from bench.cases import Case
-from bench.measure import Measured
-from bench.models import LARGE, SMALL, Model
+from bench.cases import Case, Curve
+from bench.measure import Measured, Point
 from bench.results import Results
 from bench.targets import TARGETS
 
-_NAMES = {
+NAMES = {
     "conveyor": "Conveyor",
     "inference": "Conveyor, Open Inference Protocol",
     "loop": "peer: the loop one writes first",
@@ -23,200 +21,173 @@ _NAMES = {
     "echo": "ceiling: transport alone",
     "compute": "ceiling: the graph alone",
 }
-_COLOURS = {
-    "conveyor": "#0f8b8d",
-    "inference": "#7cc6c3",
-    "loop": "#ec9a29",
-    "triton": "#a8201a",
-    "echo": "#b9b4c7",
-    "compute": "#5c5470",
-}
-_COLUMNS = ("steps/s", "CPU/step", "p50", "p99", "rows/tick")
+_CASE = ("steps/s", "CPU/step", "p50", "p99", "rows/tick", "runs")
+_CURVE = ("rate", "steps/s", "CPU/step", "p50", "p99", "")
+_TARGET = ("figure", "to reach", "measured", "")
 
 
-def rows(measured: Iterable[Measured]) -> list[list[str]]:
+def case_lines(measured: Iterable[Measured]) -> list[list[str]]:
     """A case's lines: who, then the columns; medians over the runs."""
     lines = []
     for one in measured:
         if not one.runs:
-            lines.append([_NAMES[one.subject], f"not measured: {one.why.splitlines()[0] if one.why else ''}"])
+            lines.append([NAMES[one.subject], f"not measured: {_last_line(one.why)}"])
             continue
+        lost = f", {one.failed} failed" if one.failed else ""
         lines.append(
             [
-                _NAMES[one.subject],
+                NAMES[one.subject],
                 f"{one.median('steps_per_s'):,.0f}",
                 f"{one.median('cpu_us_per_step'):,.1f} us",
                 _show(one.median("p50_ms"), "{:.2f} ms"),
                 _show(one.median("p99_ms"), "{:.2f} ms"),
                 _show(one.median("rows_per_tick"), "{:.1f}"),
+                f"{len(one.runs)}{lost}",
             ]
         )
     return lines
 
 
-def table(case: Case, measured: Iterable[Measured]) -> Table:
+def curve_lines(points: Sequence[Point]) -> list[list[str]]:
+    """A curve's lines, subject by subject."""
+    subjects = dict.fromkeys(point.subject for point in points)
+    return [
+        [
+            NAMES[point.subject],
+            f"{point.rate:,}",
+            f"{point.figures['steps_per_s']:,.0f}",
+            f"{point.figures['cpu_us_per_step']:,.1f} us",
+            _show(point.figures["p50_ms"], "{:.2f} ms"),
+            _show(point.figures["p99_ms"], "{:.2f} ms"),
+            "" if point.kept_up else "does not keep up",
+        ]
+        for subject in subjects
+        for point in points
+        if point.subject == subject
+    ]
+
+
+def situation_lines(results: Results, name: str) -> list[list[str]]:
+    """A situation's lines: figure, median over the rounds, and each round's."""
+    if name in results.missing:
+        return [["not measured", _last_line(results.missing[name]), ""]]
+    rounds = results.situations[name]
+    figures = dict.fromkeys(figure for found in rounds for figure in found)
+    return [
+        [
+            figure,
+            f"{results.situation(name, figure):,.4g}",
+            ", ".join(f"{found[figure]:,.4g}" for found in rounds if figure in found),
+        ]
+        for figure in figures
+    ]
+
+
+def case_table(case: Case, measured: Iterable[Measured]) -> Table:
     """One case, for a terminal."""
-    drawn = Table(title=case.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    drawn.add_column("")
-    for column in _COLUMNS:
-        drawn.add_column(column, justify="right")
-    for line in rows(measured):
-        drawn.add_row(*line)
-    return drawn
+    return _terminal(case.title, ("", *_CASE), case_lines(measured))
 
 
-def situation_rows(results: Results, name: str) -> list[list[str]]:
-    """A situation's lines: figure, median over the runs."""
-    figures = dict.fromkeys(figure for run in results.situations.get(name, []) for figure in run)
-    return [[figure, f"{results.situation(name, figure):,.4g}"] for figure in figures]
+def curve_table(curve: Curve, points: Sequence[Point]) -> Table:
+    """One curve, for a terminal."""
+    return _terminal(curve.title, ("", *_CURVE), curve_lines(points))
 
 
-def targets(results: Results) -> list[list[str]]:
-    """What was to be reached, what it is, and whether that is enough."""
-    lines = []
-    for target in TARGETS:
-        figure = target.find(results)
-        if math.isnan(figure):
-            lines.append([target.what, "", "not measured", ""])
-            continue
-        bound = f"{'at most' if target.most else 'at least'} {target.bound:g}"
-        lines.append([target.what, bound, f"{figure:.3g}", "reached" if target.reached(figure) else "falls short"])
-    return lines
+def situation_table(results: Results, name: str) -> Table:
+    """One situation, for a terminal."""
+    return _terminal(name, ("", "median", "rounds"), situation_lines(results, name))
 
 
-def page(results: Results) -> str:
-    """All tables, in Markdown."""
-    host = "; ".join(f"{name} {value}" for name, value in results.host.items())
-    settings = "; ".join(f"{name}: {value}" for name, value in results.settings.items())
-    text = [f"Host: {host}.", "", f"Settings: {settings}. Medians of the runs.", ""]
-    text += ["## What was to be reached", ""]
-    text += _markdown(["figure", "to reach", "measured", ""], targets(results))
-    text += ["", "## Every case", ""]
+def target_table(results: Results) -> Table:
+    """What was to be reached, as far as it was measured, for a terminal."""
+    found = [target for target in TARGETS if not math.isnan(target.find(results))]
+    title = f"What was to be reached: {len(found)} of {len(TARGETS)} measured"
+    return _terminal(title, _TARGET, [target.line(results) for target in found])
+
+
+def tables(results: Results) -> str:
+    """The page with all tables."""
+    text = [
+        "# Every figure",
+        "",
+        "Written by `python -m bench`; [performance.md](../performance.md) says how to read it.",
+        "",
+    ]
+    text += [_circumstances(results), ""]
     for case, measured in results.cases:
-        text += [f"### {case.title}", "", *_markdown(["", *_COLUMNS], rows(measured)), ""]
-    for name in results.situations:
-        text += [f"### {name[0].upper()}{name[1:]}", "", *_markdown(["", "median"], situation_rows(results, name)), ""]
+        text += [f"## {case.title}", "", *_markdown(["", *_CASE], case_lines(measured)), ""]
+    for curve, points in results.curves:
+        text += [f"## {curve.title}", "", *_markdown(["", *_CURVE], curve_lines(points)), ""]
+    for name in [*results.situations, *results.missing]:
+        title = name[0].upper() + name[1:]
+        text += [f"## {title}", "", *_markdown(["", "median", "rounds"], situation_lines(results, name)), ""]
+    text += [
+        "## Parity",
+        "",
+        "The largest error over outputs and final states against the float64 reference, as export measured",
+    ]
+    text += ["it and as the model's file says.", ""]
+    text += [
+        *_markdown(["model", "largest error"], [[name, f"{loss:.1e}"] for name, loss in results.parity.items()]),
+        "",
+    ]
     return "\n".join(text)
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw the pictures.
+def fill(page: str, results: Results, folder: str, pictures: Iterable[str]) -> str:
+    """A page with its generated parts written anew.
 
-    Returns:
-        The files.
+    Args:
+        page: in Markdown, each generated part between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+        results: what they are written from.
+        folder: of tables and pictures, as the page links to it.
+        pictures: file names there.
+
+    Raises:
+        KeyError: if the page has a part of another name.
     """
-    import matplotlib as mpl
+    shown = [line for name in pictures for line in (f"![{name.partition('.')[0]}]({folder}/{name})", "")]
+    links = [f"[{folder}/{name}]({folder}/{name})" for name in ("tables.md", "results.json")]
+    parts = {
+        "circumstances": [_circumstances(results)],
+        "targets": _markdown(_TARGET, [target.line(results) for target in TARGETS]),
+        "pictures": [*shown, f"All figures: {links[0]}, and as data {links[1]}."],
+    }
 
-    mpl.use("agg")
-    from matplotlib import pyplot
+    def write(found: re.Match[str]) -> str:
+        return "\n".join([found[1], "", *parts[found[2]], "", found[3]])
 
-    style: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    files = []
-    with pyplot.rc_context(style | {"grid.alpha": 0.25, "figure.facecolor": "#faf9f5", "axes.facecolor": "#faf9f5"}):
-        files.append(_latency(results, folder / "latency.png"))
-        files.append(_rows(results, folder / "rows.png"))
-        files.append(_cost(results, folder / "cost.png"))
-    return files
-
-
-def _latency(results: Results, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    for chunks, marker, style in ((1, "o", "-"), (64, "s", "--")):
-        points = []
-        for case, measured in results.cases:
-            if case.model == SMALL and case.chunks == chunks and case.steps == 1:
-                points += [
-                    (one.median("steps_per_s"), one.median("p50_ms"), one.median("p99_ms"), case.sessions)
-                    for one in measured
-                    if one.subject == "conveyor" and one.runs
-                ]
-        if not points:
-            continue
-        points.sort(key=lambda point: point[3])
-        for column, alpha in ((1, 1.0), (2, 0.45)):
-            label = f"{chunks} chunk{'s' if chunks > 1 else ''} a message, {'p50' if column == 1 else 'p99'}"
-            axes.plot(
-                [point[0] for point in points],
-                [point[column] for point in points],
-                style,
-                marker=marker,
-                color=_COLOURS["conveyor"],
-                alpha=alpha,
-                label=label,
-            )
-        for steps, p50, _, sessions in points:
-            axes.annotate(f"{sessions}", (steps, p50), xytext=(6, -12), textcoords="offset points", fontsize=9)
-    if axes.lines:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.legend(frameon=False)
-    axes.set_xlabel("steps per second")
-    axes.set_ylabel("milliseconds from a message to its whole answer")
-    axes.set_title(f"{SMALL.title}: latency against throughput, by number of sessions", loc="left", weight="bold")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+    return re.sub(r"(<!-- generated: (\w+) -->)\n.*?(<!-- end -->)", write, page, flags=re.DOTALL)
 
 
-def _rows(results: Results, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    found = [
-        (case.title, one.median("rows_per_tick"))
-        for case, measured in results.cases
-        for one in measured
-        if one.subject == "conveyor" and one.runs
-    ]
-    figure, axes = pyplot.subplots(figsize=(11, 0.42 * len(found) + 1.5), layout="constrained")
-    axes.barh([title for title, _ in found], [value for _, value in found], color=_COLOURS["conveyor"])
-    for at, (_, value) in enumerate(found):
-        axes.text(value, at, f" {value:.1f}", va="center", fontsize=9)
-    axes.invert_yaxis()
-    if found:
-        axes.set_xscale("log")
-    axes.set_xlabel("rows that one run of the model answered, on average")
-    axes.set_title("Rows per tick", loc="left", weight="bold")
-    axes.grid(axis="y", visible=False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+def _circumstances(results: Results) -> str:
+    host = "; ".join(f"{name} {value}" for name, value in results.host.items())
+    settings = "; ".join(f"{name}: {value}" for name, value in results.settings.items())
+    loops = "; ".join(f"{NAMES[name]}: {loop}" for name, loop in results.event_loops.items())
+    return (
+        f"Host: {host}.\n\nSettings: {settings}. Event loops: {loops}. "
+        f"The whole benchmark took {results.took_s / 60:.1f} minutes."
+    )
 
 
-def _cost(results: Results, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    shown = [(SMALL, 64, 1), (SMALL, 64, 64), (LARGE, 64, 64), (LARGE, 256, 64)]
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(14, 4.6), layout="constrained")
-    for axes, (model, sessions, chunks) in zip(panels, shown, strict=True):
-        bars = _bars(results, model, sessions, chunks)
-        names = [_NAMES[subject].replace(": ", ":\n").replace(", ", ",\n") for subject, _ in bars]
-        axes.bar(names, [value for _, value in bars], color=[_COLOURS[subject] for subject, _ in bars])
-        for at, (_, value) in enumerate(bars):
-            axes.text(at, value, f"{value:,.3g}", ha="center", va="bottom", fontsize=9)
-        axes.tick_params(axis="x", labelrotation=60, labelsize=8)
-        axes.set_title(f"{model.title}\n{sessions} sessions, {chunks} a message", loc="left", fontsize=10)
-        axes.grid(axis="x", visible=False)
-    panels[0].set_ylabel("microseconds of the server's CPU per step")
-    figure.suptitle("What a step costs", x=0.01, ha="left", weight="bold")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
-
-
-def _bars(results: Results, model: Model, sessions: int, chunks: int) -> list[tuple[str, float]]:
-    for case, measured in results.cases:
-        if (case.model, case.sessions, case.chunks, case.steps) == (model, sessions, chunks, 1):
-            return [(one.subject, one.median("cpu_us_per_step")) for one in measured if one.runs]
-    return []
+def _last_line(text: str) -> str:
+    return (text.splitlines() or [""])[-1].strip()
 
 
 def _show(value: float, form: str) -> str:
     return "" if math.isnan(value) else form.format(value)
 
 
-def _markdown(columns: list[str], lines: Iterable[list[str]]) -> list[str]:
+def _terminal(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if number == 0 or columns is _TARGET else "right")
+    for line in lines:
+        drawn.add_row(*line)
+    return drawn
+
+
+def _markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     text = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for line in lines:
         padded = [*line, *[""] * (len(columns) - len(line))]

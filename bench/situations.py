@@ -1,145 +1,218 @@
 """What one load alone does not show: streams beside batches, more than can be done, many sessions at rest.
 
-Each starts a server of its own, and gives figures by name; medians over the runs are taken by whoever asks.
+Each starts servers of its own and does its rounds, each round with all that is compared in it; gives the figures of
+each round by name.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
-import subprocess
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass
 
-import grpc
+import numpy as np
 
-from bench.load import Load
-from bench.measure import Settings, run_load, start_conveyor
+from bench.load import lognormal_lengths, open_residents
+from bench.measure import load_of, run_load
 from bench.models import LARGE, SMALL, Model, make
-from bench.processes import Process, python
+from bench.processes import Process, Worker
+from bench.servers import Say, Settings, start_conveyor
 
-Say = Callable[[str], None]
-
-
-def streams_beside_batches(settings: Settings, say: Say) -> dict[str, float]:
-    """Streaming steps at one rate, alone and while long batches take all that the model has left.
-
-    Returns:
-        ``alone_p99_ms``, ``beside_p99_ms``, their ``ratio``, ``batch_steps_per_s``, and ``wasted``: the share of the
-        computed cells that were padding while both ran; lengths are log-normal with sigma 1.
-    """
-    with _server(LARGE, settings, say) as server:
-        stream = _load(LARGE, server, sessions=64, streams=4, rate=1000.0, seconds=max(4.0, settings.seconds))
-        say("streams alone")
-        alone = run_load(stream)
-        batches = _load(LARGE, server, door="batch", sessions=4, streams=2, rows=16, seconds=stream.seconds + 3)
-        say("streams beside batches")
-        before = _cells(server)
-        background = subprocess.Popen(python("bench.load", *batches.to_flags()), stdout=subprocess.PIPE, text=True)
-        beside = run_load(stream)
-        said, _ = background.communicate(timeout=120)
-        steps, padding = (after - at for after, at in zip(_cells(server), before, strict=True))
-    return {
-        "alone_p99_ms": alone["p99_ms"],
-        "beside_p99_ms": beside["p99_ms"],
-        "ratio": beside["p99_ms"] / alone["p99_ms"],
-        "batch_steps_per_s": json.loads(said)["steps_per_s"],
-        "wasted": padding / (steps + padding),
-    }
+Figures = dict[str, float]
+FEW, MANY = 1000, 100_000
 
 
-def overload(settings: Settings, say: Say, factors: tuple[float, ...] = (1, 2, 4)) -> dict[str, float]:
-    """Chunks that have to be applied within a quarter of a second, at multiples of the rate that the server can do.
+def streams_beside_batches(settings: Settings, say: Say) -> list[Figures]:
+    """Streaming steps at one rate, alone and while long batches take all that the model has left; and those alone.
 
     Returns:
-        ``peak_steps_per_s`` with as much as is answered; and for each factor, as ``4x.NAME``: ``in_time`` over the
-        peak, ``refusal_p99_ms``, ``late_per_s``, ``growth_bytes`` of the server's memory over the run before.
+        ``alone_p99_ms``, ``beside_p99_ms`` and their ``p99_ratio``; ``batch_steps_per_s`` beside the streams, and
+        ``batch_alone_steps_per_s``; ``wasted`` and ``batch_alone_wasted``, the shares of the computed cells that were
+        padding; ``padded_whole``, what it would be if each request were padded to its longest sequence.
     """
-    figures = {}
-    with _server(LARGE, settings, say) as server:
-        say("overload: the peak")
-        load = _load(LARGE, server, sessions=256, chunks=64)
-        peak = figures["peak_steps_per_s"] = run_load(load)["steps_per_s"]
-        for factor in factors:
-            say(f"overload: {factor:g} times the peak")
-            before = server.resident_bytes()
-            more = dataclasses.replace(load, sessions=2048, rate=factor * peak, timeout_ms=250.0)
-            done = run_load(more)
-            name = f"{factor:g}x"
-            figures[f"{name}.in_time"] = done["steps_per_s"] / peak
-            figures[f"{name}.refusal_p99_ms"] = done["refusal_p99_ms"]
-            figures[f"{name}.late_per_s"] = done["late_per_s"]
-            figures[f"{name}.growth_bytes"] = float(server.resident_bytes() - before)
-    return figures
+    rounds = []
+    with _server(LARGE, settings, say) as server, Worker("bench.load") as client, Worker("bench.load") as batch_client:
+        seconds = 2 * settings.seconds
+        stream = load_of(LARGE, server, "chunks", sessions=64, streams=4, rate=1000.0, seconds=seconds)
+        batches = load_of(LARGE, server, "batch", sessions=4, streams=2, seconds=settings.seconds)
+        # Around all of the streams' time, warming up included.
+        around = load_of(LARGE, server, "batch", sessions=4, streams=2, seconds=1.2 * seconds + 1)
+        for number in range(settings.runs):
+            say(f"streams alone, round {number + 1}")
+            alone = run_load(client, stream)
+            say(f"batches alone, round {number + 1}")
+            before = _cells(server)
+            batches_alone = run_load(batch_client, batches)
+            between = _cells(server)
+            say(f"streams beside batches, round {number + 1}")
+            batch_client.ask(around.to_line())
+            beside = run_load(client, stream)
+            said = batch_client.answer(60)
+            rounds.append(
+                {
+                    "alone_p99_ms": alone["p99_ms"],
+                    "beside_p99_ms": beside["p99_ms"],
+                    "p99_ratio": beside["p99_ms"] / alone["p99_ms"],
+                    "stream_steps_per_s": beside["steps_per_s"],
+                    "batch_steps_per_s": said["steps_per_s"],
+                    "batch_alone_steps_per_s": batches_alone["steps_per_s"],
+                    "wasted": _wasted(between, _cells(server)),
+                    "batch_alone_wasted": _wasted(before, between),
+                }
+            )
+        lengths = [lognormal_lengths(batches, np.random.default_rng(number)) for number in range(200)]
+        whole = 1 - sum(each.sum() for each in lengths) / sum(len(each) * each.max() for each in lengths)
+    return [figures | {"padded_whole": float(whole)} for figures in rounds]
 
 
-def residents(settings: Settings, say: Say, few: int = 1000, many: int = 100_000) -> dict[str, float]:
-    """The time of a tick of 64 rows, with few sessions resident and with many.
+def overload(settings: Settings, say: Say) -> list[Figures]:
+    """Chunks that are needed within a quarter of a second, at multiples of the rate that the server can do.
+
+    Chunks have 16 steps and messages 16 chunks, each by itself, so that the model and not the transport is what there
+    is too little of, and so that each chunk is refused by itself. Messages fall due at the rate whoever is free, and
+    there are more sessions than the queue takes in.
 
     Returns:
-        ``few_tick_us``, ``many_tick_us``, their ``ratio``, ``bytes_per_session`` of the server's memory, and
-        ``open_us``: to open one of many, calls in parallel.
+        ``peak_steps_per_s``, as many as are answered without a rate; and for each multiple, as ``4x.NAME``: ``sent``
+        and ``in_time`` over the peak, likewise ``slow``, whose answers came too late, ``dropped`` by the server for
+        their time, and ``refused``; ``refusal_p99_ms``; ``client_busy``, of a core. ``growth``: by how much the most
+        memory that the server has held rose in this round, over what it was; the first round has none, for it is the
+        first to fill the queue.
     """
-    with _server(SMALL, settings, say, "--max-sessions", str(many + 1000), "--idle-timeout-s", "3600") as server:
-        load = _load(SMALL, server, sessions=64, chunks=64)
-        say(f"{few} sessions resident")
-        asyncio.run(_open(server, SMALL, few, "few"))
-        first = _tick_s(server, load)
-        say(f"{many} sessions resident")
-        before = server.resident_bytes()
-        took = asyncio.run(_open(server, SMALL, many - few, "many"))
-        grown = server.resident_bytes() - before
-        second = _tick_s(server, load)
-    return {
-        "few_tick_us": first * 1e6,
-        "many_tick_us": second * 1e6,
-        "ratio": second / first,
-        "bytes_per_session": grown / (many - few),
-        "open_us": took / (many - few) * 1e6,
-    }
+    rounds: list[Figures] = []
+    with _server(LARGE, settings, say) as server, Worker("bench.load") as client:
+        held = 0
+        for number in range(settings.runs):
+            say(f"the peak, round {number + 1}")
+            peak_load = load_of(
+                LARGE, server, "chunks", sessions=256, steps=16, chunks=16, streams=2, seconds=settings.seconds
+            )
+            peak = run_load(client, peak_load)["steps_per_s"]
+            figures = {"peak_steps_per_s": peak}
+            for factor in (1, 2, 4):
+                say(f"{factor} times the peak, round {number + 1}")
+                load = load_of(
+                    LARGE,
+                    server,
+                    "chunks",
+                    sessions=1024,
+                    steps=16,
+                    chunks=16,
+                    streams=2,
+                    seconds=settings.seconds,
+                    rate=factor * peak,
+                    timeout_ms=250.0,
+                )
+                done = run_load(client, load)
+                figures |= {
+                    f"{factor}x.sent": done["sent_per_s"] / peak,
+                    f"{factor}x.in_time": done["steps_per_s"] / peak,
+                    f"{factor}x.slow": done["slow_per_s"] / peak,
+                    f"{factor}x.dropped": done["dropped_per_s"] / peak,
+                    f"{factor}x.refused": done["refused_per_s"] * load.steps / peak,
+                    f"{factor}x.client_busy": done["client_busy"],
+                    f"{factor}x.refusal_p99_ms": done["refusal_p99_ms"],
+                }
+            most = server.peak_resident_bytes()
+            if held:
+                figures["growth"] = most / held - 1
+            held = most
+            rounds.append(figures)
+    return rounds
+
+
+def residents(settings: Settings, say: Say) -> list[Figures]:
+    """The time of a tick of 64 rows, in turn on a server with few sessions open and on one with many.
+
+    The 64 are drawn at random from those that are open, so that their states lie wherever sessions' states do.
+
+    Returns:
+        ``few_tick_us``, ``many_tick_us`` and their ``ratio``; ``bytes_per_session`` of memory beyond the state's own,
+        of sessions that have not stepped; ``open_us``: to open one, calls in parallel.
+    """
+    flags = ("--max-sessions", str(MANY + 1000), "--idle-timeout-s", "3600")
+    rounds = []
+    with ExitStack() as stack:
+        few, many = (stack.enter_context(_server(SMALL, settings, say, *flags)) for _ in range(2))
+        client = stack.enter_context(Worker("bench.load"))
+        say(f"opening {MANY:,} sessions")
+        asyncio.run(open_residents(few.port, SMALL.name, 0, FEW))
+        asyncio.run(open_residents(many.port, SMALL.name, 0, FEW))
+        before = many.resident_bytes()
+        took_s = asyncio.run(open_residents(many.port, SMALL.name, FEW, MANY))
+        each = (many.resident_bytes() - before) / (MANY - FEW)
+        state_bytes = 2 * SMALL.hidden_size * 4
+        for number in range(settings.runs):
+            say(f"{FEW:,} against {MANY:,} sessions, round {number + 1}")
+            few_s = _tick_s(few, client, settings, FEW, number)
+            many_s = _tick_s(many, client, settings, MANY, number)
+            rounds.append(
+                {
+                    "few_tick_us": few_s * 1e6,
+                    "many_tick_us": many_s * 1e6,
+                    "ratio": many_s / few_s,
+                    "bytes_per_session": each - state_bytes,
+                    "open_us": took_s / (MANY - FEW) * 1e6,
+                }
+            )
+    return rounds
 
 
 def _server(model: Model, settings: Settings, say: Say, *flags: str) -> Process:
-    repository = make(model, settings.folder, say)
-    return start_conveyor(repository, settings, *flags)
-
-
-def _load(model: Model, server: Process, door: str = "native", seconds: float = 3.0, **given: Any) -> Load:
-    return Load(door, server.port, model.name, model.input_size, seconds=seconds, pid=server.pid, **given)
+    return start_conveyor(make(model, settings.folder, say), settings, *flags)
 
 
 def _cells(server: Process) -> tuple[float, float]:
     return server.metric("conveyor_steps_total"), server.metric("conveyor_padding_steps_total")
 
 
-def _tick_s(server: Process, load: Load) -> float:
+def _wasted(before: tuple[float, float], after: tuple[float, float]) -> float:
+    steps, padding = after[0] - before[0], after[1] - before[1]
+    return padding / (steps + padding)
+
+
+def _tick_s(server: Process, client: Worker, settings: Settings, residents: int, number: int) -> float:
     def ticks() -> tuple[float, float]:
         return server.metric("conveyor_tick_seconds_sum"), server.metric("conveyor_tick_seconds_count")
 
     seconds, count = ticks()
-    run_load(load)
+    load = load_of(
+        SMALL,
+        server,
+        "blocks",
+        sessions=64,
+        chunks=64,
+        seconds=settings.seconds,
+        residents=residents,
+        sample=number,
+    )
+    run_load(client, load)
     after = ticks()
     return (after[0] - seconds) / (after[1] - count)
 
 
-async def _open(server: Process, model: Model, count: int, prefix: str) -> float:
-    """Open sessions; the seconds that it took."""
-    from conveyor.v1 import conveyor_pb2 as pb
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """One of them.
 
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        call: Any = channel.unary_unary("/conveyor.v1.ConveyorService/OpenSession")
-        for at in range(0, count, 512):
-            names = [f"{prefix}-{number}" for number in range(at, min(count, at + 512))]
-            messages = [pb.OpenSessionRequest(model=model.name, session_id=name).SerializeToString() for name in names]
-            await asyncio.gather(*(call(message) for message in messages))
-    return loop.time() - began
+    Attributes:
+        run: does its rounds.
+        round_runs: how many runs' seconds a round takes.
+        once_s: how long it takes beside its rounds.
+    """
+
+    run: Callable[[Settings, Say], list[Figures]]
+    round_runs: float
+    once_s: float
+
+    def expected_s(self, settings: Settings) -> float:
+        """About how long it takes, to tell how much is left."""
+        return self.once_s + settings.runs * self.round_runs * (settings.seconds * 1.2 + 0.3)
 
 
-SITUATIONS: dict[str, Callable[[Settings, Say], dict[str, float]]] = {
-    "streams beside batches": streams_beside_batches,
-    "overload": overload,
-    "residents": residents,
+SITUATIONS = {
+    "streams beside batches": Situation(streams_beside_batches, 6, 5),
+    "overload": Situation(overload, 4, 5),
+    "resident sessions": Situation(residents, 2, 40),
 }

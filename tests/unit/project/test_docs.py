@@ -19,6 +19,7 @@ DOCUMENTS = [
     "docs/client.md",
     "docs/guarantees.md",
     "docs/models.md",
+    "docs/performance.md",
     "docs/weights.md",
     "docs/protocol.md",
 ]
