@@ -100,8 +100,11 @@ def pack_blocks(blocks: Sequence[Array], lengths: Sequence[int], spec: TensorSpe
     first = 0
     for block, length in zip(blocks, lengths, strict=True):
         rows = view[first : first + len(block)]
-        rows[:, :length] = block
-        rows[:, length:] = 0
+        if length == steps:
+            rows[:] = block
+        else:
+            rows[:, :length] = block
+            rows[:, length:] = 0
         first += len(block)
     return out
 
@@ -120,11 +123,14 @@ def unpack_blocks(packed: Array, spec: TensorSpec, widths: Sequence[int], length
     """
     view = _rows_first(packed, spec)
     if spec.time_axis is None:
-        view = view[:, 0]
+        view, lengths = view[:, 0], []
+    if len(view) == len(widths) and all(length == lengths[0] for length in lengths):
+        # Rows that came alone and are of one length: taken in turn in half the time that cutting each takes.
+        return [row.copy() for row in (view[:, None, : lengths[0]] if lengths else view[:, None])]
     blocks, first = [], 0
-    for width, length in zip(widths, lengths, strict=True):
+    for index, width in enumerate(widths):
         rows = view[first : first + width]
-        blocks.append((rows if spec.time_axis is None else rows[:, :length]).copy())
+        blocks.append((rows[:, : lengths[index]] if lengths else rows).copy())
         first += width
     return blocks
 

@@ -91,30 +91,34 @@ def test_rows_of_different_features_are_not_stretched_over_each_other(time: int 
 
 
 WIDTHS = [2, 1, 3]
+"""Of blocks; rows of one each are packed and unpacked another way."""
 
 
-def blocks(spec: TensorSpec, lengths: list[int]) -> list[Array]:
-    """Blocks of those lengths and of different widths, no value of them zero."""
+def blocks(spec: TensorSpec, lengths: list[int], widths: list[int]) -> list[Array]:
+    """Blocks of those lengths and widths, no value of them zero."""
     draw = np.random.default_rng(0)
     tail = [size or 0 for size in spec.tail]
     return [
         draw.uniform(1, 100, (width, steps, *tail)).astype(spec.dtype)
-        for width, steps in zip(WIDTHS, lengths, strict=True)
+        for width, steps in zip(widths, lengths, strict=True)
     ]
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["out", "new"])
+@pytest.mark.parametrize("widths", [WIDTHS, [1, 1, 1]], ids=str)
 @pytest.mark.parametrize("lengths", [[3, 1, 4], [4, 4, 4], [1, 1, 1]], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape} batch {spec.batch_axis} time {spec.time_axis}")
-def test_rows_of_blocks_stand_where_the_graph_has_them(spec: TensorSpec, lengths: list[int], given: bool) -> None:
+def test_rows_of_blocks_stand_where_the_graph_has_them(
+    spec: TensorSpec, lengths: list[int], widths: list[int], given: bool
+) -> None:
     """Each step of each row at its batch and time index, zeros behind its end; and back, bit for bit."""
     assert spec.time_axis is not None
     longest = max(lengths)
-    sizes = {spec.batch_axis: sum(WIDTHS), spec.time_axis: longest}
+    sizes = {spec.batch_axis: sum(widths), spec.time_axis: longest}
     shape = [size or sizes[axis] for axis, size in enumerate(spec.shape)]
     # What is given holds the tick before.
     out = np.full(shape, 7, spec.dtype) if given else None
-    put = blocks(spec, lengths)
+    put = blocks(spec, lengths, widths)
     packed = pack_blocks(put, lengths, spec, out)
     assert out is None or packed is out
     assert packed.shape == tuple(shape)
@@ -124,23 +128,24 @@ def test_rows_of_blocks_stand_where_the_graph_has_them(spec: TensorSpec, lengths
         for t in range(longest):
             index = tuple({spec.batch_axis: n, spec.time_axis: t}.get(axis, slice(None)) for axis in range(packed.ndim))
             np.testing.assert_array_equal(packed[index], row[t] if t < len(row) else np.zeros_like(row[0]))
-    for block, back in zip(put, unpack_blocks(packed, spec, WIDTHS, lengths), strict=True):
+    for block, back in zip(put, unpack_blocks(packed, spec, widths, lengths), strict=True):
         np.testing.assert_array_equal(back, block)
         assert back.flags.c_contiguous
         assert back.base is None
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["out", "new"])
+@pytest.mark.parametrize("widths", [WIDTHS, [1, 1, 1]], ids=str)
 @pytest.mark.parametrize("batch", [0, 1])
-def test_blocks_without_time(batch: int, given: bool) -> None:
+def test_blocks_without_time(batch: int, widths: list[int], given: bool) -> None:
     """An input has one step a row, and an output none, whatever the lengths of the others."""
     free = spec(batch, None, (5,))
-    put = blocks(free, [1, 1, 1])
-    out = np.full((6, 5) if batch == 0 else (5, 6), 7, np.float32) if given else None
+    put = blocks(free, [1, 1, 1], widths)
+    out = np.full((sum(widths), 5) if batch == 0 else (5, sum(widths)), 7, np.float32) if given else None
     packed = pack_blocks(put, LENGTHS, free, out)
     assert out is None or packed is out
     np.testing.assert_array_equal(np.moveaxis(packed, batch, 0), np.concatenate(put)[:, 0])
-    for block, back in zip(put, unpack_blocks(packed, free, WIDTHS, LENGTHS), strict=True):
+    for block, back in zip(put, unpack_blocks(packed, free, widths, LENGTHS), strict=True):
         np.testing.assert_array_equal(back, block[:, 0])
         assert back.flags.c_contiguous
         assert back.base is None
