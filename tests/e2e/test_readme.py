@@ -65,8 +65,9 @@ def test_the_examples_as_pasted(tmp_path: Path) -> None:
             assert f"127.0.0.1:{settings.port}" in code
             (tmp_path / file).write_text(code.replace(f"127.0.0.1:{settings.port}", server.target))
             printed.append(run([file], tmp_path))
-    states, sessions, many = printed
+    states, batches, sessions, many = printed
     assert states.startswith("8 {")
+    assert batches == "[3, 200, 12] [1, 1, 1]\n"
     assert sessions == "found again at 3\n"
     assert re.fullmatch(r"session 7 stays at 3: .*(NaN|finite).*\n99 sessions at 5\n", many), many
 
