@@ -60,48 +60,50 @@ def _latency(results: Results) -> Any:
 
     if not results.curves:
         return None
-    figure, panels = pyplot.subplots(
-        1, len(results.curves), figsize=(5.2 * len(results.curves), 4.8), layout="constrained", squeeze=False
-    )
+    count = len(results.curves)
+    figure, panels = pyplot.subplots(1, count, figsize=(4.8 * count, 4.8), layout="constrained", squeeze=False)
+    labels: dict[str, Any] = {}
     for axes, (curve, points) in zip(panels[0], results.curves, strict=True):
         for subject in curve.subjects:
             _line(axes, subject, [point for point in points if point.subject == subject])
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("steps answered per second")
+        _logarithmic(axes.xaxis)
+        _logarithmic(axes.yaxis)
+        axes.set_xlabel("steps that fall due in a second")
         axes.set_title(_curve_title(curve), loc="left", fontsize=10)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=9)
+        handles, names = axes.get_legend_handles_labels()
+        labels |= dict(zip(names, handles, strict=True))
     panels[0][0].set_ylabel("milliseconds from due to answered")
-    figure.suptitle(
-        "Latency against throughput: rates rise until one does not keep up (hollow)", x=0.01, ha="left", weight="bold"
-    )
+    figure.legend(handles=labels.values(), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    title = "Latency against throughput: rates rise until one is not kept up with (hollow)"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
     return figure
 
 
 def _line(axes: Any, subject: str, points: list[Point]) -> None:
+    rates = [point.rate for point in points]
+    hollow = [number for number, point in enumerate(points) if not point.kept_up]
+    full = [number for number, point in enumerate(points) if point.kept_up]
     for name, style in (("p50_ms", "-"), ("p99_ms", "--")):
-        axes.plot(
-            [point.figures["steps_per_s"] for point in points],
-            [point.figures[name] for point in points],
-            style,
-            color=_COLOURS[subject],
-            label=f"{NAMES[subject].removeprefix('peer: ')}, {name.partition('_')[0]}",
-        )
-        for point in points:
-            axes.plot(
-                [point.figures["steps_per_s"]],
-                [point.figures[name]],
-                "o",
-                color=_COLOURS[subject],
-                markersize=4,
-                fillstyle="full" if point.kept_up else "none",
-            )
+        values = [point.figures[name] for point in points]
+        label = f"{NAMES[subject].removeprefix('peer: ')}, {name.partition('_')[0]}"
+        axes.plot(rates, values, style, marker="o", markersize=4, markevery=full, color=_COLOURS[subject], label=label)
+        # A second line without a stroke: one line has one kind of marker.
+        axes.plot(rates, values, "o", markersize=5, markevery=hollow, fillstyle="none", color=_COLOURS[subject])
 
 
 def _curve_title(curve: Curve) -> str:
     chunks = f"{curve.chunks} chunk{'s' if curve.chunks > 1 else ''} a message"
     return f"{curve.model.title}\n{curve.sessions} sessions, {chunks}"
+
+
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _rows(results: Results) -> Any:
@@ -117,14 +119,10 @@ def _rows(results: Results) -> Any:
     if not found:
         return None
     figure, axes = pyplot.subplots(figsize=(11, 0.36 * len(found) + 1.5), layout="constrained")
-    axes.barh([title for title, _ in found], [value for _, value in found], color=_COLOURS["conveyor"])
-    for at, (_, value) in enumerate(found):
-        axes.text(value, at, f" {value:.1f}", va="center", fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
+    _across(axes, found, [_COLOURS["conveyor"]] * len(found), "{:.1f}")
+    _logarithmic(axes.xaxis)
     axes.set_xlabel("rows that one run of the model answered, on average")
     axes.set_title("Rows per tick", loc="left", weight="bold")
-    axes.grid(axis="y", visible=False)
     return figure
 
 
@@ -136,20 +134,33 @@ def _cost(results: Results) -> Any:
     shown = [(case, bars) for case in wanted if (bars := _bars(results, *case))]
     if not shown:
         return None
+    heights = [len(bars) + 1.5 for _, bars in shown]
     figure, panels = pyplot.subplots(
-        1, len(shown), figsize=(3.5 * len(shown), 4.8), layout="constrained", squeeze=False
+        len(shown),
+        1,
+        figsize=(9, 0.36 * sum(heights) + 0.8),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
     )
-    for axes, ((model, sessions, chunks), bars) in zip(panels[0], shown, strict=True):
-        names = [NAMES[subject].replace(": ", ":\n").replace(", ", ",\n") for subject, _ in bars]
-        axes.bar(names, [value for _, value in bars], color=[_COLOURS[subject] for subject, _ in bars])
-        for at, (_, value) in enumerate(bars):
-            axes.text(at, value, f"{value:,.3g}", ha="center", va="bottom", fontsize=9)
-        axes.tick_params(axis="x", labelrotation=60, labelsize=8)
-        axes.set_title(f"{model.title}\n{sessions} sessions, {chunks} a message", loc="left", fontsize=10)
-        axes.grid(axis="x", visible=False)
-    panels[0][0].set_ylabel("microseconds of CPU per step")
+    for axes, ((model, sessions, chunks), bars) in zip(panels[:, 0], shown, strict=True):
+        _across(axes, [(NAMES[name], value) for name, value in bars], [_COLOURS[name] for name, _ in bars], "{:,.3g}")
+        each = f"{chunks} chunk{'s' if chunks > 1 else ''} a message"
+        axes.set_title(f"{model.title}, {sessions} sessions, {each}", loc="left", fontsize=10)
+    panels[-1, 0].set_xlabel("microseconds of CPU per step")
     figure.suptitle("What a step costs", x=0.01, ha="left", weight="bold")
     return figure
+
+
+def _across(axes: Any, bars: list[tuple[str, float]], colours: list[str], form: str) -> None:
+    """Bars from left to right, the first on top, each with its number."""
+    at = range(len(bars))
+    axes.barh(at, [value for _, value in bars], color=colours)
+    axes.set_yticks(at, [name for name, _ in bars])
+    for height, (_, value) in zip(at, bars, strict=True):
+        axes.text(value, height, " " + form.format(value), va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
 
 
 def _bars(results: Results, model: Model, sessions: int, chunks: int) -> list[tuple[str, float]]:

@@ -7,6 +7,7 @@ each round by name.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ def streams_beside_batches(settings: Settings, say: Say) -> list[Figures]:
     """Streaming steps at one rate, alone and while long batches take all that the model has left; and those alone.
 
     Returns:
-        ``alone_p99_ms``, ``beside_p99_ms`` and their ``p99_ratio``; ``batch_steps_per_s`` beside the streams, and
-        ``batch_alone_steps_per_s``; ``wasted`` and ``batch_alone_wasted``, the shares of the computed cells that were
+        ``alone_p99_ms``, ``beside_p99_ms`` and their ``p99_ratio``; ``stream_steps_per_s`` beside batches;
+        ``steps_per_s`` of both together and ``batch_alone_steps_per_s``, by the server's counters, beginning and end
+        of the load included; ``wasted`` and ``batch_alone_wasted``, the shares of the computed cells that were
         padding; ``padded_whole``, what it would be if each request were padded to its longest sequence.
     """
     rounds = []
@@ -43,21 +45,22 @@ def streams_beside_batches(settings: Settings, say: Say) -> list[Figures]:
             alone = run_load(client, stream)
             say(f"batches alone, round {number + 1}")
             before = _cells(server)
-            batches_alone = run_load(batch_client, batches)
+            run_load(batch_client, batches)
             between = _cells(server)
             say(f"streams beside batches, round {number + 1}")
             batch_client.ask(around.to_line())
             beside = run_load(client, stream)
-            said = batch_client.answer(60)
+            batch_client.answer(60)
+            after = _cells(server)
             rounds.append(
                 {
                     "alone_p99_ms": alone["p99_ms"],
                     "beside_p99_ms": beside["p99_ms"],
                     "p99_ratio": beside["p99_ms"] / alone["p99_ms"],
                     "stream_steps_per_s": beside["steps_per_s"],
-                    "batch_steps_per_s": said["steps_per_s"],
-                    "batch_alone_steps_per_s": batches_alone["steps_per_s"],
-                    "wasted": _wasted(between, _cells(server)),
+                    "steps_per_s": (after.steps - between.steps) / (after.at_s - between.at_s),
+                    "batch_alone_steps_per_s": (between.steps - before.steps) / (between.at_s - before.at_s),
+                    "wasted": _wasted(between, after),
                     "batch_alone_wasted": _wasted(before, between),
                 }
             )
@@ -163,13 +166,23 @@ def _server(model: Model, settings: Settings, say: Say, *flags: str) -> Process:
     return start_conveyor(make(model, settings.folder, say), settings, *flags)
 
 
-def _cells(server: Process) -> tuple[float, float]:
-    return server.metric("conveyor_steps_total"), server.metric("conveyor_padding_steps_total")
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """The server's counters at a time: steps that counted, steps that were padding."""
+
+    at_s: float
+    steps: float
+    padding: float
 
 
-def _wasted(before: tuple[float, float], after: tuple[float, float]) -> float:
-    steps, padding = after[0] - before[0], after[1] - before[1]
-    return padding / (steps + padding)
+def _cells(server: Process) -> _Cells:
+    steps, padding = server.metric("conveyor_steps_total"), server.metric("conveyor_padding_steps_total")
+    return _Cells(time.perf_counter(), steps, padding)
+
+
+def _wasted(before: _Cells, after: _Cells) -> float:
+    padding = after.padding - before.padding
+    return padding / (after.steps - before.steps + padding)
 
 
 def _tick_s(server: Process, client: Worker, settings: Settings, residents: int, number: int) -> float:
