@@ -6,7 +6,7 @@ not know the server beyond what describes and reads a model's files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,7 +29,7 @@ def export_model(
     version: int | None = None,
     overwrite: bool = False,
     lowering: Literal["auto", "operator", "scan"] = "auto",
-    precision: Precision = "float32",
+    precision: Precision | Sequence[Precision] = "float32",
     data: Mapping[str, Array] | None = None,
     max_error: float | None = None,
     progress: Progress = lambda _: None,
@@ -43,14 +43,15 @@ def export_model(
         version: a positive integer; None for the one after the last.
         overwrite: whether a version that is there may be replaced.
         lowering: the form of every recurrence; "auto" for the one that serves best on the CPU.
-        precision: of the weights in the file.
+        precision: of the weights in the file. Of several the first is that of model.onnx, and each other has a file
+            beside it, as ``model.int8.onnx``.
         data: sequences to verify with beside the random ones: ``x[N, T, I]`` (or ids ``x[N, T]``) and ``lengths[N]``.
         max_error: what the graph's largest error must stay within, above 0 and up to 1; None for 2e-6, with float16
             5e-3, with int8 5e-2.
         progress: told what is being done.
 
     Returns:
-        The file's path.
+        The path of model.onnx.
 
     Raises:
         ExportError: it cannot be exported so; nothing is written.
@@ -63,6 +64,7 @@ def export_model(
 
     repository = Path(repository)
     version = choose_version(repository, name, version, overwrite)
-    made = make_model_file(model, lowering, precision, data, max_error, progress)
+    precisions: Sequence[Precision] = [precision] if isinstance(precision, str) else precision
+    first, *others = [make_model_file(model, lowering, one, data, max_error, progress).content for one in precisions]
     progress("writing")
-    return write_version(repository, name, version, made.content, overwrite)
+    return write_version(repository, name, version, first, overwrite, dict(zip(precisions[1:], others, strict=True)))

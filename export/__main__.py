@@ -93,8 +93,10 @@ def _make(
         raise ExportError("--repository needs --name")
     if options.output is not None and (options.name is not None or options.version is not None):
         raise ExportError("--name and --version go with --repository, not with --output")
+    if options.output is not None and len(options.precision) > 1:
+        raise ExportError("--output is one file: give one --precision, or --repository for several")
     with console.status("importing") as status:
-        from export.versions import check_file, choose_version, write_file, write_version
+        from export.versions import check_file, choose_version, file_name, write_file, write_version
 
         if options.output is None:
             version = choose_version(options.repository, options.name, options.version, options.overwrite)
@@ -105,13 +107,20 @@ def _make(
 
         from export.model_file import make_model_file
 
-        made = make_model_file(model, options.lowering, options.precision, data, options.max_error, status.update)
+        made = {
+            precision: make_model_file(model, options.lowering, precision, data, options.max_error, status.update)
+            for precision in options.precision
+        }
         status.update("writing")
+        (_, first), *rest = made.items()
+        others = {precision: one.content for precision, one in rest}
         if options.output is None:
-            path = write_version(options.repository, options.name, version, made.content, options.overwrite)
+            path = write_version(options.repository, options.name, version, first.content, options.overwrite, others)
         else:
-            path = write_file(options.output, made.content)
-    _print_made(made, path, console)
+            path = write_file(options.output, first.content)
+    paths = [path, *(path.with_name(file_name(precision)) for precision in others)]
+    for one, written in zip(made.values(), paths, strict=True):
+        _print_made(one, written, console)
 
 
 def verify(options: argparse.Namespace, console: Console) -> None:
@@ -163,7 +172,7 @@ def _print_made(made: ModelFile, path: Path, console: Console) -> None:
     if precision != "float32":
         with console.status("measuring the gain"):
             before, after = _measures(made.baseline), _measures(made.content)
-        console.print(cost_table(precision, before, after, max(max(row.outputs, row.states) for row in parity.rows)))
+        console.print(cost_table(precision, before, after, parity.max_error))
     for number, layer in enumerate(made.manifest.layers, start=1):
         console.print(layer_line(number, layer), highlight=False)
     for note in made.notes:

@@ -38,6 +38,7 @@ where they do not, nothing is written.
 exit codes: 0 done; 1 verification failed; 2 it could not be done as asked
 """
 
+PRECISIONS = ("float32", "float16", "int8")
 BOUNDS = "float32 2e-6, float16 5e-3, int8 5e-2"
 
 FROM_WEIGHTS = """\
@@ -142,11 +143,25 @@ def _add_form(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     how.add_argument(
         "--precision",
-        choices=("float32", "float16", "int8"),
-        default="float32",
-        help="float16 makes inputs, outputs and states float16 too; int8 is for LSTMs (default: float32)",
+        type=_precisions,
+        default=("float32",),
+        metavar="P[,P...]",
+        help="float32, float16 or int8; float16 makes inputs, outputs and states float16 too; int8 is for LSTMs. Of "
+        "several the first is that of model.onnx, and each other has a file beside it, as model.int8.onnx, which "
+        "precision: int8 in model.yaml has served (default: float32)",
     )
     return how
+
+
+def _precisions(text: str) -> tuple[str, ...]:
+    """Read one precision or several, with commas between them."""
+    named = tuple(text.split(","))
+    for one in named:
+        if one not in PRECISIONS:
+            raise argparse.ArgumentTypeError(f"{one!r} is none of {', '.join(PRECISIONS)}")
+        if named.count(one) > 1:
+            raise argparse.ArgumentTypeError(f"{one} stands twice")
+    return named
 
 
 def _add_verification(parser: argparse.ArgumentParser, default: str, more: str = "") -> None:

@@ -1,9 +1,12 @@
 """Model versions on disk: ``DIR/NAME/VERSION/model.onnx``, each there as a whole or not at all.
 
+A version may hold its model in other precisions too, as ``model.int8.onnx`` beside it.
+
 Owns the layout and the order of writing. Must not know what is in a file.
 
 A new version is written beside its place under a name that starts with a dot, flushed to the disk, and then renamed, so
-that whoever watches the folder never sees half of one. A file that is replaced is replaced in one step likewise.
+that whoever watches the folder never sees half of one. A file that is replaced is replaced in one step likewise, and
+one after the other where they are several.
 """
 
 from __future__ import annotations
@@ -13,17 +16,26 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import get_args
 
 from export.errors import ExportError
 from service.description import NAME as DESCRIPTION
 from service.description import read
 from service.errors import LoadError
+from service.manifest import Precision
 
 FILE = "model.onnx"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NO_OTHERS: Mapping[Precision, bytes] = MappingProxyType({})
+
+
+def file_name(precision: Precision) -> str:
+    """The file of a precision beside that of the first."""
+    return f"model.{precision}.onnx"
 
 
 def choose_version(repository: Path, name: str, version: int | None, overwrite: bool) -> int:
@@ -64,24 +76,47 @@ def check_file(path: Path, overwrite: bool) -> None:
         _check_writable(path.parent)
 
 
-def write_version(repository: Path, name: str, version: int, content: bytes, overwrite: bool) -> Path:
-    """Write a model file to its version's folder.
+def write_version(
+    repository: Path,
+    name: str,
+    version: int,
+    content: bytes,
+    overwrite: bool,
+    others: Mapping[Precision, bytes] = _NO_OTHERS,
+) -> Path:
+    """Write a model's files to its version's folder.
+
+    Args:
+        repository: the folder of models.
+        name: the model's name.
+        version: of it.
+        content: of its model.onnx.
+        overwrite: whether a version that is there may be replaced. Its other precisions are, or else they go.
+        others: the same model in other precisions.
 
     Returns:
-        The file's path.
+        The path of model.onnx.
 
     Raises:
         ExportError: the version is there and may not be overwritten, or cannot be written; nothing is left of it.
     """
     choose_version(repository, name, version, overwrite)
     target = repository / name / str(version)
+    files = {file_name(precision): other for precision, other in others.items()} | {FILE: content}
     if target.exists():
-        return write_file(target / FILE, content)
+        for file, each in files.items():
+            write_file(target / file, each)
+        with _told(target):
+            for precision in get_args(Precision):
+                if precision not in others:
+                    (target / file_name(precision)).unlink(missing_ok=True)
+        return target / FILE
     whole = target.with_name(f".{version}.{secrets.token_hex(4)}")
     with _told(target), _made(target.parent):
         try:
             whole.mkdir()
-            _write_durably(whole / FILE, content)
+            for file, each in files.items():
+                _write_durably(whole / file, each)
             _flush_folder(whole)
             try:
                 whole.rename(target)

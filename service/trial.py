@@ -81,6 +81,7 @@ def _in_turns(graphs: Mapping[int, Graph], until: float, clock: Clock, cpu_clock
         cell_s = min((one.seconds / (one.rows * one.steps) for one in found), default=0.0)
         if found and clock() + 2 * cell_s * rows * steps * len(graphs) > until:
             continue
+        # Not in the graph's own workspaces, which would go on holding memory for sizes that may never come.
         feeds = _zeros(manifest, rows, steps)
         for graph in graphs.values():
             graph.run(feeds)

@@ -5,6 +5,7 @@ Owns what is printed. Must not know how anything is measured, or what follows fr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from service.description import Description
@@ -30,17 +31,17 @@ def tune(settings: Settings, model: str | None) -> int:
     try:
         versions = list(_versions(settings, model))
     except LoadError as error:
-        print(error)
+        print(error, file=sys.stderr)
         return 1
     if not versions:
-        print(f"{settings.repository} has no model{'' if model is None else f' {model!r}'}")
+        print(f"{settings.repository} has no model{'' if model is None else f' {model!r}'}", file=sys.stderr)
         return 1
     for found in versions:
         try:
             loaded, tuning = tuned(found.path, settings, anew=True)
         except LoadError as error:
             failed = True
-            print(f"{found.name} {found.version}: {error}\n")
+            print(f"{found.name} {found.version}: {error}", file=sys.stderr)
             continue
         print(f"{found.name} {found.version}: {_told(loaded)}")
         print("\n".join(_table(tuning)))

@@ -112,6 +112,52 @@ def test_one_file_and_the_gain_of_a_precision(
     assert main([*arguments, "--overwrite"]) == 0
 
 
+def test_several_precisions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is model.onnx's, the second lies beside it; each has its own errors in its manifest, and verifies."""
+    monkeypatch.setattr(export.speed, "MEASURED_S", 0.01)
+    arguments = ["user_models:lstm", "--repository", "models", "--name", "speech", "--precision", "float32,int8"]
+    assert main(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    errors = {}
+    for name, precision in (("model.onnx", "float32"), ("model.int8.onnx", "int8")):
+        path = tmp_path / "models/speech/1" / name
+        assert f"written models/speech/1/{name}" in printed
+        manifest = read_manifest(onnx.load(path))
+        assert manifest.precision == precision
+        assert manifest.parity is not None
+        errors[precision] = manifest.parity.max_error
+        assert main(["verify", str(path)]) == 0
+    assert errors["float32"] < 2e-6 < errors["int8"]
+
+
+def test_several_precisions_where_one_does_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """None of them is written, be it that it cannot be made or that it is not within its bound."""
+    place = ["--repository", "models", "--name", "speech", "--precision", "float32,int8"]
+    assert main(["user_models:gru", *place]) == 2
+    assert main(["user_models:lstm", *place, "--max-error", "3e-6"]) == 1
+    assert not Path("models").exists()
+    assert main(["user_models:lstm", "--output", "out.onnx", "--precision", "float32,int8"]) == 2
+    assert "--output is one file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("int4", "'int4' is none of float32, float16, int8"),
+        ("float32,", "'' is none of"),
+        ("int8,int8", "int8 stands twice"),
+    ],
+)
+def test_precisions_that_there_are_not(given: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sentence, and status 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(["user_models:lstm", "--output", "out.onnx", "--precision", given])
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_failed_verification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 1, the table all the same, and no file."""
     assert main(["user_models:gru", "--output", "out.onnx", "--max-error", "1e-12"]) == 1

@@ -139,6 +139,14 @@ def test_a_state_that_begins_elsewhere_is_found_out(tmp_path: Path) -> None:
         verify_file(tmp_path / "tampered.onnx")
 
 
+def test_several_precisions_of_one_model(tmp_path: Path) -> None:
+    """Each in a file of its own, as it is alone; the path is that of the first."""
+    path = export_model(model(ModelSpec((Layer("lstm", 4, 4),))), tmp_path, "both", precision=("int8", "float32"))
+    files = {file.name: read_manifest(onnx.load(file)).precision for file in path.parent.iterdir()}
+    assert (path.name, files) == ("model.onnx", {"model.onnx": "int8", "model.float32.onnx": "float32"})
+    assert_verifies_as_recorded(path.with_name("model.float32.onnx"))
+
+
 def assert_verifies_as_recorded(path: Path) -> None:
     """Verified again, the file gives what its manifest records, but for the module, which is not in it."""
     recorded = read_manifest(onnx.load(path)).parity

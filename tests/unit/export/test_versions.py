@@ -25,6 +25,22 @@ def test_layout(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["digits", "digits/3", "digits/3/model.onnx"]
 
 
+def test_other_precisions_lie_beside_the_first(tmp_path: Path) -> None:
+    """A version that is replaced is replaced with them: one that is not given again goes, and other files stay."""
+    write_version(tmp_path, "digits", 1, b"a", False, {"int8": b"b", "float16": b"c"})
+    folder = tmp_path / "digits/1"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "model.onnx": b"a",
+        "model.int8.onnx": b"b",
+        "model.float16.onnx": b"c",
+    }
+    (folder / "tuning.json").touch()
+    write_version(tmp_path, "digits", 1, b"d", True, {"int8": b"e"})
+    assert everything(folder) == ["model.int8.onnx", "model.onnx", "tuning.json"]
+    assert (folder / "model.int8.onnx").read_bytes() == b"e"
+    assert everything(tmp_path) == ["digits", "digits/1", *(f"digits/1/{name}" for name in everything(folder))]
+
+
 def test_the_next_version_is_the_one_after_the_last(tmp_path: Path) -> None:
     """Gaps are not filled, and what is no number does not count."""
     assert choose_version(tmp_path, "digits", None, overwrite=False) == 1

@@ -39,7 +39,7 @@ def test_a_whole_description() -> None:
 
 def test_how_to_serve_alone_describes_no_graph() -> None:
     """It goes with a file that was exported here."""
-    for text in ("", "versions: [1, 3]", "strict: true\ntolerance: 1e-3"):
+    for text in ("", "versions: [1, 3]", "strict: true\ntolerance: 1e-3", "precision: int8\nthreads: 2"):
         assert not parse(text).of_graph
 
 
@@ -95,6 +95,12 @@ def test_names_are_as_they_are_written() -> None:
             r"initial: unknown key 'url', expected some of file",
         ),
         ("versions: {latest: 0}", r"versions\.latest: "),
+        ("precision: int4", r"precision: expected 'float32', 'float16' or 'int8', got 'int4'"),
+        ("threads: 0", r"threads: expected a number greater than or equal to 1, got 0"),
+        ("threads: 100000", r"threads: expected .*1024, got 100000"),
+        ("max_tick_rows: 1.5", r"max_tick_rows: expected a whole number, got 1\.5"),
+        ("short_tick_ms: 0", r"short_tick_ms: expected a number greater than 0, got 0"),
+        ("long_tick_ms: .inf", r"long_tick_ms: expected a finite number, got inf"),
         ("versions: []", r"versions: expected \{latest: N\} or a list"),
         ("versions: 3", r"versions: expected \{latest: N\} or a list"),
         ("tolerance: .inf", r"tolerance: "),

@@ -87,7 +87,14 @@ def test_a_model_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "name",
-    ["lstm/2/model.onnx", "lstm/2/model.onnx.data", "lstm/2/weights/0", "lstm/model.yaml", "lstm/initial/h0.npy"],
+    [
+        "lstm/2/model.onnx",
+        "lstm/2/model.int8.onnx",
+        "lstm/2/model.onnx.data",
+        "lstm/2/weights/0",
+        "lstm/model.yaml",
+        "lstm/initial/h0.npy",
+    ],
 )
 @pytest.mark.parametrize("change", ["written", "touched", "put in its place", "removed"])
 def test_a_change_of_any_file_shows(tmp_path: Path, name: str, change: str) -> None:
@@ -125,6 +132,15 @@ def test_files_on_their_way_do_not_show(tmp_path: Path) -> None:
     (tmp_path / "lstm/1/.model.onnx.Ab12").write_bytes(b"half")
     (tmp_path / "lstm/.model.yaml.swp").write_bytes(b"half")
     assert scan(tmp_path) == before
+
+
+def test_what_the_server_has_measured_does_not_show(tmp_path: Path) -> None:
+    """It is written while the model is loaded, and changes nothing of it."""
+    place(tmp_path, "lstm/1")
+    before = scan(tmp_path)
+    (tmp_path / "lstm/1/tuning.json").write_text("{}")
+    assert scan(tmp_path) == before
+    assert overlooked(tmp_path) == []
 
 
 # --- what is wanted ---

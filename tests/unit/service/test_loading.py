@@ -20,6 +20,7 @@ from service.loading import load_model
 from service.manifest import Manifest
 from service.settings import Settings
 from tests.any_graphs import CASES, CELL, Case, model, place
+from tests.graph_variants import write_int8
 from tests.graphs import write_lstm
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -249,3 +250,42 @@ def test_what_manifests_get_some_day_changes_no_digest(tmp_path: Path, monkeypat
     later = create_model("Manifest", __base__=Manifest, another=(str | None, None))
     monkeypatch.setattr("service.presented.Manifest", later)
     assert digest(path) == before
+
+
+def test_a_precision_of_a_models_own(tmp_path: Path) -> None:
+    """The file of the precision that is asked for, or model.onnx where that has it; model.onnx where none is."""
+    path = write_lstm(tmp_path)
+    small = write_int8(path)
+    for said, file, precision in (
+        ("", path, "float32"),
+        ("precision: float32", path, "float32"),
+        ("precision: int8", small, "int8"),
+    ):
+        (tmp_path / "lstm/model.yaml").write_text(said)
+        loaded = load_model(path, SETTINGS)
+        assert (loaded.path, loaded.graph.manifest.precision) == (file, precision)
+        assert loaded.graph.digest == Engine(file).digest
+
+
+def test_a_precision_that_is_not_there(tmp_path: Path) -> None:
+    """It is told which there is; also where a file has another than its name says."""
+    path = write_lstm(tmp_path)
+    (tmp_path / "lstm/model.yaml").write_text("precision: int8")
+    with pytest.raises(
+        LoadError,
+        match=r"^model\.yaml asks for precision int8; model\.onnx is float32 and there is no model\.int8\.onnx beside",
+    ):
+        load_model(path, SETTINGS)
+    shutil.copy(path, path.with_name("model.int8.onnx"))
+    with pytest.raises(LoadError, match=r"^model\.yaml asks for precision int8; model\.int8\.onnx is float32$"):
+        load_model(path, SETTINGS)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(tmp_path: Path, threads: int) -> None:
+    """A run has as many as are asked for: one is the caller's own, the others are onnxruntime's."""
+    path = write_lstm(tmp_path)
+    before = len(os.listdir("/proc/self/task"))
+    loaded = load_model(path, SETTINGS, threads)
+    assert loaded.threads == threads
+    assert len(os.listdir("/proc/self/task")) - before == threads - 1

@@ -23,16 +23,20 @@ from service.errors import ControlRefused, Draining, LoadError, LoadFailed, Load
 from service.folder import ModelFolder, scan, wanted
 from service.loading import Loaded, load_model
 from service.metrics import Metrics
+from service.pace import Pace
 from service.repository import Repository
 from service.runner import Runner
+from service.scheduler import Limits
 from service.settings import Settings
+from service.tuning import Measurement
 from tests.clock import Clock
+from tests.graph_variants import LOSS, write_int8
 from tests.graphs import replace_lstm, write_broken, write_lstm
 
 
 def repository_of(folder: Path, **settings: Any) -> Repository:
     """A repository that has not loaded yet."""
-    return Repository(Settings(repository=folder, threads=1, tune_s=0, **settings), Metrics(), Clock())
+    return Repository(Settings(**{"repository": folder, "threads": 1, "tune_s": 0, **settings}), Metrics(), Clock())
 
 
 @asynccontextmanager
@@ -698,6 +702,89 @@ async def test_how_a_model_is_run_is_switched_too(tmp_path: Path) -> None:
         after = repository.find("lstm")
         assert after.manifest.rows_per_run == 1
         assert after.digest == before.digest
+
+
+async def test_how_fast_a_model_is_run_is_switched_too(tmp_path: Path) -> None:
+    """The same file, run in other ticks: another runner; written anew, it is none."""
+    write_lstm(tmp_path)
+    async with loaded(tmp_path, model_control="poll") as repository:
+        before = repository.find("lstm")
+        (tmp_path / "lstm/model.yaml").write_text("max_tick_rows: 2")
+        await look(repository)
+        after = repository.find("lstm")
+        assert after is not before
+        assert after.digest == before.digest
+        replace_lstm(tmp_path, "lstm", 1, seed=0)
+        await look(repository)
+        assert repository.find("lstm") is after
+
+
+async def test_another_precision_is_another_model(tmp_path: Path) -> None:
+    """It takes over like a new version; one that is not there changes nothing, and the reason is told."""
+    path = write_lstm(tmp_path)
+    write_int8(path)
+    async with loaded(tmp_path, model_control="poll") as repository:
+        assert repository.find("lstm").manifest.precision == "float32"
+        (tmp_path / "lstm/model.yaml").write_text("precision: int8")
+        await look(repository)
+        small = repository.find("lstm")
+        assert small.manifest.precision == "int8"
+        path.with_name("model.int8.onnx").unlink()
+        await look(repository)
+        assert repository.find("lstm") is small
+        state, reason = told(repository)["lstm", 1]
+        assert (state, "asks for precision int8; model.onnx is float32" in reason) == ("READY", True)
+
+
+async def test_the_error_that_was_measured_is_logged(tmp_path: Path) -> None:
+    """When the model is loaded, beside its precision and its threads."""
+    write_int8(write_lstm(tmp_path))
+    (tmp_path / "lstm/model.yaml").write_text("precision: int8")
+    with capture_logs() as logs:
+        async with loaded(tmp_path):
+            (line,) = (line for line in logs if line["event"] == "model loaded")
+    assert (line["precision"], line["max_error"], line["threads"]) == ("int8", LOSS, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "described", "limits"),
+    [
+        ({}, "", (512, 0.002, 0.05)),
+        ({"tune_s": 0.01}, "", (96, 0.002, 0.05)),
+        ({"tune_s": 0.01, "max_tick_rows": 512, "short_tick_ms": 3, "long_tick_ms": 30}, "", (512, 0.003, 0.03)),
+        ({"max_tick_rows": 32, "short_tick_ms": 3}, "max_tick_rows: 16\nlong_tick_ms: 9", (16, 0.003, 0.009)),
+        ({"short_tick_ms": 3, "long_tick_ms": 30}, "short_tick_ms: 1.5", (512, 0.0015, 0.03)),
+    ],
+    ids=["defaults", "measured", "flags before what was measured", "model.yaml before flags", "one key alone"],
+)
+async def test_where_the_limits_of_a_tick_come_from(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    described: str,
+    limits: tuple[int, float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From model.yaml, or else the flags, or else what was measured; and the pace of the first ticks from that."""
+    given: list[Limits] = []
+    paces: list[Pace | None] = []
+
+    def seen(*more: Any, **named: Any) -> Runner:
+        given.append(next(one for one in more if isinstance(one, Limits)))
+        paces.append(named["pace"])
+        return Runner(*more, **named)
+
+    measured = tuple(
+        Measurement(threads=1, rows=rows, steps=1, seconds=max(96, rows), cpu_s=0) for rows in (1, 96, 512)
+    )
+    monkeypatch.setattr("service.repository.Runner", seen)
+    monkeypatch.setattr("service.tuner.measure", lambda *more: measured)
+    write_lstm(tmp_path)
+    (tmp_path / "lstm/model.yaml").write_text(described)
+    async with loaded(tmp_path, **settings):
+        (limit,), (pace,) = given, paces
+        assert (limit.tick_rows, limit.short_tick_s, limit.long_tick_s) == pytest.approx(limits)
+        assert pace is not None
+        assert (pace.step_s(512, 1) == 512) == ("tune_s" in settings)
 
 
 async def test_a_policy_is_no_reason_to_load_anew(tmp_path: Path) -> None:

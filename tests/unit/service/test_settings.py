@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, load
+from service.settings import Settings, load, load_tune
 
 SAMPLES: dict[str, tuple[str, object]] = {
     "port": ("9000", 9000),
@@ -186,3 +186,28 @@ def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture
     example = re.search(r"\((max_sessions = \d+)\)", page)
     assert example is not None
     assert tomllib.loads(example[1])
+
+
+def test_what_is_to_be_tuned() -> None:
+    """The settings of a server, more time, fewer logs, and one model or every one."""
+    usual = Settings(tune_s=5.0, log_level="warning")
+    assert load_tune([], {}) == (usual, None)
+    environ = {"CONVEYOR_THREADS": "2", "CONVEYOR_TUNE_S": "9"}
+    settings, model = load_tune(["--model", "lstm", "--tune-s", "1", "--log-level", "info"], environ)
+    assert (settings, model) == (Settings(threads=2, tune_s=1.0), "lstm")
+
+
+def test_the_help_of_tune(capsys: pytest.CaptureFixture[str]) -> None:
+    """Has a page of its own, with its own defaults; mistakes are told under its name."""
+    with pytest.raises(SystemExit) as ended:
+        load_tune(["--help"], {})
+    assert ended.value.code == 0
+    page = capsys.readouterr().out
+    assert "--model NAME" in page
+    assert "[5]" in page[page.index("  --tune-s") : page.index("  --cache-dir")]
+    with pytest.raises(SystemExit) as ended:
+        load_tune(["--tune-s", "-1"], {})
+    assert ended.value.code == 2
+    assert (
+        "python -m service tune: error: --tune-s: Input should be greater than or equal to 0" in capsys.readouterr().err
+    )

@@ -11,6 +11,7 @@ from service.graph import Array, Graph
 from service.manifest import Manifest, StateSpec, TensorSpec
 from service.trial import measure
 from service.tuning import Measurement, choose
+from service.workspace import FedWorkspace, Workspace
 
 MANIFEST = Manifest(
     inputs=(TensorSpec(name="x", dtype="float32", shape=(None, None, 3), batch_axis=1, time_axis=0),),
@@ -69,6 +70,10 @@ class FakeGraph:
         self.machine.runs.append((self.threads, rows, steps))
         self.machine.now += self.machine.run_s(self.threads, rows, steps)
         return [], []
+
+    def workspace(self, rows: int, steps: int) -> Workspace:
+        """Arrays for a run."""
+        return FedWorkspace(self.manifest, rows, steps, self.run)
 
 
 def test_every_size_is_measured_where_there_is_time() -> None:

@@ -1,0 +1,167 @@
+"""A real model measured, and what is kept of it between two loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import tuner, tuning_file
+from service.settings import Settings
+from service.trial import measure
+from service.tuner import tuned
+from service.tuning import Measurement
+from tests.any_graphs import CASES, Case
+from tests.graphs import replace_lstm, write_lstm
+
+SETTINGS = Settings(device="cpu", tune_s=0.05)
+
+
+@pytest.fixture(autouse=True)
+def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many the machine has."""
+    monkeypatch.setattr(tuning_file, "cores", lambda: 2)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The thread counts of each time that a model was measured."""
+    counts: list[tuple[int, ...]] = []
+
+    def counted(graph_with: Any, given: tuple[int, ...], *more: Any) -> tuple[Measurement, ...]:
+        counts.append(given)
+        return measure(graph_with, given, *more)
+
+    monkeypatch.setattr(tuner, "measure", counted)
+    return counts
+
+
+def paying(threads: int) -> Callable[..., tuple[Measurement, ...]]:
+    """A measurement, without measuring, by which so many threads are the best."""
+
+    def found(graph_with: Any, counts: tuple[int, ...], *more: Any) -> tuple[Measurement, ...]:
+        times = {count: 1.0 if count == threads else 9.0 for count in counts}
+        assert all(graph_with(count).manifest is not None for count in counts)
+        return tuple(Measurement(threads=n, rows=64, steps=1, seconds=s, cpu_s=s) for n, s in times.items())
+
+    return found
+
+
+def test_measured_once(tmp_path: Path, measured: list[tuple[int, ...]]) -> None:
+    """A second load finds what the first has measured, beside the model; asked to, it measures again."""
+    path = write_lstm(tmp_path)
+    _, first = tuned(path, SETTINGS)
+    assert first.measured
+    assert first.pace.step_s(1, 1) > 0
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "tuning.json"]
+    assert tuned(path, SETTINGS)[1] == first
+    assert measured == [(1, 2)]
+    _, again = tuned(path, SETTINGS, anew=True)
+    assert {one.threads for one in again.measured} == {1, 2}
+    assert measured == [(1, 2), (1, 2)]
+    assert tuned(path, SETTINGS)[1] == again
+
+
+def test_another_file_or_another_machine(
+    tmp_path: Path, measured: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is measured anew; coming back to the first, nothing is."""
+    first = write_lstm(tmp_path)
+    tuned(first, SETTINGS)
+    kept = (first.parent / "tuning.json").read_bytes()
+    second = replace_lstm(tmp_path, "lstm", 1, seed=1)
+    (second.parent / "tuning.json").write_bytes(kept)
+    tuned(second, SETTINGS)
+    assert len(measured) == 2
+    monkeypatch.setattr(tuning_file, "cores", lambda: 4)
+    tuned(second, SETTINGS)
+    assert measured[2:] == [(1, 2, 4)]
+    monkeypatch.setattr(tuning_file, "cores", lambda: 2)
+    tuned(second, SETTINGS)
+    assert len(measured) == 3
+
+
+def test_what_is_kept_may_be_wrong(
+    tmp_path: Path, measured: list[tuple[int, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told, and the model is measured."""
+    path = write_lstm(tmp_path)
+    (path.parent / "tuning.json").write_text('{"format": 7}')
+    assert tuned(path, SETTINGS)[1].measured
+    assert "what was measured before is not used" in capsys.readouterr().out
+    tuned(path, SETTINGS)
+    assert len(measured) == 1
+
+
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, measured: list[tuple[int, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No failure: the model is measured each time, and the log says why."""
+    path = write_lstm(tmp_path)
+    (tmp_path / "file").touch()
+    settings = SETTINGS.model_copy(update={"cache_dir": tmp_path / "file"})
+    for _ in range(2):
+        assert tuned(path, settings)[1].measured
+    assert "what was measured is not kept" in capsys.readouterr().out
+    assert len(measured) == 2
+
+
+def test_a_folder_for_what_was_measured(tmp_path: Path, measured: list[tuple[int, ...]]) -> None:
+    """Nothing is written beside the model then."""
+    path = write_lstm(tmp_path / "models")
+    settings = SETTINGS.model_copy(update={"cache_dir": tmp_path / "cache"})
+    tuned(path, settings)
+    assert (tmp_path / "cache/lstm/1/tuning.json").is_file()
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    tuned(path, settings)
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_threads_that_pay_are_those_it_runs_with(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured now and measured before."""
+    path = write_lstm(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "measure", paying(threads))
+        now, _ = tuned(path, SETTINGS)
+    before, tuning = tuned(path, SETTINGS)
+    assert now.threads == before.threads == tuning.threads == threads
+    assert now.graph.digest == before.graph.digest
+
+
+@pytest.mark.parametrize(
+    ("settings", "described", "threads"),
+    [({"threads": 2}, "", 2), ({}, "threads: 2", 2), ({"threads": 2}, "threads: 3", 3)],
+    ids=["flag", "model.yaml", "both"],
+)
+def test_threads_that_are_given_are_not_chosen(
+    tmp_path: Path, settings: dict[str, Any], described: str, threads: int, measured: list[tuple[int, ...]]
+) -> None:
+    """The model's own file goes first; measured are the sizes of ticks alone."""
+    path = write_lstm(tmp_path)
+    (tmp_path / "lstm/model.yaml").write_text(described)
+    loaded, tuning = tuned(path, SETTINGS.model_copy(update=settings))
+    assert loaded.threads == tuning.threads == threads
+    assert measured == [(threads,)]
+
+
+def test_nothing_is_measured_unless_wanted(tmp_path: Path, measured: list[tuple[int, ...]]) -> None:
+    """One thread then, and nothing is read or written."""
+    path = write_lstm(tmp_path)
+    (path.parent / "tuning.json").write_text("nothing of use")
+    loaded, tuning = tuned(path, SETTINGS.model_copy(update={"tune_s": 0}))
+    assert (loaded.threads, tuning.threads, tuning.tick_rows, tuning.measured) == (1, 1, 512, ())
+    assert measured == []
+    assert (path.parent / "tuning.json").read_text() == "nothing of use"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_models_from_elsewhere(tmp_path: Path, case: Case) -> None:
+    """Whatever axes, states and inputs a graph has, and whether rows and steps run one by one, it can be measured."""
+    loaded, tuning = tuned(case.write(tmp_path), SETTINGS.model_copy(update={"tune_s": 1e-3}))
+    assert tuning.measured
+    assert loaded.threads == tuning.threads
