@@ -76,7 +76,7 @@ def little_endian(dtype: str) -> np.dtype[np.generic]:
 
 def to_bytes(array: Array) -> bytes:
     """Return an array's elements as they stand on the wire."""
-    return array.astype(little_endian(array.dtype.name), copy=False).tobytes()
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 class Batch(NamedTuple):
@@ -109,7 +109,7 @@ def join(rows: Sequence[Array], spec: TensorSpec, steps: int | None) -> Joined:
         raise InvalidRequest(f"the rows of output {spec.name!r} differ in the size of their features; send them apart")
     if spec.time_axis is None:
         return stack(rows)
-    dtype, tail = little_endian(rows[0].dtype.name), rows[0].shape[1:]
+    dtype, tail = rows[0].dtype, rows[0].shape[1:]
     if steps is None:
         return Joined(dtype, (sum(map(len, rows)), *tail), rows)
     return Joined(dtype, (len(rows), steps, *tail), rows, steps * math.prod(tail) * dtype.itemsize)
@@ -117,7 +117,7 @@ def join(rows: Sequence[Array], spec: TensorSpec, steps: int | None) -> Joined:
 
 def stack(rows: Sequence[Array]) -> Joined:
     """Put arrays of one shape together, as [N, ...]."""
-    return Joined(little_endian(rows[0].dtype.name), (len(rows), *rows[0].shape), rows)
+    return Joined(rows[0].dtype, (len(rows), *rows[0].shape), rows)
 
 
 class Codec:

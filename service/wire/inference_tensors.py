@@ -27,6 +27,7 @@ DATATYPES = {
 }
 """Of what models take, by NumPy's names."""
 
+_BY_DTYPE = {np.dtype(name): datatype for name, datatype in DATATYPES.items()}
 _NAMES = {datatype: name for name, datatype in DATATYPES.items()} | {
     "UINT64": "uint64",
     "UINT32": "uint32",
@@ -114,7 +115,7 @@ def written(response: pb.ModelInferResponse, outputs: Mapping[str, Joined]) -> l
         outputs: by name, in their order.
     """
     for name, output in outputs.items():
-        response.outputs.add(name=name, datatype=DATATYPES[output.dtype.name], shape=output.shape)
+        response.outputs.add(name=name, datatype=_BY_DTYPE[output.dtype], shape=output.shape)
     parts: list[Part] = [response.SerializeToString()]
     for output in outputs.values():
         parts += field(pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER, [output])

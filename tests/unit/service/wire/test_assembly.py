@@ -19,9 +19,17 @@ from service.wire.inference_tensors import written
 
 Array = NDArray[Any]
 
+pytestmark = pytest.mark.usefixtures("way")
+
 OUTPUT = TensorSpec(name="y", dtype="float32", shape=(None, None, 3), batch_axis=1, time_axis=0)
 LAST = TensorSpec(name="last", dtype="float32", shape=(None, 3), batch_axis=0, time_axis=None)
 DTYPES = ["float32", "float16", "float64", "int64", "int32", "int8", "bool"]
+
+
+@pytest.fixture(params=["as if small", "as if large"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of writing."""
+    monkeypatch.setattr("service.wire.assembly._SMALL_BYTES", 1e9 if request.param == "as if small" else 0)
 
 
 def draw(*shape: int, dtype: str = "float32") -> Array:
