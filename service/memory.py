@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 PAGE_BYTES = mmap.PAGESIZE
 
-# Elsewhere the same calls mean other things. Memory is taken when it is written there too, but not given back.
+# Elsewhere the calls below mean other things or are missing. Zeros cost nothing before they are written there either,
+# but what has been written is not given back.
 _LINUX = sys.platform == "linux"
 # Without it the system may refuse to reserve more than it has. Python has a name for it from 3.13 on.
 _MAP_NORESERVE = 0x4000
@@ -36,11 +37,11 @@ class Reserved:
         try:
             if _LINUX:
                 self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+                self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
             else:
-                self._map = mmap.mmap(-1, size)
-        except (OSError, OverflowError) as error:
+                self.bytes = np.zeros(size, np.uint8)
+        except (OSError, OverflowError, ValueError, MemoryError) as error:
             raise MemoryError(f"cannot reserve {size} bytes of address space: {error}") from error
-        self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
 
     def give_back(self, start: int, stop: int) -> None:
         """Let the system have the whole pages between two bytes again; they hold zeros then, or what they held."""

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service import memory
+from service.manifest import StateSpec
 from service.memory import PAGE_BYTES, Reserved
+from service.pool import Pool
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux alone")
 
@@ -44,11 +47,33 @@ def test_only_whole_pages_go(start: float, stop: float) -> None:
     assert all(page.all() or not page.any() for page in np.split(reserved.bytes, 4))
 
 
+@pytest.fixture(params=["this system", "another"])
+def any_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This system, and one whose memory is not given back."""
+    if request.param == "another":
+        monkeypatch.setattr(memory, "_LINUX", False)
+
+
+@pytest.mark.usefixtures("any_system")
 def test_what_cannot_be_reserved() -> None:
     """The error says how much it was."""
     for size in (1 << 62, 1 << 70):
         with pytest.raises(MemoryError, match=f"cannot reserve {size} bytes"):
             Reserved(size)
+
+
+@pytest.mark.usefixtures("any_system")
+def test_pools_on_any_system() -> None:
+    """Slots are taken, used and given back; what was left in them is not seen again."""
+    spec = StateSpec(name="h", input="h0", output="hT", dtype="float32", shape=(2, None, 256), batch_axis=1)
+    pool = Pool([spec], 5000)
+    for value in (1, 2):
+        slots = pool.allocate_many(5000)
+        assert not pool.gather(slots)[0].any()
+        pool.scatter(slots, np.arange(5000), [np.full((2, 5000, 256), value, np.float32)])
+        pool.free_many(slots[100:])
+        assert (pool.gather(slots[:100])[0] == value).all()
+        pool.free_many(slots[:100])
 
 
 def test_arrays_outlive_what_reserved_them() -> None:
