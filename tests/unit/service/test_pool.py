@@ -235,7 +235,7 @@ def test_a_hundred_thousand_slots_and_back(layers: int, hidden: int) -> None:
     for part in np.array_split(leave, 300):
         pool.free_many(part)
     assert pool.taken == len(stay) == 100
-    assert resident_bytes(pool) < 0.15 * used
+    assert resident_bytes(pool) < 0.2 * used
     for gathered, expected in zip(pool.gather(stay), held, strict=True):
         np.testing.assert_array_equal(gathered, expected)
     # What is taken again is full of what it should be, not of what the system gives or somebody left.
