@@ -55,15 +55,15 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
         except Unusable as error:
             told.warning("what was measured before is not used", reason=str(error))
     known = bool(measured)
-    ready = {loaded.threads: loaded}
     if not known:
-        measured = _measured(path, settings, counts, ready, load_s, anew)
+        measured = _measured(path, settings, counts, loaded, load_s, anew)
         try:
             tuning_file.write(file, subject, measured)
         except Unusable as error:
             told.info("what was measured is not kept", reason=str(error))
     tuning = choose(measured)
-    best = ready.get(tuning.threads) or load_model(path, settings, tuning.threads, loaded)
+    # What was measured keeps the memory of its largest runs: another one is served.
+    best = loaded if known and tuning.threads == loaded.threads else load_model(path, settings, tuning.threads, loaded)
     fastest = max((one for one in measured if one.threads == tuning.threads), key=lambda one: one.steps_per_s)
     told.info(
         "model tuned",
@@ -92,14 +92,12 @@ def _subject(loaded: Loaded, counts: tuple[int, ...]) -> Subject:
 
 
 def _measured(
-    path: Path, settings: Settings, counts: tuple[int, ...], ready: dict[int, Loaded], load_s: float, every: bool
+    path: Path, settings: Settings, counts: tuple[int, ...], loaded: Loaded, load_s: float, every: bool
 ) -> tuple[Measurement, ...]:
-    """Measure; what was made ready for it is added to ``ready``."""
-    (loaded,) = ready.values()
+    ready = {loaded.threads: loaded}
 
     def graph_with(threads: int) -> Graph:
         if threads not in ready:
-            # It is audited like any other, because it may be the one that is served.
             ready[threads] = load_model(path, settings, threads, loaded)
         return ready[threads].graph
 
