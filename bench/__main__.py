@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from bench.models import make, model_file, parity_loss
 from bench.processes import Failed
 from bench.progress import Progress
 from bench.results import Results, describe_host, describe_settings
-from bench.servers import Servers, Settings
+from bench.servers import TUNING, Servers, Settings
 from bench.situations import SITUATIONS
 
 _DESCRIPTION = """\
@@ -91,6 +92,8 @@ def _measure(results: Results, settings: Settings, only: str, console: Console) 
     if not expected:
         return False
     settings.folder.mkdir(parents=True, exist_ok=True)
+    # What was found out about models on another day is not this benchmark's.
+    shutil.rmtree(settings.folder / TUNING, ignore_errors=True)
     console.print("; ".join(f"{name} {value}" for name, value in results.host.items()))
     progress = Progress(console, sum(expected), time.perf_counter)
     for group in filter(None, groups):

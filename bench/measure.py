@@ -78,13 +78,13 @@ def measure_case(case: Case, servers: Servers, measured: Sequence[Measured], num
         measured: one a subject, in the case's order; the run is put there.
         number: of the run, from 1.
     """
-    rows, steps = 1, case.steps
+    at: dict[str, float] = {}
     for one in measured:
         servers.say(f"{case.title}: {one.subject}, run {number}")
         for _ in range(_TRITON_TRIES if one.subject == "triton" else 1):
             try:
                 if one.subject == "compute":
-                    figures = _compute(case, rows, steps, servers.settings)
+                    figures = _compute(case, at, servers.settings)
                 else:
                     figures = _load(case, one.subject, servers)
             except Failed as error:
@@ -93,7 +93,7 @@ def measure_case(case: Case, servers: Servers, measured: Sequence[Measured], num
                 continue
             one.runs.append(figures)
             if one.subject == "conveyor":
-                rows, steps = max(1, round(figures["rows_per_tick"])), max(1, round(figures["steps_per_row"]))
+                at = figures
             break
 
 
@@ -188,7 +188,10 @@ def _ticks(server: Process) -> list[float]:
     return [server.metric(name) for name in names]
 
 
-def _compute(case: Case, rows: int, steps: int, settings: Settings) -> dict[str, float]:
+def _compute(case: Case, at: dict[str, float], settings: Settings) -> dict[str, float]:
+    if not at:
+        raise Failed("the rows per tick are not known")
+    rows, steps = max(1, round(at["rows_per_tick"])), max(1, round(at["steps_per_row"]))
     flags = ("--rows", str(rows), "--steps", str(steps), "--seconds", str(_seconds(case, settings) / 2))
     command = python("bench.compute", str(model_file(case.model, settings.folder)), *flags)
     try:

@@ -15,6 +15,8 @@ from bench.cases import Subject
 from bench.models import Model, make, model_file
 from bench.processes import Process, Worker, python
 
+TUNING = "tuning"
+"""Folder, in the benchmark's, of what the server finds out about models when it first loads them."""
 Say = Callable[[str], None]
 
 
@@ -62,9 +64,7 @@ class Servers:
         Raises:
             Failed: if it does not start.
         """
-        name = "conveyor" if subject == "inference" else subject
-        # The echo is told by each call what to answer, so that one serves all models.
-        key = (name, "" if name == "echo" else model.name)
+        name, _ = key = _key(subject, model)
         server = self._running.get(key)
         if server is None or not server.alive():
             if server is not None:
@@ -76,7 +76,7 @@ class Servers:
 
     def drop(self, subject: Subject, model: Model) -> None:
         """End a server that has failed; asked for again, it is started anew."""
-        if (server := self._running.pop((subject, model.name), None)) is not None:
+        if (server := self._running.pop(_key(subject, model), None)) is not None:
             server.end()
 
     def _start(self, name: str, model: Model) -> Process:
@@ -100,6 +100,11 @@ class Servers:
             server.end()
 
 
+def _key(subject: Subject, model: Model) -> tuple[str, str]:
+    """Which server answers for a subject. The echo is told by each call what to answer: one serves all models."""
+    return "conveyor" if subject == "inference" else subject, "" if subject == "echo" else model.name
+
+
 def start_conveyor(repository: Path, settings: Settings, *flags: str) -> Process:
     """Start the server with what is in a repository.
 
@@ -107,5 +112,5 @@ def start_conveyor(repository: Path, settings: Settings, *flags: str) -> Process
         Failed: if it does not start.
     """
     given = ("--repository", str(repository), "--threads", str(settings.threads), *flags)
-    ports = ("--port", "0", "--metrics-port", "0")
-    return Process("conveyor", python("service", *given, *ports, "--device", "cpu", "--log-format", "json"))
+    fixed = ("--port", "0", "--metrics-port", "0", "--device", "cpu", "--log-format", "json")
+    return Process("conveyor", python("service", *given, *fixed, "--cache-dir", str(settings.folder / TUNING)))

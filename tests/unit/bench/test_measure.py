@@ -39,6 +39,21 @@ def test_a_peer_that_dies_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [(len(one.runs), one.failed, one.why) for one in measured] == [(1, 2, "signal 11"), (0, 1, "signal 11")]
 
 
+def test_a_ceiling_needs_what_it_is_a_ceiling_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the server's rows per tick are not known, the graph alone is not measured at some other number of them."""
+
+    def load(case: Case, subject: str, servers: Servers) -> dict[str, float]:
+        raise Failed("the server has gone")
+
+    monkeypatch.setattr(measure, "_load", load)
+    measured = [Measured("conveyor"), Measured("compute")]
+    measure_case(Case(SMALL, 1), Servers(Settings(Path()), lambda text: None), measured, 1)
+    assert [(one.runs, one.why) for one in measured] == [
+        ([], "the server has gone"),
+        ([], "the rows per tick are not known"),
+    ]
+
+
 @pytest.mark.parametrize("rate", [0.0, 400.0])
 @pytest.mark.parametrize("chunks", [1, 4])
 async def test_a_load_ends_and_counts_what_was_answered(chunks: int, rate: float) -> None:
