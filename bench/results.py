@@ -30,7 +30,7 @@ class Results:
         host: what it ran on, by name.
         settings: how, by name.
         event_loops: on which event loop each subject ran.
-        parity: the largest error of each model's file, as export measured it, by the model's title.
+        parity: the largest errors of each model's file, as export measured them, by the model's title.
         cases: each with what was measured.
         curves: each with its points.
         situations: the figures of each round, by situation.
@@ -41,7 +41,7 @@ class Results:
     host: dict[str, str]
     settings: dict[str, Any]
     event_loops: dict[str, str] = field(default_factory=dict)
-    parity: dict[str, float] = field(default_factory=dict)
+    parity: dict[str, dict[str, float]] = field(default_factory=dict)
     cases: list[tuple[Case, list[Measured]]] = field(default_factory=list)
     curves: list[tuple[Curve, list[Point]]] = field(default_factory=list)
     situations: dict[str, list[dict[str, float]]] = field(default_factory=dict)

@@ -84,10 +84,11 @@ def _triton_runs(results: Results) -> str:
 
 
 def _parity(results: Results) -> str:
-    losses = [results.parity.get(model.title) for model in (LARGE_INT8, LARGE)]
-    if None in losses:
+    quick, exact = (results.parity.get(model.title) for model in (LARGE_INT8, LARGE))
+    if quick is None or exact is None:
         return ""
-    return f" (largest error {losses[0]:.1e} against {losses[1]:.1e})"
+    errors = (f"{name} {quick[name]:.1e} off, {exact[name]:.1e} in float32" for name in ("outputs", "states"))
+    return f" ({'; '.join(errors)})"
 
 
 TARGETS = (
