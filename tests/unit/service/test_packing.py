@@ -113,7 +113,8 @@ def test_rows_of_blocks_stand_where_the_graph_has_them(
 ) -> None:
     """Each step of each row at its batch and time index, zeros behind its end; and back, bit for bit."""
     assert spec.time_axis is not None
-    longest = max(lengths)
+    # What is given may be longer than any row of it.
+    longest = max(lengths) + given
     sizes = {spec.batch_axis: sum(widths), spec.time_axis: longest}
     shape = [size or sizes[axis] for axis, size in enumerate(spec.shape)]
     # What is given holds the tick before.
