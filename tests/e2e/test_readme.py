@@ -92,8 +92,18 @@ def test_models_of_your_own(tmp_path: Path) -> None:
         assert python == "python"
         printed.append(run(arguments, tmp_path))
     assert "(3, 10, 32) (3, 32) (3, 32)\n" in printed
+    # Further down: the first of them in two precisions, and measured.
+    for command in commands[7:]:
+        printed.append(run(shlex.split(command)[1:], tmp_path))
+    assert (tmp_path / REPOSITORY / "tagger/2/model.int8.onnx").is_file()
+    assert "tagger 2: model.onnx, float32" in printed[-1]
+    assert "chosen: " in printed[-1]
+    (tmp_path / REPOSITORY / "tagger/model.yaml").write_text("precision: int8")
     with ServerProcess(tmp_path / REPOSITORY) as server:
         assert server.ready["models"] == ["from_keras", "matrices", "tagger"]
+        served = {event["model"]: event for event in server.events if event["event"] == "model loaded"}["tagger"]
+        assert (served["version"], served["precision"]) == (2, "int8")
+        assert 0 < served["max_error"] < 0.05
 
 
 def test_models_that_were_not_exported_here(tmp_path: Path) -> None:
@@ -110,7 +120,7 @@ def test_models_that_were_not_exported_here(tmp_path: Path) -> None:
         assert yaml.safe_load(decided) == yaml.safe_load(text)
         description.write_text(text)
 
-    serve, use = commands[5:]
+    serve, use = commands[5:7]
     assert load(shlex.split(serve)[3:], {}).repository == REPOSITORY
     with ServerProcess(tmp_path / REPOSITORY) as server:
         printed = []
