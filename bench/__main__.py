@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import plots, report
+from bench import models, plots, report
 from bench.cases import CURVES, GROUPS, Case
 from bench.measure import Measured, expected_s, measure_case, measure_curve
 from bench.models import make, model_file, parity_loss
@@ -91,6 +91,9 @@ def _measure(results: Results, settings: Settings, only: str, console: Console) 
     expected += [situation.expected_s(settings) for situation in situations.values()]
     if not expected:
         return False
+    expected += [
+        models.expected_s(model, settings.folder) for model in {case.model for group in groups for case in group}
+    ]
     settings.folder.mkdir(parents=True, exist_ok=True)
     # What was found out about models on another day is not this benchmark's.
     shutil.rmtree(settings.folder / TUNING, ignore_errors=True)
@@ -122,7 +125,7 @@ def _measure_group(results: Results, group: list[Case], servers: Servers, progre
     settings = servers.settings
     found = [(case, [Measured(subject) for subject in case.subjects]) for case in group]
     for model in dict.fromkeys(case.model for case in group):
-        with progress.stage(f"{model.title}: its file", 0):
+        with progress.stage(f"{model.title}: its file", models.expected_s(model, settings.folder)):
             make(model, settings.folder, progress.say)
             results.parity[model.title] = parity_loss(model_file(model, settings.folder))
     for run in range(1, settings.runs + 1):

@@ -21,15 +21,14 @@ import grpc
 import numpy as np
 
 from bench.doors import DOORS, Door, Refused, Shape
+from bench.opening import OPTIONS, close_sessions, open_sessions, resident
 from bench.processes import tree_cpu_s
 from conveyor.v1 import conveyor_pb2 as pb
 
-_OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
 _ON_THE_WAY = 0.2
 """Of a load's timeout, what the client keeps back for the way there and back."""
 _WARM_UP = 0.2
 """Of a load's seconds, how long it runs before anything is counted."""
-_UNARY = "/conveyor.v1.ConveyorService/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +78,6 @@ class Load:
     def to_line(self) -> str:
         """What this module reads."""
         return json.dumps(asdict(self))
-
-
-def resident(number: int) -> str:
-    """The name of a session that stays open."""
-    return f"resident-{number}"
 
 
 def event_loop() -> str:
@@ -173,7 +167,7 @@ async def _drive(load: Load, tally: _Tally, channel: grpc.aio.Channel, door: Doo
 async def _batches(load: Load, tally: _Tally, channel: grpc.aio.Channel, number: int) -> None:
     """Send one ragged batch after the other, out of a few that are made beforehand."""
     random = np.random.default_rng(number)
-    call: Any = channel.unary_unary(_UNARY + "Infer")
+    call: Any = channel.unary_unary("/conveyor.v1.ConveyorService/Infer")
     batches = []
     for _ in range(4):
         lengths = lognormal_lengths(load, random)
@@ -200,6 +194,7 @@ async def run(load: Load) -> dict[str, float]:
     """Put the load on the server.
 
     Returns:
+        What there is of these:
         ``steps_per_s``; ``p50_ms`` and ``p99_ms`` of a message until all of it is answered; ``cpu_us_per_step`` of the
         server where its process is known; ``sent_per_s``, steps; ``client_busy``, the share of a core that the client
         took; of a load with a timeout also ``refused_per_s``, chunks, ``refusal_p99_ms``, and as steps ``slow_per_s``,
@@ -209,7 +204,7 @@ async def run(load: Load) -> dict[str, float]:
         Refused: if the server refuses something that it should not.
         grpc.aio.AioRpcError: if it fails, or is not there.
     """
-    channels = [grpc.aio.insecure_channel(f"127.0.0.1:{load.port}", options=_OPTIONS) for _ in range(load.streams)]
+    channels = [grpc.aio.insecure_channel(f"127.0.0.1:{load.port}", options=OPTIONS) for _ in range(load.streams)]
     timeout_us = round(load.timeout_ms * 1e3 * (1 - _ON_THE_WAY))
     shape = Shape(load.model, load.input_size, load.output_size, load.steps, load.chunks, timeout_us)
     names: Sequence[Any] = _names(load)
@@ -217,9 +212,7 @@ async def run(load: Load) -> dict[str, float]:
     opened = load.door in ("blocks", "chunks") and not load.residents
     try:
         if opened:
-            await _each(
-                channels[0], "OpenSession", [pb.OpenSessionRequest(model=load.model, session_id=s) for s in names]
-            )
+            await open_sessions(channels[0], load.model, names)
         doors: list[Door] = []
         if load.door != "batch":
             doors = [DOORS[load.door](shape, names[at * share : (at + 1) * share]) for at in range(load.streams)]
@@ -231,26 +224,28 @@ async def run(load: Load) -> dict[str, float]:
             for number in range(load.sessions if load.door == "batch" else 0):
                 tasks.create_task(_batches(load, tally, channels[number % load.streams], number))
         if opened:
-            await _each(channels[0], "CloseSession", [pb.CloseSessionRequest(session_id=name) for name in names])
+            await close_sessions(channels[0], names)
     finally:
         for channel in channels:
             await channel.close()
     p50, p99 = np.percentile(tally.latencies_s or [np.nan], [50, 99]) * 1e3
-    return {
+    figures = {
         "refused_per_s": len(tally.refusals_s) / load.seconds,
-        "refusal_p99_ms": float(np.percentile(tally.refusals_s or [np.nan], 99) * 1e3),
+        "refusal_p99_ms": np.percentile(tally.refusals_s or [np.nan], 99) * 1e3,
         "slow_per_s": tally.slow / load.seconds,
         "dropped_per_s": tally.dropped / load.seconds,
         "sent_per_s": tally.sent / load.seconds,
         "steps_per_s": tally.steps / load.seconds,
-        "p50_ms": float(p50),
-        "p99_ms": float(p99),
+        "p50_ms": p50,
+        "p99_ms": p99,
         "cpu_us_per_step": meter.result()[0] / max(1, tally.steps) * 1e6,
         "client_busy": meter.result()[1] / load.seconds,
     }
+    return {name: float(figure) for name, figure in figures.items() if not np.isnan(figure)}
 
 
 def _names(load: Load) -> Sequence[Any]:
+    """What the sessions are called; numbers where a door wants those."""
     if load.door == "sequences":
         first = time.time_ns() // 1000
         return range(first, first + load.sessions)
@@ -259,21 +254,6 @@ def _names(load: Load) -> Sequence[Any]:
         return [resident(n) for n in shuffled[load.sample * load.sessions : (load.sample + 1) * load.sessions].tolist()]
     first = time.time_ns()
     return [str(first + number) for number in range(load.sessions)]
-
-
-async def _each(channel: grpc.aio.Channel, method: str, requests: Sequence[Any]) -> None:
-    call: Any = channel.unary_unary(_UNARY + method)
-    for at in range(0, len(requests), 256):
-        await asyncio.gather(*(call(request.SerializeToString()) for request in requests[at : at + 256]))
-
-
-async def open_residents(port: int, model: str, first: int, until: int) -> float:
-    """Open sessions that stay, many calls at a time; the seconds that it took."""
-    began = time.perf_counter()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=_OPTIONS) as channel:
-        requests = [pb.OpenSessionRequest(model=model, session_id=resident(number)) for number in range(first, until)]
-        await _each(channel, "OpenSession", requests)
-    return time.perf_counter() - began
 
 
 async def _meter(load: Load, tally: _Tally) -> tuple[float, float]:
