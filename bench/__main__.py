@@ -113,7 +113,8 @@ def _measure(results: Results, settings: Settings, only: str, console: Console) 
         with progress.stage(name, situation.expected_s(settings)):
             try:
                 results.situations[name] = situation.run(settings, progress.say)
-            except Failed as error:
+            # Files of a process that has ended are gone, and its ports closed.
+            except (Failed, OSError) as error:
                 results.missing[name] = str(error)
         console.print(report.situation_table(results, name), "")
     results.took_s = progress.elapsed_s()

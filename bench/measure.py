@@ -87,7 +87,7 @@ def measure_case(case: Case, servers: Servers, measured: Sequence[Measured], num
                     figures = _compute(case, at, servers.settings)
                 else:
                     figures = _load(case, one.subject, servers)
-            except Failed as error:
+            except (Failed, OSError) as error:
                 one.failed, one.why = one.failed + 1, str(error)
                 servers.drop(one.subject, case.model)
                 continue
@@ -109,7 +109,7 @@ def measure_curve(curve: Curve, servers: Servers) -> list[Point]:
                     server = servers.get(subject, curve.model)
                     load = _plan(curve, subject, server, servers.settings, rate)
                     points.append(Point(subject, rate, run_load(servers.client, load)))
-                except Failed:
+                except (Failed, OSError):
                     servers.drop(subject, curve.model)
                     continue
                 break
@@ -126,7 +126,7 @@ def run_load(client: Worker, load: Load) -> dict[str, float]:
     """
     client.ask(load.to_line())
     figures = client.answer(load.seconds * 2 + 30)
-    if not figures["steps_per_s"] and not load.timeout_ms:
+    if "p99_ms" not in figures and not load.timeout_ms:
         raise Failed("nothing was answered")
     return figures
 
