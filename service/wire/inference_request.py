@@ -139,7 +139,7 @@ def read(message: pb.ModelInferRequest, ids: Sequence[str], max_rows: int) -> Re
     """Read a request.
 
     Args:
-        message: the request.
+        message: the request; its raw contents are taken out.
         ids: of its sequences, as ``identities`` gives them.
         max_rows: most rows of a request.
 
@@ -165,7 +165,7 @@ def read(message: pb.ModelInferRequest, ids: Sequence[str], max_rows: int) -> Re
         timeout_us * 1e-6 or None,
         min(priority, _LAST_PRIORITY),
         "sequence_id" in message.parameters and len(ids) == 1,
-        message.ByteSize() + sum(tensor.size for tensor in tensors),
+        inference_tensors.take_size(message) + sum(tensor.size for tensor in tensors),
     )
 
 

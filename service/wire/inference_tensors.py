@@ -97,6 +97,13 @@ def tensor(request: pb.ModelInferRequest, index: int, control: bool = False) -> 
     return Tensor(message.name, dtype, shape, raw[index])
 
 
+def take_size(request: pb.ModelInferRequest) -> int:
+    """Return about how many bytes a request has, and take its raw contents out: asked for its size, it would write them."""
+    raw = sum(map(len, request.raw_input_contents))
+    request.ClearField("raw_input_contents")
+    return raw + request.ByteSize()
+
+
 def refuse_shared_memory(parameters: Mapping[str, pb.InferParameter]) -> None:
     """Refuse tensors that are to be read from or written to shared memory.
 
