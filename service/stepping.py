@@ -75,6 +75,15 @@ class _Loop(ABC):
 class StepByStep(_Loop):
     """A graph that takes one step a run, run once for each step, on the rows that have one."""
 
+    def workspace(self, rows: int, steps: int) -> Workspace:
+        """Return the arrays of a run; see ``Graph``. For one step they are those of the graph inside."""
+        if steps > 1:
+            return super().workspace(rows, steps)
+        workspace = self._graph.workspace(rows, 1)
+        if workspace.lengths is None:
+            workspace.lengths = np.empty(rows, np.int32)
+        return workspace
+
     def run(self, feeds: Mapping[str, Array]) -> Results:
         """Run the graph for each step of the longest row; see ``Graph``."""
         lengths = np.asarray(feeds[self._lengths], np.int32)

@@ -123,9 +123,8 @@ class BoundWorkspaces:
 
 
 def bindable(manifest: Manifest) -> bool:
-    """Whether all sizes but rows and steps are known before a run, and all axes are the graph's."""
-    tensors = (*manifest.inputs, *manifest.outputs)
-    return not any(None in spec.tail or spec.absent for spec in tensors) and not any(s.absent for s in manifest.states)
+    """Whether all sizes but rows and steps are known before a run."""
+    return not any(None in spec.tail for spec in (*manifest.inputs, *manifest.outputs))
 
 
 class _Bound(Workspace):
@@ -133,16 +132,19 @@ class _Bound(Workspace):
         super().__init__(manifest, rows, steps, cutter.empty)
         # As the graph's own sizes are told from its first input.
         steps = 1 if manifest.inputs[0].time_axis is None else steps
+        absent = {x.name: x.absent for x in manifest.inputs} | {state.input: state.absent for state in manifest.states}
+        feeds = {name: array.squeeze(absent.get(name, ())) for name, array in self._feeds().items()}
         results: dict[str, Array] = {}
-        for name, spec in [(y.name, y) for y in manifest.outputs] + [
-            (state.output, state) for state in manifest.states
-        ]:
+
+        def result(name: str, spec: TensorSpec | StateSpec) -> Array:
             # A state may be served as an output too.
             if name not in results:
-                results[name] = cutter.empty(_shape(spec, rows, steps), spec.dtype)
-        self._outputs = [results[spec.name] for spec in manifest.outputs]
-        self._after = [results[state.output] for state in manifest.states]
-        self._run = bind(self._feeds(), results)
+                results[name] = cutter.empty(_shape(spec, rows, steps), spec.dtype).squeeze(spec.absent)
+            return np.expand_dims(results[name], spec.absent)
+
+        self._outputs = [result(spec.name, spec) for spec in manifest.outputs]
+        self._after = [result(state.output, state) for state in manifest.states]
+        self._run = bind(feeds, results)
 
     def run(self) -> Results:
         self._run()
