@@ -98,7 +98,7 @@ def tensor(request: pb.ModelInferRequest, index: int, control: bool = False) -> 
 
 
 def take_size(request: pb.ModelInferRequest) -> int:
-    """Return about how many bytes a request has, and take its raw contents out: asked for its size, it would write them."""
+    """Return about how many bytes a request has, and take its raw contents out: to tell, it would write them."""
     raw = sum(map(len, request.raw_input_contents))
     request.ClearField("raw_input_contents")
     return raw + request.ByteSize()
