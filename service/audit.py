@@ -211,7 +211,7 @@ class _Auditor:
         manifest = self._manifest
         lengths = [len(row[0]) for row in rows]
         feeds = {
-            spec.name: pack([row[index] for row in rows], spec, max(lengths))
+            spec.name: pack([row[index][np.newaxis] for row in rows], lengths, spec)
             for index, spec in enumerate(manifest.inputs)
         }
         if manifest.lengths is not None:
@@ -221,10 +221,12 @@ class _Auditor:
             before = [initial[index]] * len(rows) if states is None else [row[index] for row in states]
             feeds[spec.input] = np.stack(before, spec.batch_axis)
         outputs, after = self._graph.run(feeds)
-        unpacked = [unpack(array, spec, lengths) for spec, array in zip(manifest.outputs, outputs, strict=True)]
+        unpacked = [
+            unpack(array, spec, [1] * len(rows), lengths) for spec, array in zip(manifest.outputs, outputs, strict=True)
+        ]
         return [
             (
-                [rows_of_output[row] for rows_of_output in unpacked],
+                [rows_of_output[row][0] for rows_of_output in unpacked],
                 [
                     np.asarray(array.take(row, spec.batch_axis))
                     for spec, array in zip(manifest.states, after, strict=True)

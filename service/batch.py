@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import ConveyorError
-from service.row import USUAL, Row, Track
+from service.row import USUAL, Block, Row, Track
 from service.runner import Runner
 
 Array = NDArray[np.generic]
@@ -23,8 +23,8 @@ class Batch:
     """The rows of one batch on their way. Each holds a slot from when it is added until it ends."""
 
     def __init__(self, runner: Runner) -> None:
-        self.rows: list[Row] = []
-        self.states: dict[Track, list[Array]] = {}
+        self.blocks: list[Block] = []
+        self.states: dict[Block, list[Array]] = {}
         self._runner = runner
         self._ended = 0
         self._failed: ConveyorError | None = None
@@ -50,16 +50,18 @@ class Batch:
         Raises:
             Full: if there is no slot.
         """
-        track = Track(self._runner.pool.allocate(states))
-        row = Row(track, 0, len(inputs[0]), inputs, self._on_end, deadline, priority, caller, batch=True)
+        slot = self._runner.pool.allocate(states)
+        inputs = [array[np.newaxis] for array in inputs]
+        row = Row(Track(slot), 0)
+        block = Block([row], inputs[0].shape[1], inputs, self._on_end, deadline, priority, caller, batch=True)
         # Nobody needs the states that it begins from, should it come to nothing halfway.
-        row.scratch = track.slot
-        self.rows.append(row)
+        block.scratch = [slot]
+        self.blocks.append(block)
 
     def free(self) -> None:
         """Give the slots of rows back that were not submitted."""
-        for row in self.rows:
-            self._runner.pool.free(row.track.slot)
+        for block in self.blocks:
+            self._free(block)
 
     async def end(self) -> None:
         """Wait until every row has ended.
@@ -75,19 +77,21 @@ class Batch:
         if self._failed is not None:
             raise self._failed
 
-    def _on_end(self, row: Row) -> None:
-        if row.error is None:
-            self.states[row.track] = self._runner.pool.read(row.track.slot)
-        self._runner.pool.free(row.track.slot)
+    def _on_end(self, block: Block) -> None:
+        if block.error is None:
+            self.states[block] = self._runner.pool.read(block.rows[0].track.slot)
+        self._free(block)
         self._ended += 1
-        if row.error is not None and self._failed is None:
+        if block.error is not None and self._failed is None:
             # The batch has failed as a whole: the rest of it would be computed for nobody.
-            self._failed = row.error
+            self._failed = block.error
             self._give_up()
-        if self._ended == len(self.rows) and not self._done.done():
+        if self._ended == len(self.blocks) and not self._done.done():
             self._done.set_result(None)
 
+    def _free(self, block: Block) -> None:
+        self._runner.pool.free(block.rows[0].track.slot)
+
     def _give_up(self) -> None:
-        for row in self.rows:
-            if self._runner.cancel(row):
-                row.tell()
+        for block in self._runner.cancel([block.rows[0] for block in self.blocks]):
+            block.tell()

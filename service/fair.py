@@ -62,12 +62,13 @@ class Fair(Generic[Item]):
             line = self._lines[caller] = _Line(caller, self._served)
         return line
 
-    def take(self, give: Callable[[Item], int | None], most: int) -> None:
+    def take(self, give: Callable[[Item, int], tuple[int, int] | None], most: int) -> None:
         """Offer items, those of whoever is furthest behind first.
 
         Args:
-            give: says how many steps an item is given; 0 to drop it; None to leave it where it is.
-            most: how many items may be given steps, and how many may be left.
+            give: told an item and how many rows are left to give; says how many rows it takes and how many steps they
+                are given together; no rows to drop it; None to leave it where it is.
+            most: how many rows may be given, and how many items may be left.
         """
         left: list[tuple[_Line[Item], list[Item]]] = []
         heap = list(self._lines.values())
@@ -81,14 +82,14 @@ class Fair(Generic[Item]):
             while line.items and taken < most and passed < most and (bound is None or line.served <= bound):
                 item = line.items.popleft()
                 self._count -= 1
-                steps = give(item)
-                if steps is None:
+                given = give(item, most - taken)
+                if given is None:
                     passed += 1
                     aside.append(item)
-                elif steps:
-                    taken += 1
+                elif given[0]:
+                    taken += given[0]
                     self._served = max(self._served, line.served)
-                    line.served += steps
+                    line.served += given[1]
             if aside:
                 left.append((line, aside))
             if line.items:

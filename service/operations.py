@@ -10,12 +10,15 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from service.batch import Batch
 from service.errors import (
+    ConveyorError,
     Draining,
     Loading,
     NotStreamable,
@@ -25,12 +28,29 @@ from service.errors import (
 from service.metrics import Metrics
 from service.replies import Replies
 from service.repository import Repository
-from service.row import USUAL, Row, Track
+from service.row import USUAL, Block, Track
 from service.runner import Runner
 from service.session import Pending, Reply, Session, Waiter, new_epoch
 from service.sessions import SessionTable
 
 Array = NDArray[np.generic]
+log = structlog.get_logger()
+
+
+class Chunk(NamedTuple):
+    """Steps of a session, as they were asked for together with those of others.
+
+    Attributes:
+        session: the session.
+        epoch: the life of it that they are meant for; 0 for whichever there is.
+        position: where they begin.
+        waiter: whoever is to be told.
+    """
+
+    session: Session
+    epoch: int
+    position: int
+    waiter: Waiter
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,58 +219,144 @@ class Operations:
                 answered then.
         """
         steps = len(inputs[0])
+        pending = self._match(session, epoch, position, steps, waiter)
+        if pending is None or session.pending.get(position) is pending:
+            return pending
+        if accepted is None:
+            self.take_new_work()
+        replaced = session.last if former is None else former.last
+        self._queue(
+            runner,
+            [pending],
+            steps,
+            [array[np.newaxis] for array in inputs],
+            deadline,
+            priority,
+            caller,
+            0 if replaced is None else replaced.size,
+        )
+        return pending
+
+    def step_together(
+        self,
+        runner: Runner,
+        chunks: Sequence[Chunk],
+        steps: int,
+        inputs: Sequence[Array],
+        deadline: float | None,
+        caller: Hashable = None,
+    ) -> list[Pending]:
+        """Queue a chunk of each of several sessions; each waiter is answered once, now or later, unless abandoned.
+
+        Args:
+            runner: the model of all of them.
+            chunks: of sessions that differ.
+            steps: of each chunk.
+            inputs: one array [N, T, ...] an input of the model, row n of ``chunks[n]``.
+            deadline: on the clock; None for none.
+            caller: among whom the model's time is shared out evenly.
+
+        Returns:
+            What to abandon if the caller goes away, each with the waiter that it was given.
+        """
+        rows: list[Pending] = []
+        others: list[Pending] = []
+        places: list[int] = []
+        replaced = 0
+        for n, (session, epoch, position, waiter) in enumerate(chunks):
+            try:
+                pending = self._match(session, epoch, position, steps, waiter)
+            except ConveyorError as error:
+                waiter.answer(error.with_traceback(None))
+                continue
+            if pending is None:
+                continue
+            if session.pending.get(position) is pending:
+                others.append(pending)
+                continue
+            rows.append(pending)
+            places.append(n)
+            if session.last is not None:
+                replaced += session.last.size
+        if not rows:
+            return others
+        if len(rows) < len(chunks):
+            inputs = [array[places] for array in inputs]
+        try:
+            self.take_new_work()
+            self._queue(runner, rows, steps, inputs, deadline, USUAL, caller, replaced)
+        except ConveyorError as error:
+            for pending in rows:
+                pending.waiters[0].answer(error.with_traceback(None))
+            return others
+        return rows + others
+
+    def _match(self, session: Session, epoch: int, position: int, steps: int, waiter: Waiter) -> Pending | None:
+        """Tell what a chunk is to its session.
+
+        Returns:
+            What is under way already, and is answered to this waiter too; or what is to be queued; None if the waiter
+            has been answered.
+        """
         match = session.match(epoch, position, steps)
         if isinstance(match, Reply):
             self.count_replay()
             self.sessions.touch(session)
             waiter.answer(match)
             return None
-        if isinstance(match, Pending):
+        if match is not None:
             match.waiters.append(waiter)
             return match
-        if accepted is None:
-            self.take_new_work()
-        reply_bytes = runner.manifest.reply_bytes(steps)
-        row = Row(
-            session.track,
-            position,
-            steps,
-            inputs,
-            lambda row: self._ended(session, row, reply_bytes),
-            deadline,
-            priority,
-            caller,
-        )
-        self.replies.reserve(reply_bytes, session.last if former is None else former.last)
+        return Pending(session, position, waiter)
+
+    def _queue(
+        self,
+        runner: Runner,
+        rows: Sequence[Pending],
+        steps: int,
+        inputs: Sequence[Array],
+        deadline: float | None,
+        priority: int,
+        caller: Hashable,
+        replaced: int,
+    ) -> None:
+        """Queue chunks that are the next of their sessions, in place of whose replies theirs will be kept."""
+        reply_bytes = runner.manifest.reply_bytes(steps) * len(rows)
+        self.replies.reserve(reply_bytes, replaced)
+        block = Block(rows, steps, inputs, self._ended, deadline, priority, caller)
         try:
-            runner.submit([row])
+            runner.submit([block])
         except BaseException:
-            self.replies.replace(None, None, reply_bytes)
+            self.replies.replace(0, 0, reply_bytes)
             raise
-        self.count_in(1)
-        self.sessions.touch(session)
-        return session.begin(row, waiter)
+        self.count_in(len(rows))
+        for pending in rows:
+            pending.session.pending[pending.position] = pending
 
     def count_replay(self) -> None:
         """Note a chunk as answered with a reply that was kept."""
         self._metrics.replays.inc()
 
-    def abandon(self, session: Session, runner: Runner, pending: Pending, waiter: Waiter) -> None:
-        """Give a chunk up on behalf of one waiter, who is not answered; it goes on if others wait for it."""
-        if waiter not in pending.waiters:
-            return
-        pending.waiters.remove(waiter)
-        if pending.waiters:
-            return
-        if runner.cancel(pending.row):
-            pending.row.tell()
-        else:
-            session.orphan(pending)
+    def abandon(self, runner: Runner, given_up: Sequence[tuple[Pending, Waiter]]) -> None:
+        """Give chunks up on behalf of waiters, who are not answered; those go on that others wait for."""
+        rows = []
+        for pending, waiter in given_up:
+            if waiter in pending.waiters:
+                pending.waiters.remove(waiter)
+                if not pending.waiters:
+                    rows.append(pending)
+        ended = runner.cancel(rows)
+        there = {row for block in ended for row in block.rows}
+        for pending in rows:
+            if pending not in there:
+                pending.session.orphan(pending)
+        for block in ended:
+            block.tell()
 
     def cancel(self, session: Session, pending: Pending) -> None:
         """Give a chunk up whose waiters still want to be told what became of it, now or when its run has ended."""
-        if self.runner(session).cancel(pending.row):
-            pending.row.tell()
+        for block in self.runner(session).cancel([pending]):
+            block.tell()
 
     def expire(self) -> int:
         """End the sessions that have been idle for too long, and forget what is kept of those that ended long ago.
@@ -372,19 +478,46 @@ class Operations:
             raise PositionConflict(f"the session is at position {session.position}, not {position}", session.position)
         yield session
 
-    def _ended(self, session: Session, row: Row, reply_bytes: int) -> None:
-        before = session.last
-        told = session.end(row)
-        self.replies.replace(before, session.last, reply_bytes)
-        self.sessions.touch(session)
+    def _ended(self, block: Block) -> None:
+        """Make everything follow the end of chunks, then answer them."""
+        rows: Sequence[Any] = block.rows  # each is the Pending that it was queued as
+        before = after = 0
+        answers = []
+        for n, pending in enumerate(rows):
+            session: Session = pending.session
+            result: Reply | ConveyorError
+            if block.outputs is not None:
+                # Each has arrays of its own, so that keeping one does not keep them all.
+                outputs = [output[n] if len(rows) == 1 else output[n].copy() for output in block.outputs]
+                result = Reply(pending.position, block.steps, outputs)
+                after += result.size
+                if session.last is not None:
+                    before += session.last.size
+            else:
+                assert block.error is not None
+                result = block.error
+            answers.append(session.end(pending, result))
+            self.sessions.touch(session)
+        self.replies.replace(before, after, self._reply_bytes(rows[0].session, block.steps) * len(rows))
         try:
             # Last of all: whoever is told may go on with the session at once, or end it.
-            told.tell()
+            for waiters, result in answers:
+                for waiter in waiters:
+                    try:
+                        waiter.answer(result)
+                    except Exception:
+                        # Whoever cannot take an answer must not cost the others theirs.
+                        log.exception("a result was not taken", model=rows[0].session.home.name)
         finally:
-            self.count_out(1)
+            self.count_out(len(rows))
+
+    def _reply_bytes(self, session: Session, steps: int) -> int:
+        """Bytes that were reserved for the reply of a chunk."""
+        return self.runner(session).manifest.reply_bytes(steps)
 
     def _keep_reply(self, session: Session, reply: Reply | None) -> None:
-        self.replies.replace(session.last, reply)
+        before = 0 if session.last is None else session.last.size
+        self.replies.replace(before, 0 if reply is None else reply.size)
         session.last = reply
 
     def _free(self, session: Session, expired: bool) -> None:
@@ -426,7 +559,7 @@ class Operations:
             for n, inputs in enumerate(rows):
                 given = None if states is None else [state[n] for state in states]
                 batch.add(given, inputs, deadline, priority, caller)
-            runner.submit(batch.rows)
+            runner.submit(batch.blocks)
         except Exception:
             batch.free()
             raise
@@ -435,7 +568,8 @@ class Operations:
             await batch.end()
         finally:
             self.count_out(1)
-        return [list(row.outputs or ()) for row in batch.rows], [batch.states[row.track] for row in batch.rows]
+        outputs = [[output[0] for output in block.outputs or ()] for block in batch.blocks]
+        return outputs, [batch.states[block] for block in batch.blocks]
 
     # --- drain ---
 

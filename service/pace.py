@@ -11,9 +11,13 @@ class Pace:
 
     Kept for 1, 2, 4, ... rows and 1, 2, 4, ... steps. What was never seen is taken to cost what its nearest neighbour
     does: whoever is too hopeful learns better from the next tick, and whoever is not hopeful never tries.
+
+    Attributes:
+        slowest_s: the most seconds that a step has ever taken, with whatever rows.
     """
 
     def __init__(self) -> None:
+        self.slowest_s = 0.0
         self._seconds: dict[int, dict[int, float]] = {}
 
     def learn(self, rows: int, steps: int, seconds: float) -> None:
@@ -26,6 +30,7 @@ class Pace:
         """
         known = self._seconds.setdefault(_bucket(rows), {})
         bucket, each = _bucket(steps), seconds / steps
+        self.slowest_s = max(self.slowest_s, each)
         known[bucket] = known[bucket] + _WEIGHT * (each - known[bucket]) if bucket in known else each
 
     def step_s(self, rows: int, steps: int) -> float:

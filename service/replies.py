@@ -65,17 +65,17 @@ class Replies:
         """Bytes of all replies, and of those to come."""
         return self._live_bytes + self._ended_bytes
 
-    def reserve(self, size: int, last: Reply | None) -> None:
-        """Hold room for the reply of a chunk.
+    def reserve(self, size: int, former: int) -> None:
+        """Hold room for the replies of chunks.
 
         Args:
-            size: bytes of it.
-            last: the reply whose place it will take.
+            size: bytes of them.
+            former: bytes of those whose places they will take.
 
         Raises:
             Full: if there is none.
         """
-        if self._live_bytes + size - _size(last) > self._limit_bytes:
+        if self._live_bytes + size - former > self._limit_bytes:
             raise Full(
                 f"the replies that sessions keep hold {self._live_bytes} bytes, and {size} more would pass the "
                 f"limit of {self._limit_bytes}; close sessions, or step with fewer steps at a time"
@@ -83,9 +83,9 @@ class Replies:
         self._live_bytes += size
         self._make_room()
 
-    def replace(self, before: Reply | None, after: Reply | None, reserved: int = 0) -> None:
-        """Count that a session keeps another reply now, and give back what was reserved for it."""
-        self._live_bytes += _size(after) - _size(before) - reserved
+    def replace(self, before: int, after: int, reserved: int = 0) -> None:
+        """Count that sessions keep other replies now, in bytes, and give back what was reserved for them."""
+        self._live_bytes += after - before - reserved
 
     def keep(self, key: tuple[bytes, str], ended: Ended) -> None:
         """Keep what is left of a sequence, by its owner and id."""
@@ -115,7 +115,3 @@ class Replies:
     def _make_room(self) -> None:
         while self._ended and (len(self._ended) > _REMEMBERED or self.held > self._limit_bytes):
             self.forget(next(iter(self._ended)))
-
-
-def _size(reply: Reply | None) -> int:
-    return 0 if reply is None else reply.size

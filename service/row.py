@@ -1,14 +1,16 @@
-"""What a tick works on: tracks, rows, and where a row is in its life. Must not know queues, slots' contents or time."""
+"""What a tick works on: tracks, their rows, and blocks of rows that run side by side. Must not know queues or time."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from enum import Enum, auto
-from typing import Any
+from typing import Any, TypeAlias
 
 from service.errors import ConveyorError
 
+Kind: TypeAlias = tuple[bool, int]
+"""Of a batch or not, and of which priority."""
 FIRST, USUAL, LAST = PRIORITIES = (1, 2, 3)
 
 
@@ -18,7 +20,7 @@ class Track:
     Attributes:
         slot: where its states live.
         position: how many steps have been applied.
-        waiting: its rows that have not ended, in their order; only the first of them can run.
+        waiting: the blocks with a row of it that have not ended, in their order; only the first of them can run.
     """
 
     __slots__ = ("position", "slot", "waiting")
@@ -26,11 +28,29 @@ class Track:
     def __init__(self, slot: int, position: int = 0) -> None:
         self.slot = slot
         self.position = position
-        self.waiting: deque[Row] = deque()
+        self.waiting: deque[Block] = deque()
+
+
+class Row:
+    """One track's part in a block: steps that follow each other.
+
+    Attributes:
+        track: whose steps they are.
+        position: where they begin.
+        block: which the row is in, until its end has been told.
+    """
+
+    __slots__ = ("block", "position", "track")
+
+    block: Block
+
+    def __init__(self, track: Track, position: int) -> None:
+        self.track = track
+        self.position = position
 
 
 class Phase(Enum):
-    """Where a row is in its life."""
+    """Where a block is in its life."""
 
     QUEUED = auto()
     RUNNING = auto()
@@ -38,99 +58,163 @@ class Phase(Enum):
     REFUSED = auto()
 
 
-class Row:
-    """Consecutive steps of one track.
+class Block:
+    """Rows of different tracks, all with as many steps, that have come together and end together.
+
+    A row that has to end otherwise is moved into a block of its own before. A chunk is a block of one row, and so is a
+    sequence of a batch.
 
     Attributes:
-        track: whose steps they are.
-        position: where they begin.
-        steps: how many they are.
-        inputs: the arrays, one an input of the model; none once refused.
+        rows: at least one.
+        steps: of each row.
+        inputs: the arrays [N, T, ...], one an input of the model, row n of ``rows[n]``; none once refused.
         size: bytes that they hold.
-        deadline: the time after which the row must not be applied; None for never.
-        on_end: called once, by ``tell``, when the row has ended.
-        priority: 1 first, 2 as usual, 3 last.
+        on_end: called once, by ``tell``, when the block has ended; also of blocks that its rows were moved into.
+        deadline: the time after which the block must not be applied; None for never.
+        kind: whether the rows are sequences of a batch, not chunks of sessions; and the priority: 1 first, 2 as
+            usual, 3 last.
         caller: among whom the model's time is shared out evenly.
-        batch: whether it is a sequence of a batch, and not a chunk of a session.
         queued_at: when it was submitted.
-        done: how many steps have run, of a row that takes several ticks; its track has not moved.
-        scratch: the slot with the states after them. It may be the track's own, where nobody needs those it had before.
+        behind: how many of its rows stand behind another block of their track.
+        done: how many steps have run, of a block that takes several ticks; its tracks have not moved.
+        scratch: the slots with the states after them. They may be the tracks' own, where nobody needs those they had.
         parts: the outputs of those steps.
         phase: where it is in its life.
-        outputs: once applied, the arrays, one an output of the model.
+        outputs: once applied, the arrays [N, T, ...] or, without time, [N, ...], one an output of the model.
         error: once refused, why.
-        unwanted: whoever asked has gone.
+        unwanted: rows whose askers have gone.
     """
 
     __slots__ = (
-        "batch",
+        "behind",
         "caller",
         "deadline",
         "done",
         "error",
         "inputs",
+        "kind",
         "on_end",
         "outputs",
         "parts",
         "phase",
-        "position",
-        "priority",
         "queued_at",
+        "rows",
         "scratch",
         "size",
         "steps",
-        "track",
         "unwanted",
     )
 
     def __init__(
         self,
-        track: Track,
-        position: int,
+        rows: Sequence[Row],
         steps: int,
         inputs: Sequence[Any],
-        on_end: Callable[[Row], None],
+        on_end: Callable[[Block], None],
         deadline: float | None = None,
         priority: int = USUAL,
         caller: Hashable = None,
         batch: bool = False,
     ) -> None:
-        self.track = track
-        self.position = position
+        self.rows = list(rows)
+        for row in rows:
+            row.block = self
         self.steps = steps
         self.inputs = inputs
         self.size: int = sum(array.nbytes for array in inputs)
         self.on_end = on_end
         self.deadline = deadline
-        self.priority = priority
+        self.kind: Kind = (batch, priority)
         self.caller = caller
-        self.batch = batch
         self.queued_at = 0.0
+        self.behind = 0
         self.done = 0
-        self.scratch: int | None = None
+        self.scratch: list[int] | None = None
         self.parts: list[Sequence[Any]] = []
         self.phase = Phase.QUEUED
         self.outputs: Sequence[Any] | None = None
         self.error: ConveyorError | None = None
-        self.unwanted = False
+        self.unwanted: set[Row] = set()
+
+    @property
+    def batch(self) -> bool:
+        """Whether the rows are sequences of a batch."""
+        return self.kind[0]
 
     def tell(self) -> None:
         """Call ``on_end``, and hold no longer what it does."""
         on_end, self.on_end = self.on_end, _told
-        on_end(self)
+        try:
+            on_end(self)
+        finally:
+            # In a circle with its rows it would hold inputs, outputs and the model until the collector comes by.
+            for row in self.rows:
+                row.block = _PAST
 
     @property
     def left(self) -> int:
         """How many steps have not run."""
         return self.steps - self.done
 
+    def split(self, moved: Sequence[int]) -> Block:
+        """Move some rows, not all, into a block of their own, in the same phase.
+
+        Args:
+            moved: their indices, ascending.
+        """
+        width = len(self.rows)
+        kept = sorted(set(range(width)).difference(moved))
+        which = [_index(moved), _index(kept)]
+        other, mine = ([array[index] for array in self.inputs] for index in which)
+        block = Block(
+            [self.rows[n] for n in moved],
+            self.steps,
+            other,
+            self.on_end,
+            self.deadline,
+            caller=self.caller,
+        )
+        block.kind = self.kind
+        block.queued_at, block.done, block.phase = self.queued_at, self.done, self.phase
+        block.parts = [[array[which[0]] for array in part] for part in self.parts]
+        block.unwanted = self.unwanted.intersection(block.rows)
+        self.rows = [self.rows[n] for n in kept]
+        self.inputs = mine
+        self.size -= block.size
+        self.parts = [[array[which[1]] for array in part] for part in self.parts]
+        self.unwanted -= block.unwanted
+        if self.scratch is not None:
+            block.scratch = [self.scratch[n] for n in moved]
+            self.scratch = [self.scratch[n] for n in kept]
+        # Both wait for the same, each in its own tracks' lines.
+        for row in block.rows:
+            waiting = row.track.waiting
+            for place, one in enumerate(waiting):
+                if one is self:
+                    waiting[place] = block
+        block.behind = sum(row.track.waiting[0] is not block for row in block.rows)
+        self.behind -= block.behind
+        return block
+
     def refuse(self, error: ConveyorError) -> None:
-        """End the row without applying it."""
-        # A cancelled row may stay in its queue for a while: it must not hold memory that nobody counts any more.
+        """End the block without applying it."""
+        # A cancelled block may stay in its queue for a while: it must not hold memory that nobody counts any more.
         self.inputs = self.parts = []
         self.phase = Phase.REFUSED
         self.error = error
 
 
-def _told(row: Row) -> None:
+def _told(block: Block) -> None:
     pass
+
+
+_PAST = Block((), 0, (), _told)
+"""Where the rows are that have ended, and whose end has been told."""
+_PAST.phase = Phase.REFUSED
+
+
+def _index(rows: Sequence[int]) -> slice | Sequence[int]:
+    """Rows to index an array with; those that stand side by side give a view."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return rows

@@ -1,10 +1,10 @@
 """One model version at work: its queue, its state slots, its engine, and the thread in which ticks run.
 
-Owns the two hand-overs of each tick: rows go from the event loop to the engine's thread, and come back together when
-their tick has ended. Must not know grpc, or what a session is.
+Owns the two hand-overs of each tick: blocks of rows go from the event loop to the engine's thread, and come back
+together when their tick has ended. Must not know grpc, or what a session is.
 
-Between the hand-overs a tick is: cut the queue, gather the states, run the graph, seal the rows, scatter the states of
-those that were applied. Whatever fails before the seal leaves every state as it was.
+Between the hand-overs a tick is: cut the queue, gather the states, run the graph, seal the blocks, scatter the states
+of those that were applied. Whatever fails before the seal leaves every state as it was.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import structlog
@@ -25,8 +26,8 @@ from service.metrics import Metrics
 from service.pace import Pace
 from service.packing import pack, unpack
 from service.pool import Pool
-from service.row import Phase, Row, Track
-from service.scheduler import Limits, Scheduler, Tick
+from service.row import Block, Phase, Row, Track
+from service.scheduler import Limits, Scheduler, Sealed, Tick
 from service.statistics import Statistics
 
 Array = NDArray[np.generic]
@@ -50,7 +51,7 @@ class Runner:
         limits: what bounds the queue and a tick.
         slots: most state slots.
         clock: tells the time, in seconds.
-        loop: the event loop on which rows end.
+        loop: the event loop on which blocks end.
         calendar: tells the time, in seconds since 1970.
         pace: how long ticks take, as far as it is known.
     """
@@ -84,9 +85,10 @@ class Runner:
         scheduler = self._scheduler
         self._queue_length = lambda: scheduler.queued
         self._loop = loop
-        # Guards the scheduler, and with it the phase of every row and the position of every track.
+        # Guards the scheduler, and with it the phase of every block and the position of every track.
         self._wake = threading.Condition()
         self._stopping = False
+        self._packed_at = 0.0
         self._notifying = False
         self._ended = asyncio.Event()
         self._thread: threading.Thread | None = None
@@ -111,18 +113,16 @@ class Runner:
         """
         for rows, steps in ((1, 1), (2, 1), (16, 1), (2, 3)):
             inputs = [
-                np.zeros((steps, *(size or 1 for size in spec.tail)), spec.dtype) for spec in self.manifest.inputs
+                np.zeros((rows, steps, *(size or 1 for size in spec.tail)), spec.dtype) for spec in self.manifest.inputs
             ]
             began = self._clock()
-            made = [Row(Track(self.pool.allocate()), 0, steps, inputs, _ignore) for _ in range(rows)]
-            tick = Tick(made, [steps] * rows)
-            outputs, states = self.engine.run(self._feeds(tick))
-            for spec, output in zip(self.manifest.outputs, outputs, strict=True):
-                unpack(output, spec, tick.lengths)
-            slots = np.array([row.track.slot for row in made], np.intp)
-            self.pool.scatter(slots, np.arange(rows), states)
-            for row in made:
-                self.pool.free(row.track.slot)
+            slots = [self.pool.allocate() for _ in range(rows)]
+            made = [Row(Track(slot), 0) for slot in slots]
+            tick = Tick([Block(made, steps, inputs, _ignore)], [steps])
+            _, states = self._compute(tick)
+            self.pool.scatter(np.array(slots, np.intp), np.arange(rows), states)
+            for slot in slots:
+                self.pool.free(slot)
             self._scheduler.pace.learn(rows, steps, self._clock() - began)
 
     def start(self) -> None:
@@ -139,8 +139,8 @@ class Runner:
         self._metrics.row_by_row.labels(*labels).set(self.manifest.rows_per_run == 1)
         self._metrics.show(*labels, self._queue_length)
 
-    def submit(self, rows: Sequence[Row]) -> None:
-        """Queue rows, all or none. Each one's ``on_end`` is called once, later, on the event loop.
+    def submit(self, blocks: Sequence[Block]) -> None:
+        """Queue blocks, all or none. Each one's ``on_end`` is called once, later, on the event loop.
 
         Raises:
             Full: if they would pass the limit.
@@ -148,7 +148,7 @@ class Runner:
         with self._wake:
             if self._stopping:
                 raise Draining("the model is being stopped")
-            self._scheduler.submit(rows, self._clock())
+            self._scheduler.submit(blocks, self._clock())
         # Not at once: the chunks of one message come one by one, and should run in one tick.
         if not self._notifying:
             self._notifying = True
@@ -159,16 +159,16 @@ class Runner:
         with self._wake:
             self._wake.notify()
 
-    def cancel(self, row: Row) -> bool:
-        """Give a row up.
+    def cancel(self, rows: Sequence[Row]) -> list[Block]:
+        """Give rows up.
 
         Returns:
-            True if it has ended by this, and ``on_end`` will not be called; False if it will be, or was.
+            The blocks of those that have ended by this, whose ``on_end`` is not called; for others it will be, or was.
         """
         with self._wake:
-            ended = self._scheduler.cancel(row)
-        if ended:
-            self._release(row)
+            ended = self._scheduler.cancel(rows)
+        for block in ended:
+            self._release(block)
         return ended
 
     async def stop(self, timeout_s: float) -> bool:
@@ -199,160 +199,235 @@ class Runner:
             self._loop.call_soon_threadsafe(self._ended.set)
 
     def _run_ticks(self) -> None:
-        while True:
-            with self._wake:
-                tick, refused = self._scheduler.cut(self._clock())
-                while not tick and not refused:
-                    if self._stopping:
-                        return
-                    self._wake.wait()
-                    tick, refused = self._scheduler.cut(self._clock())
-            ended = refused
+        while (cut := self._next_tick()) is not None:
+            tick, ended = cut
             if tick is not None:
-                began = self._clock()
-                going_on: list[Row] = []
-                try:
-                    self._run(tick, began, going_on)
-                except Exception:
-                    # Nothing in _run is expected to raise; were this thread to die of it, every later row would wait
-                    # for ever.
-                    log.exception("tick failed", model=self.name, version=self.version)
-                    self._refuse(
-                        [row for row in tick.rows if row.phase is Phase.RUNNING], EngineFailed("the tick failed")
-                    )
-                seconds, useful = self._clock() - began, sum(tick.lengths)
-                self._scheduler.pace.learn(len(tick.rows), tick.steps, seconds)
-                self._tick_seconds.observe(seconds)
-                self._tick_rows.observe(len(tick.rows))
-                self._padding.inc(len(tick.rows) * tick.steps - useful)
-                # Not by their phase: one that waits again may have been taken out since, by somebody who was told so.
-                waiting = set(map(id, going_on))
-                ended = refused + [row for row in tick.rows if id(row) not in waiting]
-            for row in ended:
-                self._release(row)
+                ended = ended + self._run_tick(tick)
+            for block in ended:
+                self._release(block)
             if ended:
                 self._loop.call_soon_threadsafe(self._deliver, ended)
 
-    def _release(self, row: Row) -> None:
-        """Give back the slot in which a row that has ended kept its states between its slices."""
-        if row.scratch is not None and row.scratch != row.track.slot:
-            self.pool.free(row.scratch)
-        row.scratch = None
+    def _next_tick(self) -> tuple[Tick | None, list[Block]] | None:
+        """Wait for a tick, or for blocks that are refused; None once stopped."""
+        with self._wake:
+            while True:
+                delay_s = 0.0 if self._stopping else self._scheduler.delay_s(self._clock())
+                if not delay_s:
+                    tick, refused = self._scheduler.cut(self._clock())
+                    if tick or refused:
+                        return tick, refused
+                    if self._stopping:
+                        return None
+                self._wake.wait(delay_s or None)
 
-    def _run(self, tick: Tick, cut_at: float, going_on: list[Row]) -> None:
-        """Run a tick, and add those of its rows that have steps left to ``going_on``."""
+    def _run_tick(self, tick: Tick) -> list[Block]:
+        """Run a tick; the blocks that have ended by it."""
+        began = self._clock()
+        # With those that are split off meanwhile.
+        blocks = list(tick.blocks)
+        rows, cells = tick.rows, tick.cells
+        going_on: list[Block] = []
+        try:
+            self._run(tick, began, blocks, going_on)
+        except Exception:
+            # Nothing in _run is expected to raise; were this thread to die of it, every later row would wait for ever.
+            log.exception("tick failed", model=self.name, version=self.version)
+            self._refuse([block for block in blocks if block.phase is Phase.RUNNING], EngineFailed("the tick failed"))
+        seconds = self._clock() - began
+        self._scheduler.pace.learn(rows, tick.steps, seconds)
+        self._tick_seconds.observe(seconds)
+        self._tick_rows.observe(rows)
+        self._padding.inc(rows * tick.steps - cells)
+        # Not by their phase: one that waits again may have been taken out since, by somebody who was told so.
+        waiting = set(map(id, going_on))
+        return [block for block in blocks if id(block) not in waiting]
+
+    def _release(self, block: Block) -> None:
+        """Give back the slots in which a block that has ended kept its states between its slices."""
+        if block.scratch is not None:
+            for row, slot in zip(block.rows, block.scratch, strict=True):
+                if slot != row.track.slot:
+                    self.pool.free(slot)
+            block.scratch = None
+
+    def _run(self, tick: Tick, cut_at: float, blocks: list[Block], going_on: list[Block]) -> None:
+        """Run a tick.
+
+        Args:
+            tick: it, or a half of it.
+            cut_at: when it was cut.
+            blocks: blocks that are split off are added to them.
+            going_on: blocks that have steps left are added to them.
+        """
         try:
             began = self._clock()
-            feeds = self._feeds(tick)
-            packed = self._clock()
-            outputs, states = self.engine.run(feeds)
+            outputs, states = self._compute(tick)
             ran = self._clock()
+            widths = [len(block.rows) for block in tick.blocks]
             unpacked = [
-                unpack(output, spec, tick.lengths) for output, spec in zip(outputs, self.manifest.outputs, strict=True)
+                unpack(output, spec, widths, tick.lengths)
+                for output, spec in zip(outputs, self.manifest.outputs, strict=True)
             ]
             # Before anything moves: nothing may fail after that.
             spare = self._spare_slots(tick)
         except Exception as error:
-            if len(tick.rows) > 1:
+            if tick.rows > 1:
                 # One row may be to blame. Nothing has moved, so each half can run again without the other.
-                for half in tick.halves():
-                    self._run(half, cut_at, going_on)
+                with self._wake:
+                    halves = self._scheduler.halve(tick)
+                if len(tick.blocks) == 1:
+                    blocks += halves[1].blocks
+                for half in halves:
+                    self._run(half, cut_at, blocks, going_on)
                 return
             log.error("run failed", model=self.name, version=self.version, error=repr(error))
-            self._refuse(tick.rows, EngineFailed("the model failed on this input; the state has not moved"))
+            self._refuse(tick.blocks, EngineFailed("the model failed on this input; the state has not moved"))
             return
-        with self._wake:
-            sealed = self._scheduler.seal(tick, self._clock())
-        for index in sealed.applied:
-            row = tick.rows[index]
-            last = [rows_of_output[index] for rows_of_output in unpacked]
-            row.outputs = self._join([*row.parts, last]) if row.parts else last
-            if row.scratch is not None:
-                # What its track had is given back when the row is released.
-                row.track.slot, row.scratch = row.scratch, row.track.slot
-        for index in sealed.advanced:
-            row = tick.rows[index]
-            row.parts.append([rows_of_output[index] for rows_of_output in unpacked])
-            if row.scratch is None:
-                row.scratch = spare.pop()
-        for slot in spare:
-            self.pool.free(slot)
-        kept = sorted(sealed.applied + sealed.advanced)
-        if kept:
-            slots = [
-                row.track.slot if row.phase is Phase.APPLIED else row.scratch
-                for row in (tick.rows[index] for index in kept)
-            ]
-            self.pool.scatter(np.array(slots, np.intp), np.array(kept, np.intp), states)
-        if sealed.advanced:
-            with self._wake:
-                going_on += self._scheduler.resume(tick, sealed)
+        applied = self._keep(tick, widths, unpacked, states, spare, blocks, going_on)
         self.statistics.run(
-            rows=len(tick.rows),
-            applied=len(sealed.applied),
-            waited_s=sum(cut_at - row.queued_at for row in tick.rows),
-            input_s=packed - began,
-            infer_s=ran - packed,
+            rows=sum(widths),
+            applied=applied,
+            waited_s=sum((cut_at - block.queued_at) * width for block, width in zip(tick.blocks, widths, strict=True)),
+            input_s=self._packed_at - began,
+            infer_s=ran - self._packed_at,
             output_s=self._clock() - ran,
             now_s=self._calendar(),
         )
 
+    def _keep(
+        self,
+        tick: Tick,
+        widths: Sequence[int],
+        outputs: Sequence[Sequence[Array]],
+        states: Sequence[Array],
+        spare: list[int],
+        blocks: list[Block],
+        going_on: list[Block],
+    ) -> int:
+        """Make everything follow a run that succeeded.
+
+        Args:
+            tick: that ran.
+            widths: how many rows each of its blocks had.
+            outputs: for each output of the model, those of each block.
+            states: after the run.
+            spare: slots for the rows that need one.
+            blocks: as for ``_run``.
+            going_on: as for ``_run``.
+
+        Returns:
+            How many rows were applied.
+        """
+        with self._wake:
+            sealed = self._scheduler.seal(tick, self._clock())
+        blocks += sealed.gone
+        applied = 0
+        for index in sealed.applied:
+            block = tick.blocks[index]
+            applied += len(block.rows)
+            last = _of_block(outputs, index, sealed.kept.get(index))
+            block.outputs = self._join([*block.parts, last]) if block.parts else last
+            if block.scratch is not None:
+                # What the tracks had is given back when the block is released.
+                for n, row in enumerate(block.rows):
+                    row.track.slot, block.scratch[n] = block.scratch[n], row.track.slot
+        for index in sealed.advanced:
+            block = tick.blocks[index]
+            block.parts.append(_of_block(outputs, index, sealed.kept.get(index)))
+            if block.scratch is None:
+                block.scratch = [spare.pop() for _ in block.rows]
+        if spare:
+            self.pool.free_many(np.array(spare, np.intp))
+        self._scatter(tick, sealed, widths, states)
+        if sealed.advanced:
+            with self._wake:
+                going_on += self._scheduler.resume(tick, sealed)
+        return applied
+
+    def _compute(self, tick: Tick) -> tuple[Sequence[Array], Sequence[Array]]:
+        """Run the graph on the blocks of a tick, and return its outputs and the states after it."""
+        blocks, lengths = tick.blocks, tick.lengths
+        workspace = self.engine.workspace(tick.rows, tick.steps)
+        for index, (spec, room) in enumerate(zip(self.manifest.inputs, workspace.inputs, strict=True)):
+            parts = [
+                block.inputs[index]
+                if length == block.steps
+                else block.inputs[index][:, block.done : block.done + length]
+                for block, length in zip(blocks, lengths, strict=True)
+            ]
+            workspace.inputs[index] = pack(parts, lengths, spec, room)
+        if workspace.lengths is not None:
+            workspace.lengths[:] = np.repeat(lengths, [len(block.rows) for block in blocks])
+        slots = [
+            slot
+            for block in blocks
+            for slot in (block.scratch if block.scratch is not None else [row.track.slot for row in block.rows])
+        ]
+        self.pool.gather(np.array(slots, np.intp), workspace.states)
+        self._packed_at = self._clock()
+        return workspace.run()
+
     def _spare_slots(self, tick: Tick) -> list[int]:
         """Take a slot for each row that has steps left after a tick and nowhere to keep its states till then."""
+        count = sum(
+            len(block.rows)
+            for block, length in zip(tick.blocks, tick.lengths, strict=True)
+            if block.scratch is None and block.left > length
+        )
+        return self.pool.allocate_many(count).tolist() if count else []
+
+    def _scatter(self, tick: Tick, sealed: Sealed, widths: Sequence[int], states: Sequence[Array]) -> None:
+        """Keep the states of the rows that were applied or go on."""
         slots: list[int] = []
-        try:
-            for row, length in zip(tick.rows, tick.lengths, strict=True):
-                if row.scratch is None and row.left > length:
-                    slots.append(self.pool.allocate())
-        except Exception:
-            for slot in slots:
-                self.pool.free(slot)
-            raise
-        return slots
+        rows: list[int] = []
+        offsets = [0, *accumulate(widths)]
+        for index in sorted(sealed.applied + sealed.advanced):
+            block, offset = tick.blocks[index], offsets[index]
+            if block.phase is Phase.APPLIED:
+                slots += [row.track.slot for row in block.rows]
+            else:
+                slots += block.scratch or ()
+            kept = sealed.kept.get(index)
+            rows += range(offset, offset + widths[index]) if kept is None else [offset + n for n in kept]
+        if rows:
+            self.pool.scatter(np.array(slots, np.intp), np.array(rows, np.intp), states)
 
     def _join(self, parts: Sequence[Sequence[Array]]) -> list[Array]:
-        """The outputs of a row from those of its slices."""
+        """The outputs of a block from those of its slices."""
         return [
-            parts[-1][index] if spec.time_axis is None else np.concatenate([part[index] for part in parts])
+            parts[-1][index] if spec.time_axis is None else np.concatenate([part[index] for part in parts], axis=1)
             for index, spec in enumerate(self.manifest.outputs)
         ]
 
-    def _refuse(self, rows: Sequence[Row], error: ConveyorError) -> None:
+    def _refuse(self, blocks: Sequence[Block], error: ConveyorError) -> None:
         with self._wake:
-            self._scheduler.fail(rows, error)
+            self._scheduler.fail(blocks, error)
 
-    def _feeds(self, tick: Tick) -> dict[str, Array]:
-        rows, lengths = tick.rows, tick.lengths
-        feeds = {
-            spec.name: pack(
-                [row.inputs[index][row.done : row.done + length] for row, length in zip(rows, lengths, strict=True)],
-                spec,
-                tick.steps,
-            )
-            for index, spec in enumerate(self.manifest.inputs)
-        }
-        if self.manifest.lengths is not None:
-            feeds[self.manifest.lengths] = np.array(lengths, self.manifest.lengths_dtype)
-        slots = np.array([row.track.slot if row.scratch is None else row.scratch for row in rows], np.intp)
-        for state, array in zip(self.manifest.states, self.pool.gather(slots), strict=True):
-            feeds[state.input] = array
-        return feeds
-
-    def _deliver(self, rows: Sequence[Row]) -> None:
-        steps = applied = 0
-        for row in rows:
-            if row.phase is Phase.APPLIED:
-                steps += row.steps
-                applied += 1
+    def _deliver(self, blocks: Sequence[Block]) -> None:
+        steps = applied = refused = 0
+        for block in blocks:
+            rows = len(block.rows)
+            if block.phase is Phase.APPLIED:
+                steps += block.steps * rows
+                applied += rows
+            else:
+                refused += rows
             try:
-                row.tell()
+                block.tell()
             except Exception:
                 # A caller that cannot take its result must not cost the others theirs.
                 log.exception("a result was not taken", model=self.name, version=self.version)
         self._steps.inc(steps)
         self._applied.inc(applied)
-        self._refused.inc(len(rows) - applied)
+        self._refused.inc(refused)
 
 
-def _ignore(row: Row) -> None:
+def _of_block(outputs: Sequence[Sequence[Array]], index: int, kept: list[int] | None) -> list[Array]:
+    """The outputs of one block, of the rows of it that are left."""
+    arrays = [blocks[index] for blocks in outputs]
+    return arrays if kept is None else [array[kept] for array in arrays]
+
+
+def _ignore(block: Block) -> None:
     pass

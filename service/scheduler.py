@@ -1,13 +1,14 @@
-"""Which rows run together, for how many steps, and what becomes of each: admission, queue, cutting ticks, sealing them.
+"""Which blocks of rows run together, for how many steps, and what becomes of each: admission, queue, ticks, their ends.
 
 Owns the queue of one model version. Pure: no I/O, no threads, no arrays looked into, and the time is handed in; whoever
 shares a scheduler between threads holds one lock around each call. Must not know grpc, onnxruntime, or what a session
 is.
 
-The life of a row: ``submit`` queues it or refuses it, ``cut`` takes it or a slice of it into a tick, ``seal`` ends the
-tick after its run, and ``resume`` puts rows that have steps left back in front. A row is applied only in ``seal``,
-after its last step, and only if nobody has cancelled it and its deadline has not passed; that moment is the one in
-which the position of its track moves.
+The life of a block: ``submit`` queues it or refuses it, ``cut`` takes it or a slice of it into a tick, ``seal`` ends
+the tick after its run, and ``resume`` puts blocks that have steps left back in front. A block is applied only in
+``seal``, after its last step, and only if nobody has cancelled it and its deadline has not passed; that moment is the
+one in which the positions of its tracks move. Rows that have to end otherwise than the rest of their block are split
+off first.
 
 Who is next: chunks and batches take turns while both wait, so that neither waits behind more than one tick of the
 other, and while chunks come a tick is short. Within each, callers share the steps evenly.
@@ -17,12 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from service.errors import Cancelled, ConveyorError, Full, InvalidRequest, Late, PositionConflict
 from service.fair import Fair
 from service.pace import Pace
-from service.row import PRIORITIES, Phase, Row
+from service.row import PRIORITIES, Block, Kind, Phase, Row
 from service.shape import choose, choose_whole
 
 _PATIENCE = 7
@@ -32,11 +32,7 @@ _CAUTION = 1.25
 _LIVELY_S = 1.0
 """How long after the last chunk ticks stay short."""
 _STALE = 64
-"""How many rows that were given up may stand in a queue beyond those that wait."""
-
-
-Kind: TypeAlias = tuple[bool, int]
-"""Of a batch or not, and of which priority."""
+"""How many blocks that were given up may stand in a queue beyond those that wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +49,8 @@ class Limits:
         queued_s: most seconds of work that may wait in front of a row.
         short_tick_s: how long a tick may take while chunks come.
         long_tick_s: how long it may take otherwise.
+        delay_s: how long rows may wait for others to fill their tick. By default they do not: a tick takes what has
+            come while the engine was busy.
     """
 
     queued_rows: int
@@ -64,18 +62,19 @@ class Limits:
     queued_s: float = 60.0
     short_tick_s: float = 0.004
     long_tick_s: float = 0.05
+    delay_s: float = 0.0
 
 
 @dataclass(slots=True)
 class Tick:
-    """Rows that run together.
+    """Blocks that run together.
 
     Attributes:
-        rows: each once.
-        lengths: how many of its steps each row runs, from ``row.done`` on.
+        blocks: each once.
+        lengths: how many of its steps each runs, from ``block.done`` on.
     """
 
-    rows: list[Row]
+    blocks: list[Block]
     lengths: list[int]
 
     @property
@@ -83,26 +82,32 @@ class Tick:
         """Of the longest."""
         return max(self.lengths)
 
-    def halves(self) -> tuple[Tick, Tick]:
-        """The same rows in two ticks."""
-        middle = len(self.rows) // 2
-        return (
-            Tick(self.rows[:middle], self.lengths[:middle]),
-            Tick(self.rows[middle:], self.lengths[middle:]),
-        )
+    @property
+    def rows(self) -> int:
+        """How many rows run side by side."""
+        return sum(len(block.rows) for block in self.blocks)
+
+    @property
+    def cells(self) -> int:
+        """Steps of all rows, without padding."""
+        return sum(len(block.rows) * length for block, length in zip(self.blocks, self.lengths, strict=True))
 
 
 @dataclass(slots=True)
 class Sealed:
-    """What a run has come to, by the rows' indices in their tick.
+    """What a run has come to, by the blocks' indices in their tick.
 
     Attributes:
         applied: ended well; their states are those of their tracks from now on.
         advanced: have steps left. Their states are to be kept for the next slice, and they to be resumed then.
+        kept: of blocks that some rows were split off, which of the rows that have run are left.
+        gone: the blocks of those rows; they were refused.
     """
 
     applied: list[int]
     advanced: list[int]
+    kept: dict[int, list[int]]
+    gone: list[Block]
 
 
 class Scheduler:
@@ -112,56 +117,73 @@ class Scheduler:
         self.pace = pace or Pace()
         self._limits = limits
         kinds = [(batch, priority) for batch in (False, True) for priority in PRIORITIES]
-        self._queues: dict[Kind, Fair[Row]] = {kind: Fair() for kind in kinds}
+        self._queues: dict[Kind, Fair[Block]] = {kind: Fair() for kind in kinds}
+        # Of the rows that wait, the steps that they have left.
         self._steps = dict.fromkeys(kinds, 0)
-        # Rows that were given up and still stand in the queue.
+        # Blocks that were given up and still stand in the queue.
         self._stale = dict.fromkeys(kinds, 0)
         self._patience = dict.fromkeys(kinds, _PATIENCE)
         self._batch_led = True
+        self._blocks = 0
         self._waiting = 0
+        self._waiting_steps = 0
         self._bytes = 0
         self._lively_until = float("-inf")
+        # When those came that have not been passed over by a tick.
+        self._first_at = float("-inf")
 
     @property
     def queued(self) -> int:
         """How many rows wait."""
         return self._waiting
 
-    def submit(self, rows: Sequence[Row], now: float = 0.0) -> None:
-        """Queue rows: all of them or, over a limit, none.
+    def submit(self, blocks: Sequence[Block], now: float = 0.0) -> None:
+        """Queue blocks: all of them or, over a limit, none.
 
         Args:
-            rows: in the order in which they are to run, as far as they are of one track.
+            blocks: in the order in which they are to run, as far as they have rows of one track; of one kind.
             now: the time.
 
         Raises:
             InvalidRequest: if they would not fit into an empty queue.
             Full: if they do not fit now, or would not be done in time.
         """
-        self._admit(rows, now)
-        for row in rows:
-            row.queued_at = now
-            waiting = row.track.waiting
-            waiting.append(row)
-            self._enter(row)
-            # Those behind it come into the queue when their turn is near: when they are the first of their track.
-            if len(waiting) == 1:
-                self._queues[_kind(row)].push(row.caller, row)
-            if not row.batch:
+        self._admit(blocks, now)
+        if not self._waiting:
+            self._first_at = now
+        for block in blocks:
+            block.queued_at = now
+            self._enter(block)
+            behind = 0
+            for row in block.rows:
+                waiting = row.track.waiting
+                behind += bool(waiting)
+                waiting.append(block)
+            block.behind = behind
+            # Others come into the queue when their turn is near: when each of their rows is the first of its track.
+            if not behind:
+                self._queues[block.kind].push(block.caller, block)
+            if not block.batch:
                 self._lively_until = now + _LIVELY_S
 
-    def _admit(self, rows: Sequence[Row], now: float) -> None:
+    def _admit(self, blocks: Sequence[Block], now: float) -> None:
         limits = self._limits
-        size = sum(row.size for row in rows)
-        if len(rows) > limits.queued_rows or size > limits.queued_bytes:
+        rows = size = steps = 0
+        for block in blocks:
+            rows += len(block.rows)
+            size += block.size
+            steps += len(block.rows) * block.steps
+        if rows > limits.queued_rows or size > limits.queued_bytes:
             raise InvalidRequest(
-                f"{len(rows)} rows of {size} bytes never fit: a model's queue holds up to {limits.queued_rows} rows "
+                f"{rows} rows of {size} bytes never fit: a model's queue holds up to {limits.queued_rows} rows "
                 f"and {limits.queued_bytes} bytes; send fewer at a time"
             )
-        queued = self.queued
-        if queued + len(rows) > limits.queued_rows:
+        queued = self._waiting
+        if not queued:
+            return
+        if queued + rows > limits.queued_rows:
             raise Full(
-                f"{queued} rows are waiting for this model and {len(rows)} more would pass the limit of "
+                f"{queued} rows are waiting for this model and {rows} more would pass the limit of "
                 f"{limits.queued_rows}; try again later"
             )
         if self._bytes + size > limits.queued_bytes:
@@ -169,127 +191,202 @@ class Scheduler:
                 f"{self._bytes} bytes of input are waiting for this model and {size} more would pass the limit of "
                 f"{limits.queued_bytes}; try again later"
             )
-        if not queued:
+        first = min((block.deadline for block in blocks if block.deadline is not None), default=None)
+        # However slowly it went, one step after the other: mostly that is quick enough, and nothing to think about.
+        longest = _CAUTION * (self._waiting_steps + steps) * self.pace.slowest_s
+        if longest <= limits.queued_s and (first is None or now + longest <= first):
             return
-        before = self._ahead(_kind(rows[0]))
+        before = self._ahead(blocks[0].kind)
         ahead = self.pace.work_s(queued, before, limits.tick_rows)
         if ahead > limits.queued_s:
             raise Full(
                 f"{ahead:.1f} s of work are waiting for this model, which is over the limit of {limits.queued_s:g} s; "
                 "try again later"
             )
-        needed = self.pace.work_s(queued + len(rows), before + sum(row.steps for row in rows), limits.tick_rows)
-        for row in rows:
-            if row.deadline is not None and now < row.deadline < now + _CAUTION * needed:
+        needed = self.pace.work_s(queued + rows, before + steps, limits.tick_rows)
+        for block in blocks:
+            if block.deadline is not None and now < block.deadline < now + _CAUTION * needed:
                 raise Full(
-                    f"it would be done in {needed:.3f} s and its deadline is in {row.deadline - now:.3f} s; "
+                    f"it would be done in {needed:.3f} s and its deadline is in {block.deadline - now:.3f} s; "
                     "try again later"
                 )
 
     def _ahead(self, kind: Kind) -> int:
-        """Steps that run before a new row of a kind does."""
+        """Steps that run before a new block of a kind does."""
         batch, priority = kind
         ours = sum(self._steps[batch, other] for other in PRIORITIES if other <= priority)
         theirs = sum(self._steps[not batch, other] for other in PRIORITIES)
         # They take turns: what is ahead of chunks is at most as much of the batches again.
         return ours + (theirs if batch else min(ours, theirs))
 
-    def cancel(self, row: Row) -> bool:
-        """Give a row up; one that runs is not applied when its tick is sealed.
+    def cancel(self, rows: Sequence[Row]) -> list[Block]:
+        """Give rows up; those that run are not applied when their tick is sealed.
 
         Returns:
-            True if the row has ended by this; False if it runs, or had ended already.
+            Blocks of those that have ended by this; of others the end is still to come, or past.
         """
-        if row.phase is not Phase.QUEUED:
-            row.unwanted = True
-            return False
-        in_queue = row.track.waiting[0] is row
-        self._leave(row)
-        self._end(row, _gone())
+        of_block: dict[Block, list[Row]] = {}
+        for row in rows:
+            of_block.setdefault(row.block, []).append(row)
+        ended = []
+        for block, gone in of_block.items():
+            if block.phase is Phase.RUNNING:
+                block.unwanted.update(gone)
+            elif block.phase is not Phase.QUEUED:
+                continue
+            elif len(gone) == len(block.rows):
+                self._drop(block, _gone())
+                ended.append(block)
+            else:
+                ended.append(self._refuse_rows(block, gone, _gone()))
+        return ended
+
+    def _drop(self, block: Block, error: ConveyorError) -> None:
+        """Refuse a block that waits."""
+        in_queue = not block.behind
+        self._leave(block)
+        self._end(block, error)
         if in_queue:
-            self._let_go(_kind(row))
-        return True
+            self._let_go(block.kind)
+
+    def _refuse_rows(self, block: Block, rows: Sequence[Row], error: ConveyorError) -> Block:
+        """Refuse some rows of a block that waits, and return them in a block of their own."""
+        behind = block.behind
+        self._leave(block)
+        part = block.split(_places(block, rows))
+        self._enter(block)
+        if behind and not block.behind:
+            self._queues[block.kind].push(block.caller, block)
+        self._end(part, error)
+        return part
 
     def _let_go(self, kind: Kind) -> None:
-        """Take rows that were given up out of their queue, once they are many: each alone would cost its length."""
+        """Take blocks that were given up out of their queue, once they are many: each alone would cost its length."""
         self._stale[kind] += 1
         queue = self._queues[kind]
         if len(queue) > 2 * (len(queue) - self._stale[kind]) + _STALE:
             queue.keep(_waits)
             self._stale[kind] = 0
 
-    def cut(self, now: float) -> tuple[Tick | None, list[Row]]:
-        """Take the rows of the next tick.
+    def delay_s(self, now: float) -> float:
+        """How long to wait before the next cut, so that others may come: 0 where the tick is full or time is up."""
+        if not self._limits.delay_s or self._waiting >= self._limits.tick_rows:
+            return 0.0
+        return max(0.0, self._first_at + self._limits.delay_s - now)
+
+    def cut(self, now: float) -> tuple[Tick | None, list[Block]]:
+        """Take the blocks of the next tick.
 
         Returns:
-            The tick, if any row can run now, and the rows that were refused because they are late or their track is not
-            where they begin.
+            The tick, if any block can run now, and the blocks that were refused because they are late, unwanted or
+            their tracks are not where they begin.
         """
-        refused: list[Row] = []
+        refused: list[Block] = []
         waiting = [kind for kind, queue in self._queues.items() if queue]
         if not waiting:
             return None, refused
         lead = self._lead(waiting)
-        order = sorted(waiting, key=lambda kind: (kind != lead, kind[0] != lead[0]))
-        rows: list[Row] = []
+        order = waiting if len(waiting) == 1 else sorted(waiting, key=lambda kind: (kind != lead, kind[0] != lead[0]))
+        blocks: list[Block] = []
         lengths: list[int] = []
+        rests: list[Block] = []
         most, longest = self._size(lead, now)
         soon = now + self.pace.step_s(min(self._waiting, most), 1)
 
-        def give(row: Row) -> int | None:
-            if not _waits(row):
-                self._stale[_kind(row)] -= 1
-                return 0
+        def give(block: Block, room: int) -> tuple[int, int] | None:
+            if not _waits(block):
+                self._stale[block.kind] -= 1
+                return 0, 0
             # The first one is judged by the time it is, not by what the tick is expected to take: were that far too
             # much, nothing would run any more, and so nothing be learned.
-            if (error := _unfit(row, soon if rows else now)) is not None:
-                self._leave(row)
-                self._end(row, error)
-                refused.append(row)
-                return 0
-            length = min(row.left, longest) if self._limits.sliced else row.steps
-            if rows and _kind(row) != lead:
+            if not self._fit(block, soon if blocks else now, refused):
+                return 0, 0
+            length = min(block.left, longest) if self._limits.sliced else block.steps
+            if blocks and block.kind != lead:
                 # It may fill a tick of others, but not change its length much.
                 near = lengths[0] <= length <= 2 * lengths[0]
-                if not near or (len(rows) + 1) * max(length, *lengths) > self._limits.tick_steps:
+                rows = sum(len(other.rows) for other in blocks) + len(block.rows)
+                if not near or rows * max(length, *lengths) > self._limits.tick_steps:
                     return None
-            rows.append(row)
+            if len(block.rows) > room:
+                if blocks:
+                    return None
+                self._leave(block)
+                rest = block.split(range(room, len(block.rows)))
+                self._enter(block)
+                self._enter(rest)
+                rests.append(rest)
+            blocks.append(block)
             lengths.append(length)
-            return length
+            return len(block.rows), len(block.rows) * length
 
+        taken = 0
         for kind in order:
             # Chunks that wait run together, however many they are; batches must not keep new ones waiting.
             room = most if kind[0] or lead[0] else self._limits.tick_rows
-            if len(rows) < room:
-                self._queues[kind].take(give, room - len(rows))
+            if taken < room:
+                self._queues[kind].take(give, room - taken)
+                taken = sum(len(block.rows) for block in blocks)
+        for rest in rests:
+            self._queues[rest.kind].put_back(rest.caller, rest)
         for kind in waiting:
             if kind[0] == lead[0]:
                 self._patience[kind] = _PATIENCE if kind == lead else self._patience[kind] - 1
         self._batch_led = lead[0]
-        if not rows:
+        self._first_at = now - self._limits.delay_s
+        if not blocks:
             return None, refused
-        steps, chosen = self._choose(lengths)
-        if len(chosen) < len(rows):
+        steps, chosen = self._choose(blocks, lengths)
+        if len(chosen) < len(blocks):
             kept = set(chosen)
-            for index in reversed(range(len(rows))):
+            for index in reversed(range(len(blocks))):
                 if index not in kept:
-                    self._queues[_kind(rows[index])].put_back(rows[index].caller, rows[index], lengths[index])
-            rows = [rows[index] for index in chosen]
+                    block = blocks[index]
+                    self._queues[block.kind].put_back(block.caller, block, len(block.rows) * lengths[index])
+            blocks = [blocks[index] for index in chosen]
             lengths = [lengths[index] for index in chosen]
-        for row in rows:
-            row.phase = Phase.RUNNING
-            self._leave(row)
-        return Tick(rows, [min(length, steps) for length in lengths]), refused
+        for block in blocks:
+            block.phase = Phase.RUNNING
+            self._leave(block)
+        return Tick(blocks, [min(length, steps) for length in lengths]), refused
 
-    def _choose(self, lengths: Sequence[int]) -> tuple[int, list[int]]:
-        """The steps of a tick, and which rows are in it."""
+    def _fit(self, block: Block, soon: float, refused: list[Block]) -> bool:
+        """Refuse a block, or rows of it, that are not to run in a tick that ends no earlier than ``soon``.
+
+        Returns:
+            Whether any of it is to run.
+        """
+        # The position first: a chunk that was applied already must not be told that the state has not moved.
+        for row in [row for row in block.rows if row.position != row.track.position]:
+            refused.append(self._take_out(block, [row], _conflict(row)))
+            if refused[-1] is block:
+                return False
+        if block.deadline is not None and soon >= block.deadline:
+            refused.append(self._take_out(block, block.rows, _late()))
+        elif block.unwanted:
+            refused.append(self._take_out(block, list(block.unwanted), _gone()))
+        return not refused or refused[-1] is not block
+
+    def _take_out(self, block: Block, rows: Sequence[Row], error: ConveyorError) -> Block:
+        """Refuse rows of a block that has been taken from its queue; return their block."""
+        if len(rows) < len(block.rows):
+            return self._refuse_rows(block, rows, error)
+        self._leave(block)
+        self._end(block, error)
+        return block
+
+    def _choose(self, blocks: Sequence[Block], lengths: Sequence[int]) -> tuple[int, list[int]]:
+        """The steps of a tick, and which blocks are in it."""
         limits = self._limits
+        widths = [len(block.rows) for block in blocks]
         if not limits.sliced:
-            return max(lengths), choose_whole(lengths, limits.tick_steps, limits.ragged)
-        return choose(lengths, lambda rows, steps: steps * self.pace.step_s(rows, steps), limits.ragged)
+            return max(lengths), choose_whole(lengths, widths, limits.tick_steps, limits.ragged)
+        return choose(lengths, widths, lambda rows, steps: steps * self.pace.step_s(rows, steps), limits.ragged)
 
     def _lead(self, waiting: Sequence[Kind]) -> Kind:
         """Whose tick the next one is."""
+        if len(waiting) == 1:
+            return waiting[0]
         turn = [kind for kind in waiting if kind[0] is not self._batch_led] or waiting
         return next((kind for kind in reversed(turn) if self._patience[kind] <= 0), turn[0])
 
@@ -299,112 +396,137 @@ class Scheduler:
         lively = now < self._lively_until
         seconds = limits.short_tick_s if lively else limits.long_tick_s
         most = self.pace.rows_within(seconds, limits.tick_rows) if lively else limits.tick_rows
-        rows = min(len(self._queues[lead]), most if lead[0] else limits.tick_rows)
+        # As many as its blocks have on average; those at the front are not looked at before they are taken.
+        ready = len(self._queues[lead]) * self._waiting // max(1, self._blocks)
+        rows = max(1, min(ready, most if lead[0] else limits.tick_rows))
         return most, self.pace.steps_within(rows, seconds, max(1, limits.tick_steps // rows))
 
     def seal(self, tick: Tick, now: float) -> Sealed:
         """End a tick whose run succeeded: the one moment in which positions move.
 
         Returns:
-            Which rows have ended well and which go on; the others were refused, and their states are thrown away.
+            Which blocks have ended well and which go on; the others were refused, and their states are thrown away.
         """
-        sealed = Sealed([], [])
-        for index, row in enumerate(tick.rows):
-            if row.unwanted:
-                self._end(row, _gone())
-            elif row.deadline is not None and now >= row.deadline:
-                self._end(row, _late())
-            elif row.left > tick.lengths[index]:
+        sealed = Sealed([], [], {}, [])
+        for index, block in enumerate(tick.blocks):
+            if block.unwanted:
+                if len(block.unwanted) == len(block.rows):
+                    self._end(block, _gone())
+                    continue
+                places = _places(block, block.unwanted)
+                sealed.kept[index] = sorted(set(range(len(block.rows))).difference(places))
+                part = block.split(places)
+                self._end(part, _gone())
+                sealed.gone.append(part)
+            if block.deadline is not None and now >= block.deadline:
+                self._end(block, _late())
+            elif block.left > tick.lengths[index]:
                 sealed.advanced.append(index)
             else:
-                row.phase = Phase.APPLIED
-                row.track.position = row.position + row.steps
-                self._next(row)
+                block.phase = Phase.APPLIED
+                for row in block.rows:
+                    row.track.position = row.position + block.steps
+                self._next(block)
                 sealed.applied.append(index)
         return sealed
 
-    def resume(self, tick: Tick, sealed: Sealed) -> list[Row]:
-        """Let the rows that have steps left wait for their next slice; until this they cannot be taken out.
+    def resume(self, tick: Tick, sealed: Sealed) -> list[Block]:
+        """Let the blocks that have steps left wait for their next slice; until this they cannot be taken out.
 
         Returns:
-            Those that wait; the others were given up meanwhile, and have ended.
+            Those blocks.
         """
-        going_on = []
         # From the last to the first, so that they stand in front in their old order.
         for index in reversed(sealed.advanced):
-            row = tick.rows[index]
-            row.done += tick.lengths[index]
-            if row.unwanted:
-                self._end(row, _gone())
-                continue
-            row.phase = Phase.QUEUED
-            self._enter(row)
-            self._queues[_kind(row)].put_back(row.caller, row)
-            going_on.append(row)
-        return going_on
+            block = tick.blocks[index]
+            block.done += tick.lengths[index]
+            block.phase = Phase.QUEUED
+            self._enter(block)
+            self._queues[block.kind].put_back(block.caller, block)
+        return [tick.blocks[index] for index in sealed.advanced]
 
-    def fail(self, rows: Sequence[Row], error: ConveyorError) -> None:
-        """End rows of a tick whose run failed."""
-        for row in rows:
-            self._end(row, error)
+    def halve(self, tick: Tick) -> tuple[Tick, Tick]:
+        """The rows of a tick of several, in two ticks."""
+        middle = len(tick.blocks) // 2
+        if middle:
+            return (
+                Tick(tick.blocks[:middle], tick.lengths[:middle]),
+                Tick(tick.blocks[middle:], tick.lengths[middle:]),
+            )
+        (block,) = tick.blocks
+        part = block.split(range(len(block.rows) // 2, len(block.rows)))
+        return Tick([block], tick.lengths), Tick([part], tick.lengths)
 
-    def clear(self, error: ConveyorError) -> list[Row]:
-        """Refuse every row that still waits, and return them."""
-        rows: list[Row] = []
-        while heads := [row for queue in self._queues.values() for row in queue.drain() if _waits(row)]:
+    def fail(self, blocks: Sequence[Block], error: ConveyorError) -> None:
+        """End blocks of a tick whose run failed."""
+        for block in blocks:
+            self._end(block, error)
+
+    def clear(self, error: ConveyorError) -> list[Block]:
+        """Refuse every block that still waits, and return them."""
+        blocks: list[Block] = []
+        while heads := [block for queue in self._queues.values() for block in queue.drain() if _waits(block)]:
             self._stale = dict.fromkeys(self._stale, 0)
-            for row in heads:
-                self._leave(row)
-                self._end(row, error)
-            rows += heads
-        rows.sort(key=lambda row: row.queued_at)
-        return rows
+            for block in heads:
+                self._leave(block)
+                self._end(block, error)
+            blocks += heads
+        blocks.sort(key=lambda block: block.queued_at)
+        return blocks
 
-    def _enter(self, row: Row) -> None:
-        self._waiting += 1
-        self._steps[_kind(row)] += row.left
-        self._bytes += row.size
+    def _enter(self, block: Block) -> None:
+        rows = len(block.rows)
+        steps = rows * (block.steps - block.done)
+        self._blocks += 1
+        self._waiting += rows
+        self._waiting_steps += steps
+        self._steps[block.kind] += steps
+        self._bytes += block.size
 
-    def _leave(self, row: Row) -> None:
-        self._waiting -= 1
-        self._steps[_kind(row)] -= row.left
-        self._bytes -= row.size
+    def _leave(self, block: Block) -> None:
+        rows = len(block.rows)
+        steps = rows * (block.steps - block.done)
+        self._blocks -= 1
+        self._waiting -= rows
+        self._waiting_steps -= steps
+        self._steps[block.kind] -= steps
+        self._bytes -= block.size
 
-    def _end(self, row: Row, error: ConveyorError) -> None:
-        row.refuse(error)
-        if row.track.waiting[0] is row:
-            self._next(row)
-        else:
-            row.track.waiting.remove(row)
+    def _end(self, block: Block, error: ConveyorError) -> None:
+        block.refuse(error)
+        self._next(block)
 
-    def _next(self, row: Row) -> None:
-        """Queue the row behind one that has ended."""
-        waiting = row.track.waiting
-        waiting.popleft()
-        if waiting:
-            self._queues[_kind(waiting[0])].push(waiting[0].caller, waiting[0])
-
-
-def _kind(row: Row) -> Kind:
-    return row.batch, row.priority
-
-
-def _waits(row: Row) -> bool:
-    return row.phase is Phase.QUEUED
+    def _next(self, block: Block) -> None:
+        """Queue what stood behind a block that has ended, and behind no other."""
+        for row in block.rows:
+            waiting = row.track.waiting
+            if waiting[0] is not block:
+                waiting.remove(block)
+                continue
+            waiting.popleft()
+            if waiting:
+                after = waiting[0]
+                after.behind -= 1
+                if not after.behind:
+                    self._queues[after.kind].push(after.caller, after)
 
 
-def _unfit(row: Row, soon: float) -> ConveyorError | None:
-    """Why a row is not to run, in a tick that ends no earlier than ``soon``."""
-    # The position first: a chunk that was applied already must not be told that the state has not moved.
-    if row.position != row.track.position:
-        return PositionConflict(
-            f"the chunk begins at position {row.position}, and the session is at {row.track.position}: "
-            "an earlier chunk was not applied",
-            row.track.position,
-        )
-    if row.deadline is not None and soon >= row.deadline:
-        return _late()
-    return None
+def _places(block: Block, rows: Sequence[Row] | set[Row]) -> list[int]:
+    """Where rows stand in their block, ascending."""
+    wanted = set(rows)
+    return [index for index, row in enumerate(block.rows) if row in wanted]
+
+
+def _waits(block: Block) -> bool:
+    return block.phase is Phase.QUEUED
+
+
+def _conflict(row: Row) -> PositionConflict:
+    return PositionConflict(
+        f"the chunk begins at position {row.position}, and the session is at {row.track.position}: "
+        "an earlier chunk was not applied",
+        row.track.position,
+    )
 
 
 def _late() -> Late:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from service.errors import (
@@ -22,22 +22,28 @@ from service.errors import (
 from service.row import Row, Track
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
-    """What a chunk was answered, kept until the next one is."""
+    """What a chunk was answered, kept until the next one is.
+
+    Attributes:
+        position: where the chunk began.
+        steps: how many it had.
+        outputs: the arrays [T, ...] or, without time, [...], one an output of the model.
+        size: bytes that they hold.
+    """
 
     position: int
     steps: int
     outputs: Sequence[Any]
+    size: int = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """Bytes that the outputs hold."""
-        return sum(output.nbytes for output in self.outputs)
+    def __post_init__(self) -> None:
+        self.size = sum(output.nbytes for output in self.outputs)
 
-    def answers(self, row: Row) -> bool:
-        """Whether this is what a row was or would be answered."""
-        return (self.position, self.steps) == (row.position, row.steps)
+    def answers(self, position: int, steps: int) -> bool:
+        """Whether this is what a chunk was or would be answered."""
+        return self.position == position and self.steps == steps
 
 
 def new_epoch() -> int:
@@ -64,25 +70,16 @@ class Waiter(Protocol):
         """Take the answer; called once."""
 
 
-@dataclass(slots=True)
-class Pending:
+class Pending(Row):
     """A chunk under way, and who waits for it: more than one where it was sent again meanwhile."""
 
-    row: Row
-    waiters: list[Waiter]
+    __slots__ = ("session", "waiters")
 
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What became of a chunk, and who is to be told."""
-
-    waiters: Sequence[Waiter]
-    result: Reply | ConveyorError
-
-    def tell(self) -> None:
-        """Tell them, once each."""
-        for waiter in self.waiters:
-            waiter.answer(self.result)
+    def __init__(self, session: Session, position: int, waiter: Waiter) -> None:
+        self.track = session.track
+        self.position = position
+        self.session = session
+        self.waiters = [waiter]
 
 
 class Session:
@@ -96,7 +93,7 @@ class Session:
         track: its slot, and where the engine's thread has it.
         position: how many steps have been applied, as far as this thread has been told.
         pending: chunks accepted and not yet ended, by the position where they begin.
-        orphans: rows that run for nobody: all who waited for them have gone.
+        orphans: chunks that run for nobody: all who waited for them have gone.
         last: the newest reply.
         used_at: when it was opened or last stepped.
         closing: how many wait for it to be at rest to close it.
@@ -127,7 +124,7 @@ class Session:
         self.track = track
         self.position = track.position
         self.pending: dict[int, Pending] = {}
-        self.orphans: set[Row] = set()
+        self.orphans: set[Pending] = set()
         self.last: Reply | None = None
         self.used_at = now
         self.closing = 0
@@ -157,17 +154,17 @@ class Session:
         self.check_epoch(epoch)
         upcoming = self.position
         if self.pending:
-            newest = next(reversed(self.pending.values())).row
-            upcoming = newest.position + newest.steps
+            newest = next(reversed(self.pending.values()))
+            upcoming = newest.position + newest.block.steps
             pending = self.pending.get(position)
-            if pending is not None and pending.row.steps == steps:
+            if pending is not None and pending.block.steps == steps:
                 return pending
         if position == upcoming:
             if self.guests:
                 raise Unavailable(f"session {self.identity!r} is being exported, forked or reset; send the chunk again")
             return None
         last = self.last
-        if last is not None and (last.position, last.steps) == (position, steps):
+        if last is not None and last.answers(position, steps):
             return last
         accepted = f", with chunks accepted up to {upcoming}" if self.pending else ""
         raise PositionConflict(
@@ -188,46 +185,39 @@ class Session:
                 f"now it is in epoch {self.epoch}, at position {self.position}"
             )
 
-    def begin(self, row: Row, waiter: Waiter) -> Pending:
-        """Note a chunk as under way."""
-        pending = self.pending[row.position] = Pending(row, [waiter])
-        return pending
-
     def orphan(self, pending: Pending) -> None:
         """Forget who waited for a chunk that cannot be taken out of its run any more.
 
         Should the chunk come again, it is queued behind that run, which tells by the position whether it still is to be
         applied: ``end`` turns its conflict into the reply if not.
         """
-        del self.pending[pending.row.position]
-        self.orphans.add(pending.row)
+        del self.pending[pending.position]
+        self.orphans.add(pending)
 
-    def end(self, row: Row) -> Told:
-        """Note a row as ended, and keep its reply if it was applied.
+    def end(self, pending: Pending, result: Reply | ConveyorError) -> tuple[Sequence[Waiter], Reply | ConveyorError]:
+        """Note a chunk as ended, and keep its reply if it was applied.
 
         Returns:
             Whom to tell what, once all that hangs on the end has been done.
         """
-        result: Reply | ConveyorError
-        if row.outputs is not None:
-            self.position = row.position + row.steps
-            result = self.last = Reply(row.position, row.steps, row.outputs)
-        else:
-            assert row.error is not None
-            result = row.error
-            if isinstance(result, PositionConflict) and self.last is not None and self.last.answers(row):
-                result = self.last
+        if isinstance(result, Reply):
+            self.position = result.position + result.steps
+            self.last = result
+        elif isinstance(result, PositionConflict):
+            last = self.last
+            if last is not None and last.answers(pending.position, pending.block.steps):
+                result = last
         waiters: Sequence[Waiter] = ()
-        if row in self.orphans:
-            self.orphans.discard(row)
+        if pending in self.orphans:
+            self.orphans.discard(pending)
         else:
-            pending = self.pending.pop(row.position)
+            del self.pending[pending.position]
             # Each waiter knows what it waits for: in a circle they would hold the model until the collector comes by.
             waiters, pending.waiters = pending.waiters, []
-        if self.at_rest and self._idle is not None:
+        if self._idle is not None and self.at_rest:
             self._idle.set_result(None)
             self._idle = None
-        return Told(waiters, result)
+        return waiters, result
 
     @property
     def at_rest(self) -> bool:

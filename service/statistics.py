@@ -73,10 +73,10 @@ class Statistics:
         self._counts = Counts()
         self._lock = threading.Lock()
 
-    def request(self, succeeded: bool, seconds: float) -> None:
-        """Count a request that has ended, and how long after its arrival."""
+    def request(self, succeeded: bool, seconds: float, count: int = 1) -> None:
+        """Count requests that have ended, and how long after their arrival."""
         with self._lock:
-            (self._counts.success if succeeded else self._counts.fail).add(seconds)
+            (self._counts.success if succeeded else self._counts.fail).add(seconds, count)
 
     def run(
         self,

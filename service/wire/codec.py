@@ -171,6 +171,41 @@ class Codec:
             arrays.append(array)
         return arrays
 
+    def block(self, tensors: Sequence[Tensor], rows: int) -> tuple[list[Array], dict[int, Exception]]:
+        """Read the inputs of a block of chunks.
+
+        Args:
+            tensors: the inputs.
+            rows: N, how many chunks there are.
+
+        Returns:
+            One array [N, T, ...] an input, T alike; and what is wrong with single rows, by their indices.
+        """
+        pairs, shapes = self._alike(tensors, (None, None), "N, T")
+        if shapes[0][0] != rows:
+            raise InvalidRequest(f"input {pairs[0][0].name!r} is {_show(shapes[0])}; expected [{rows}, T, ...]")
+        steps = shapes[0][1]
+        self._check_steps(steps)
+        for spec, _ in pairs:
+            if spec.time_axis is None and steps != 1:
+                raise InvalidRequest(f"input {spec.name!r} has {steps} steps; expected 1")
+        self.check_reply(rows, steps)
+        arrays = []
+        wrong: dict[int, Exception] = {}
+        for spec, tensor in pairs:
+            what = f"input {spec.name!r}"
+            array = tensor.array(what)
+            arrays.append(array)
+            try:
+                self._check_values(array, what, spec.below)
+            except InvalidRequest:
+                for n, row in enumerate(array):
+                    try:
+                        self._check_values(row, what, spec.below)
+                    except InvalidRequest as error:
+                        wrong.setdefault(n, error.with_traceback(None))
+        return arrays, wrong
+
     def batch(self, tensors: Sequence[Tensor], lengths: Sequence[int], states: bool = False) -> Batch:
         """Read a batch's inputs, each [N, T, ...].
 

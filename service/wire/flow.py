@@ -51,7 +51,9 @@ class Flow(ABC, Generic[Request, Part, Reply]):
         self._limit = limit
         self._limit_bytes = limit_bytes
         self._bytes = 0
-        self._waiting: dict[Waiting, int] = {}
+        # What has not been answered, with the bytes that it holds and how many parts it counts as.
+        self._waiting: dict[Waiting, tuple[int, int]] = {}
+        self._parts = 0
         self._replies: deque[tuple[Reply, int]] = deque()
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
@@ -69,20 +71,30 @@ class Flow(ABC, Generic[Request, Part, Reply]):
     def message(self) -> Message:
         """Make the next message of replies, by ``take``; there is at least one."""
 
-    def wait(self, waiting: Waiting, size: int = 0) -> None:
-        """Note what has not been answered, and how many bytes it holds, or its reply will if they are more."""
-        self._waiting[waiting] = size
+    def wait(self, waiting: Waiting, size: int = 0, count: int = 1) -> None:
+        """Note what has not been answered.
+
+        Args:
+            waiting: it.
+            size: bytes that it holds, or that its reply will if they are more.
+            count: as how many parts it counts.
+        """
+        self._waiting[waiting] = size, count
         self._bytes += size
+        self._parts += count
 
     def grow(self, waiting: Waiting, size: int) -> None:
         """Note that it holds so many bytes, if they are more than were known."""
-        more = max(0, size - self._waiting[waiting])
-        self._waiting[waiting] += more
+        known, count = self._waiting[waiting]
+        more = max(0, size - known)
+        self._waiting[waiting] = known + more, count
         self._bytes += more
 
     def answered(self, waiting: Waiting) -> None:
         """Note that it has."""
-        self._bytes -= self._waiting.pop(waiting)
+        size, count = self._waiting.pop(waiting)
+        self._bytes -= size
+        self._parts -= count
 
     def put(self, reply: Reply) -> None:
         """Have a reply written."""
@@ -132,7 +144,7 @@ class Flow(ABC, Generic[Request, Part, Reply]):
             if isinstance(request, Malformed):
                 raise request.error
             for part in self.parts(request):
-                while len(self._waiting) + len(self._replies) >= self._limit or self._bytes >= self._limit_bytes:
+                while self._parts + len(self._replies) >= self._limit or self._bytes >= self._limit_bytes:
                     self._room.clear()
                     await self._room.wait()
                 self.accept(part)

@@ -1,4 +1,4 @@
-"""One Stream call of conveyor.v1: chunks in, results out.
+"""One Stream call of conveyor.v1: chunks and blocks of chunks in, results out.
 
 Owns what a chunk and its result are made of; the order of things and their bounds are the flow's.
 """
@@ -6,15 +6,18 @@ Owns what a chunk and its result are made of; the order of things and their boun
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import chain
+
+import numpy as np
 
 from conveyor.v1 import conveyor_pb2 as pb
 from service.errors import ConveyorError, InvalidRequest
 from service.manifest import Manifest, TensorSpec
-from service.operations import Operations
+from service.operations import Chunk, Operations
 from service.runner import Runner
 from service.session import Pending, Reply, Session
-from service.wire.codec import Codec
-from service.wire.conveyor_tensors import decode, encode
+from service.wire.codec import Array, Codec
+from service.wire.conveyor_tensors import decode, encode, encode_rows
 from service.wire.flow import Flow
 from service.wire.status import detail
 
@@ -22,7 +25,7 @@ _RESPONSE_BYTES = 1 << 20
 """A message is closed once it holds this much: clients take 4 MiB by default."""
 
 
-class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
+class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, pb.ChunkResult | pb.BlockResult]):
     """One call.
 
     Args:
@@ -52,21 +55,31 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
         self._caller = caller
         self._clock = clock
 
-    def parts(self, request: pb.StreamRequest) -> Iterable[pb.Chunk]:
-        """The chunks of a message."""
-        return request.chunks
+    def parts(self, request: pb.StreamRequest) -> Iterable[pb.Chunk | pb.Block]:
+        """The chunks of a message, and its blocks."""
+        return chain(request.chunks, request.blocks)
 
     def message(self) -> pb.StreamResponse:
         """As many results as one message should hold."""
         response = pb.StreamResponse()
         size = 0
         while size < _RESPONSE_BYTES and (taken := self.take()) is not None:
-            response.results.append(taken[0])
+            result = taken[0]
+            if isinstance(result, pb.ChunkResult):
+                response.results.append(result)
+            else:
+                response.block_results.append(result)
             size += taken[1]
         return response
 
-    def accept(self, chunk: pb.Chunk) -> None:
-        """Queue a chunk, or answer it."""
+    def accept(self, part: pb.Chunk | pb.Block) -> None:
+        """Queue a chunk or a block, or answer it."""
+        if isinstance(part, pb.Block):
+            self._accept_block(part)
+        else:
+            self._accept_chunk(part)
+
+    def _accept_chunk(self, chunk: pb.Chunk) -> None:
         began, runner = self._clock(), None
         try:
             session = self._operations.find(self._owner, chunk.session_id)
@@ -77,7 +90,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
                 )
             inputs = self._codec(runner.manifest).chunk(decode(chunk.inputs))
             deadline = began + chunk.timeout_us * 1e-6 if chunk.timeout_us else None
-            waiting = _Waiting(self, self._operations, session, runner, chunk.position, began)
+            waiting = _WaitingChunk(self, self._operations, session, runner, chunk.position, began)
             self.wait(waiting, max(chunk.ByteSize(), runner.manifest.reply_bytes(len(inputs[0]))))
             try:
                 waiting.pending = self._operations.step(
@@ -88,15 +101,93 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk, pb.ChunkResult]):
                 raise
         except Exception as error:
             if runner is not None:
-                self.count(runner, False, began)
+                self.count(runner, began, 0, 1)
             self.put(pb.ChunkResult(session_id=chunk.session_id, position=chunk.position, error=detail(error)))
 
-    def count(self, runner: Runner, succeeded: bool, began: float) -> None:
-        """Count a chunk that has ended."""
-        runner.statistics.request(succeeded, self._clock() - began)
+    def _accept_block(self, block: pb.Block) -> None:
+        began, runner = self._clock(), None
+        count = len(block.session_ids)
+        try:
+            self._check(block)
+            sessions, runner, errors = self._sessions(block)
+            if runner is None:
+                self.put(_refusals(block.tag, errors))
+                return
+            inputs, wrong = self._codec(runner.manifest).block(decode(block.inputs), count)
+            errors = {**wrong, **errors}
+            steps = inputs[0].shape[1]
+            deadline = began + block.timeout_us * 1e-6 if block.timeout_us else None
+            waiting = _WaitingBlock(self, self._operations, runner, block.tag, count, steps, began)
+            chunks = [
+                Chunk(session, epoch, position, _Seat(waiting, n))
+                for n, (session, epoch, position) in enumerate(
+                    zip(sessions, block.epochs or (0,) * count, block.positions, strict=True)
+                )
+                if session is not None and n not in errors
+            ]
+            if errors:
+                inputs = [array[[n for n in range(count) if n not in errors]] for array in inputs]
+            self.wait(waiting, max(block.ByteSize(), count * runner.manifest.reply_bytes(steps)), count)
+        except Exception as error:
+            if runner is not None:
+                self.count(runner, began, 0, count)
+            self.put(pb.BlockResult(tag=block.tag, error=detail(error)))
+            return
+        for n, wrong_with in errors.items():
+            waiting.take(n, wrong_with)
+        if chunks:
+            waiting.pending = self._operations.step_together(runner, chunks, steps, inputs, deadline, self._caller)
+
+    def _check(self, block: pb.Block) -> None:
+        """Refuse a block that contradicts itself."""
+        count = len(block.session_ids)
+        if not 1 <= count <= self._limit:
+            raise InvalidRequest(f"the block has {count} sessions; expected 1 to {self._limit}")
+        if len(block.positions) != count or len(block.epochs) not in (0, count):
+            raise InvalidRequest(
+                f"the block has {len(block.positions)} positions and {len(block.epochs)} epochs for {count} sessions; "
+                f"expected {count} positions, and as many epochs or none"
+            )
+        if len(set(block.session_ids)) != count:
+            raise InvalidRequest("a session stands in the block twice; expected each once")
+        if min(block.positions) < 0 or block.timeout_us < 0:
+            raise InvalidRequest(
+                f"a position is {min(block.positions)} and timeout_us {block.timeout_us}; "
+                "expected neither to be negative"
+            )
+
+    def _sessions(self, block: pb.Block) -> tuple[list[Session | None], Runner | None, dict[int, Exception]]:
+        """Find the sessions of a block, the model of the first, and why others are not stepped, by index."""
+        sessions: list[Session | None] = []
+        errors: dict[int, Exception] = {}
+        find, owner = self._operations.find, self._owner
+        home: Runner | None = None
+        for n, identity in enumerate(block.session_ids):
+            session = None
+            try:
+                session = find(owner, identity)
+                if home is None:
+                    home = self._operations.runner(session)
+                elif session.home is not home:
+                    raise InvalidRequest(
+                        f"session {identity!r} is on model {session.home.name!r}, version {session.home.version}, and "
+                        f"others of the block on {home.name!r}, version {home.version}; send them apart"
+                    )
+            except ConveyorError as error:
+                errors[n] = error.with_traceback(None)
+            sessions.append(session)
+        return sessions, home, errors
+
+    def count(self, runner: Runner, began: float, applied: int, failed: int) -> None:
+        """Count chunks that have ended."""
+        seconds = self._clock() - began
+        if applied:
+            runner.statistics.request(True, seconds, applied)
+        if failed:
+            runner.statistics.request(False, seconds, failed)
 
 
-class _Waiting:
+class _WaitingChunk:
     """A chunk of this stream that is not answered yet."""
 
     __slots__ = ("_began", "_operations", "_position", "_runner", "_session", "_stream", "pending")
@@ -123,17 +214,99 @@ class _Waiting:
         if isinstance(result, Reply):
             message.steps = result.steps
             message.outputs.extend(_tensors(self._runner.manifest.outputs, result.outputs))
+            self._stream.count(self._runner, self._began, 1, 0)
         else:
             message.error.CopyFrom(detail(result))
-        self._stream.count(self._runner, isinstance(result, Reply), self._began)
+            self._stream.count(self._runner, self._began, 0, 1)
         self._stream.answered(self)
         self._stream.put(message)
 
     def abandon(self) -> None:
-        self._stream.count(self._runner, False, self._began)
+        self._stream.count(self._runner, self._began, 0, 1)
         if self.pending is not None:
-            self._operations.abandon(self._session, self._runner, self.pending, self)
+            self._operations.abandon(self._runner, [(self.pending, self)])
 
 
-def _tensors(specs: Sequence[TensorSpec], arrays: Sequence[object]) -> list[pb.Tensor]:
-    return [encode(spec.name, array) for spec, array in zip(specs, arrays, strict=True)]  # type: ignore[arg-type]
+class _WaitingBlock:
+    """A block of this stream of which not all is answered yet."""
+
+    __slots__ = ("_began", "_left", "_operations", "_results", "_runner", "_steps", "_stream", "_tag", "pending")
+
+    def __init__(
+        self, stream: Stream, operations: Operations, runner: Runner, tag: int, count: int, steps: int, began: float
+    ) -> None:
+        self.pending: Sequence[Pending] = ()
+        self._stream = stream
+        self._operations = operations
+        self._runner = runner
+        self._tag = tag
+        self._steps = steps
+        self._began = began
+        self._left = count
+        self._results: list[Reply | Exception | None] = [None] * count
+
+    def take(self, index: int, result: Reply | Exception) -> None:
+        """Take what became of a chunk; with the last one the block is answered."""
+        self._results[index] = result
+        self._left -= 1
+        if self._left:
+            return
+        results, self._results = self._results, []
+        self.pending = ()
+        message = pb.BlockResult(tag=self._tag, steps=self._steps)
+        failed = [(n, result) for n, result in enumerate(results) if isinstance(result, Exception)]
+        message.errors.extend(pb.BlockError(index=n, error=detail(error)) for n, error in failed)
+        if len(failed) < len(results):
+            try:
+                message.outputs.extend(_tensors_of(self._runner.manifest.outputs, results))
+            except InvalidRequest as error:
+                message.error.CopyFrom(detail(error))
+        self._stream.count(self._runner, self._began, len(results) - len(failed), len(failed))
+        self._stream.answered(self)
+        self._stream.put(message)
+
+    def abandon(self) -> None:
+        self._stream.count(self._runner, self._began, 0, len(self._results))
+        seats = {pending: waiter for pending in self.pending for waiter in pending.waiters if self._has(waiter)}
+        self._operations.abandon(self._runner, list(seats.items()))
+
+    def _has(self, waiter: object) -> bool:
+        return isinstance(waiter, _Seat) and waiter.block is self
+
+
+class _Seat:
+    """Where the answer of one chunk of a block goes."""
+
+    __slots__ = ("_index", "block")
+
+    def __init__(self, block: _WaitingBlock, index: int) -> None:
+        self.block = block
+        self._index = index
+
+    def answer(self, result: Reply | ConveyorError) -> None:
+        self.block.take(self._index, result)
+
+
+def _refusals(tag: int, errors: dict[int, Exception]) -> pb.BlockResult:
+    """What a block is answered of which no session is there."""
+    return pb.BlockResult(tag=tag, errors=[pb.BlockError(index=n, error=detail(error)) for n, error in errors.items()])
+
+
+def _tensors(specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> list[pb.Tensor]:
+    return [encode(spec.name, array) for spec, array in zip(specs, arrays, strict=True)]
+
+
+def _tensors_of(specs: Sequence[TensorSpec], results: Sequence[Reply | Exception | None]) -> list[pb.Tensor]:
+    """The outputs of a block's chunks side by side, zero for those that were not applied."""
+    tensors = []
+    for index, spec in enumerate(specs):
+        rows: list[Array | None] = [result.outputs[index] if isinstance(result, Reply) else None for result in results]
+        shapes = {row.shape for row in rows if row is not None}
+        if len(shapes) > 1:
+            raise InvalidRequest(
+                f"the rows of output {spec.name!r} differ in the size of their features, and have been applied; send "
+                "the chunks again by themselves for their outputs"
+            )
+        zeros = np.zeros(shapes.pop(), spec.dtype)
+        tensors.append(encode_rows(spec.name, [zeros if row is None else row for row in rows]))
+    return tensors

@@ -24,11 +24,13 @@ class Gate:
     Attributes:
         rows: how many rows each run had.
         fail: what to raise instead of running, if anything.
+        before: called before each run with its x.
     """
 
     def __init__(self, engine: Graph) -> None:
         self.rows: list[int] = []
         self.fail: Exception | None = None
+        self.before: Callable[[Array], None] = lambda x: None
         self._engine = engine
         self._open = threading.Semaphore(0)
         self._entered = asyncio.Semaphore(0)
@@ -51,6 +53,7 @@ class Gate:
         assert self._open.acquire(timeout=60)
         if self.fail is not None:
             raise self.fail
+        self.before(feeds["x"])
         return self._engine.run(feeds)
 
     def workspace(self, rows: int, steps: int) -> FedWorkspace:

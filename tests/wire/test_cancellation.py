@@ -93,12 +93,12 @@ async def test_a_chunk_sent_again_after_it_was_cancelled_gets_its_reply(house: H
     async with streaming(house.stub) as other:
         await other.send(chunk(session, 0, x[:2]))
         await house.gate.entered()
-        row = house.server.operations.sessions.find(b"", session).pending[0].row
+        row = house.server.operations.sessions.find(b"", session).pending[0].block
     await until(lambda: house.pending(session) == 0)
     assert row.unwanted
     if applied:
         # As if the run had been sealed an instant before the cancellation.
-        row.unwanted = False
+        row.unwanted.clear()
     await house.caller.send(chunk(session, 0, x[:2]))
     await house.queued(1)
     house.gate.let(2)

@@ -218,7 +218,7 @@ async def test_a_caller_that_goes_away(lstm_repository: Path) -> None:
             (pending,) = session.pending.values()
             waiting_one.cancel()
             running_one.cancel()
-            await until(lambda: server.sequences.waiting == 0 and pending.row.unwanted)
+            await until(lambda: server.sequences.waiting == 0 and bool(pending.block.unwanted))
             third = asyncio.ensure_future(stub.ModelInfer(request(x[:1, 3:], sequence_id=5, sequence_position=3)))
             gate.let(2)
             close(await third, y[:1, 3:])

@@ -188,7 +188,7 @@ async def test_what_a_caller_left_behind_is_given_up(lstm_repository: Path) -> N
             await gate.until_queued(server, 3)
             (pending,) = session.pending.values()
             call.cancel()
-            await until(lambda: pending.row.unwanted and not server.sequences.waiting)
+            await until(lambda: bool(pending.block.unwanted) and not server.sequences.waiting)
             gate.let(2)
             again = await stub.ModelInfer(request(x[:1, 3:], sequence_id=5))
             close(again, y[:1, 3:])

@@ -438,7 +438,7 @@ class Held:
 
         def true() -> bool:
             inside = self.door.find(self.server, session)
-            rows = [pending.row for pending in inside.pending.values()] + list(inside.orphans)
+            rows = [pending.block for pending in (*inside.pending.values(), *inside.orphans)]
             return all(row.unwanted for row in rows)
 
         await until(true)

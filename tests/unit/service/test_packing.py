@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from service.manifest import TensorSpec
-from service.packing import pack, pack_blocks, unpack, unpack_blocks
+from service.packing import pack, unpack
 
 Array = NDArray[np.generic]
 
@@ -34,60 +34,6 @@ SPECS = [
     spec(3, 1, (2, 5)),
     spec(1, 0, (), "int64"),
 ]
-
-
-def rows(spec: TensorSpec) -> list[Array]:
-    """A row of each length, no value of them zero."""
-    draw = np.random.default_rng(0)
-    return [draw.uniform(1, 100, (steps, *(size or 0 for size in spec.tail))).astype(spec.dtype) for steps in LENGTHS]
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape} batch {spec.batch_axis} time {spec.time_axis}")
-def test_rows_stand_where_the_graph_has_them(spec: TensorSpec) -> None:
-    """Each step of each row lies at its batch and time index, and everything after a row's end is zero."""
-    assert spec.time_axis is not None
-    given = rows(spec)
-    packed = pack(given, spec, longest=4)
-    sizes = {spec.batch_axis: 3, spec.time_axis: 4}
-    assert packed.shape == tuple(size or sizes[axis] for axis, size in enumerate(spec.shape))
-    assert packed.dtype == spec.dtype
-    for n, row in enumerate(given):
-        for t in range(4):
-            index = tuple({spec.batch_axis: n, spec.time_axis: t}.get(axis, slice(None)) for axis in range(packed.ndim))
-            np.testing.assert_array_equal(packed[index], row[t] if t < len(row) else np.zeros_like(row[0]))
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape} batch {spec.batch_axis} time {spec.time_axis}")
-def test_unpack_undoes_pack(spec: TensorSpec) -> None:
-    """Without the padding, bit for bit, and in memory of its own: one kept reply does not keep the whole tick."""
-    given = rows(spec)
-    packed = pack(given, spec, longest=4)
-    for row, back in zip(given, unpack(packed, spec, LENGTHS), strict=True):
-        np.testing.assert_array_equal(back, row)
-        assert not np.shares_memory(back, packed)
-        assert back.base is None
-
-
-@pytest.mark.parametrize("batch", [0, 1])
-def test_a_tensor_without_time(batch: int) -> None:
-    """An input has one step a row, and an output none."""
-    free = spec(batch, None, (5,))
-    given = [np.full((1, 5), n, np.float32) for n in range(3)]
-    packed = pack(given, free, longest=4)
-    assert packed.shape == ((3, 5) if batch == 0 else (5, 3))
-    for row, back in zip(given, unpack(packed, free, LENGTHS), strict=True):
-        np.testing.assert_array_equal(back, row[0])
-        assert not np.shares_memory(back, packed)
-
-
-@pytest.mark.parametrize("time", [0, None])
-def test_rows_of_different_features_are_not_stretched_over_each_other(time: int | None) -> None:
-    """Where the graph takes any number of features, a row of 1 must not be repeated to fill a neighbour's 5."""
-    free = TensorSpec(name="x", dtype="float32", shape=(None, None, None), batch_axis=1, time_axis=time)
-    for tails in ((5, 1), (1, 5)):
-        given = [np.ones((1, *((2,) if time is None else ()), size), np.float32) for size in tails]
-        with pytest.raises(ValueError, match="differ in their features"):
-            pack(given, free, longest=1)
 
 
 WIDTHS = [2, 1, 3]
@@ -120,7 +66,7 @@ def test_rows_of_blocks_stand_where_the_graph_has_them(
     # What is given holds the tick before.
     out = np.full(shape, 7, spec.dtype) if given else None
     put = blocks(spec, lengths, widths)
-    packed = pack_blocks(put, lengths, spec, out)
+    packed = pack(put, lengths, spec, out)
     assert out is None or packed is out
     assert packed.shape == tuple(shape)
     assert packed.dtype == spec.dtype
@@ -129,7 +75,7 @@ def test_rows_of_blocks_stand_where_the_graph_has_them(
         for t in range(longest):
             index = tuple({spec.batch_axis: n, spec.time_axis: t}.get(axis, slice(None)) for axis in range(packed.ndim))
             np.testing.assert_array_equal(packed[index], row[t] if t < len(row) else np.zeros_like(row[0]))
-    for block, back in zip(put, unpack_blocks(packed, spec, widths, lengths), strict=True):
+    for block, back in zip(put, unpack(packed, spec, widths, lengths), strict=True):
         np.testing.assert_array_equal(back, block)
         assert back.flags.c_contiguous
         assert back.base is None
@@ -143,10 +89,10 @@ def test_blocks_without_time(batch: int, widths: list[int], given: bool) -> None
     free = spec(batch, None, (5,))
     put = blocks(free, [1, 1, 1], widths)
     out = np.full((sum(widths), 5) if batch == 0 else (5, sum(widths)), 7, np.float32) if given else None
-    packed = pack_blocks(put, LENGTHS, free, out)
+    packed = pack(put, LENGTHS, free, out)
     assert out is None or packed is out
     np.testing.assert_array_equal(np.moveaxis(packed, batch, 0), np.concatenate(put)[:, 0])
-    for block, back in zip(put, unpack_blocks(packed, free, widths, LENGTHS), strict=True):
+    for block, back in zip(put, unpack(packed, free, widths, LENGTHS), strict=True):
         np.testing.assert_array_equal(back, block[:, 0])
         assert back.flags.c_contiguous
         assert back.base is None
@@ -161,4 +107,4 @@ def test_blocks_of_different_features_are_not_stretched_over_each_other(lengths:
     for tails in ((5, 1), (1, 5), (1, 1)) if given else ((5, 1), (1, 5)):
         put = [np.ones((2, length, size), np.float32) for length, size in zip(lengths, tails, strict=True)]
         with pytest.raises(ValueError, match=r"differ in their features|must match exactly|wrong shape"):
-            pack_blocks(put, lengths, free, out)
+            pack(put, lengths, free, out)

@@ -41,14 +41,14 @@ def replies(clock: Clock) -> Replies:
 
 def test_room_is_held_and_given_back(replies: Replies) -> None:
     """Over the limit the error says what is held; a reply takes the place of the one before it."""
-    replies.reserve(60, None)
+    replies.reserve(60, 0)
     with pytest.raises(Full, match=r"hold 60 bytes, and 50 more would pass the limit of 100"):
-        replies.reserve(50, None)
-    replies.replace(None, reply(60), 60)
-    replies.reserve(80, reply(60))
-    replies.replace(reply(60), reply(80), 80)
+        replies.reserve(50, 0)
+    replies.replace(0, 60, 60)
+    replies.reserve(80, 60)
+    replies.replace(60, 80, 80)
     assert replies.held == 80
-    replies.replace(reply(80), None)
+    replies.replace(80, 0)
     assert replies.held == 0
 
 
@@ -56,9 +56,9 @@ def test_ended_sequences_make_room_for_live_ones(replies: Replies, clock: Clock)
     """The oldest goes first, and only as many as it takes; they never cost a live session its reply."""
     for name in ("a", "b", "c"):
         replies.keep(key(name), ended(30, clock))
-    replies.reserve(50, None)
+    replies.reserve(50, 0)
     assert [replies.ended(key(name)) is not None for name in ("a", "b", "c")] == [False, False, True]
-    replies.reserve(50, None)
+    replies.reserve(50, 0)
     assert (replies.ended(key("c")), replies.held) == (None, 100)
     replies.keep(key("d"), ended(1, clock))
     assert replies.ended(key("d")) is None

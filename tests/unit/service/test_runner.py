@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from service.errors import Cancelled, Draining, EngineFailed, Full, Late
 from service.metrics import Metrics
-from service.row import Phase, Row, Track
+from service.row import Block, Phase, Row, Track
 from service.runner import Runner
 from service.scheduler import Limits
 from service.statistics import Spent
@@ -37,7 +37,7 @@ class Bench:
         self.clock = Clock()
         self.metrics = Metrics()
         self.runner = self.another()
-        self.ended: list[Row] = []
+        self.ended: list[Block] = []
         self._news = asyncio.Event()
 
     def another(self) -> Runner:
@@ -55,14 +55,14 @@ class Bench:
             calendar=lambda: 1_800_000_000.5,
         )
 
-    def row(self, *x: float, track: Track | None = None, position: int = 0, deadline: float | None = None) -> Row:
+    def row(self, *x: float, track: Track | None = None, position: int = 0, deadline: float | None = None) -> Block:
         """A row of those steps."""
         track = track or Track(self.runner.pool.allocate())
-        return Row(track, position, len(x), [np.array(x)], self._end, deadline)
+        return Block([Row(track, position)], len(x), [np.array([x])], self._end, deadline)
 
-    def state(self, row: Row) -> float:
+    def state(self, row: Block) -> float:
         """What the pool holds for a row."""
-        (state,) = self.runner.pool.read(row.track.slot)
+        (state,) = self.runner.pool.read(row.rows[0].track.slot)
         return float(state)
 
     async def all_ended(self, count: int) -> None:
@@ -72,13 +72,13 @@ class Bench:
                 self._news.clear()
                 await self._news.wait()
 
-    async def run(self, *rows: Row) -> None:
+    async def run(self, *rows: Block) -> None:
         """Queue rows together, and wait until they have ended."""
         before = len(self.ended)
         self.runner.submit(rows)
         await self.all_ended(before + len(rows))
 
-    def _end(self, row: Row) -> None:
+    def _end(self, row: Block) -> None:
         self.ended.append(row)
         self._news.set()
 
@@ -96,11 +96,11 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.runner.stop(30)
 
 
-def outputs(row: Row) -> list[float]:
+def outputs(row: Block) -> list[float]:
     """The row's only output."""
     assert row.outputs is not None
     (y,) = row.outputs
-    return [float(value) for value in y]
+    return [float(value) for value in y[0]]
 
 
 async def test_rows_queued_together_run_together(bench: Bench) -> None:
@@ -109,14 +109,17 @@ async def test_rows_queued_together_run_together(bench: Bench) -> None:
     await bench.run(long, short, other)
     assert [outputs(row) for row in (long, short, other)] == [[1, 3, 6, 10], [10, 30], [5, 10, 15]]
     assert [bench.state(row) for row in (long, short, other)] == [10, 30, 15]
-    assert [row.track.position for row in (long, short, other)] == [4, 2, 3]
+    assert [row.rows[0].track.position for row in (long, short, other)] == [4, 2, 3]
     assert (bench.graph.runs[0], len(bench.ended)) == (3, 3)
 
 
 async def test_the_state_goes_on_from_tick_to_tick(bench: Bench) -> None:
     """Chunks of one track, queued at once, each begin in the state that the one before left."""
     first = bench.row(1, 2)
-    second, third = bench.row(3, track=first.track, position=2), bench.row(4, 5, track=first.track, position=3)
+    second, third = (
+        bench.row(3, track=first.rows[0].track, position=2),
+        bench.row(4, 5, track=first.rows[0].track, position=3),
+    )
     await bench.run(first, second, third)
     assert [outputs(row) for row in (first, second, third)] == [[1, 3], [6], [10, 15]]
     assert bench.graph.runs == [1, 1, 1]
@@ -135,7 +138,11 @@ async def test_a_row_that_the_model_cannot_take_fails_alone(bench: Bench, poison
     before = [bench.state(row) for row in rows]
     bench.graph.before = refuse
     again = [
-        bench.row(POISON if n == poisoned else 1, track=row.track, position=2 if row.track.position == 2 else 0)
+        bench.row(
+            POISON if n == poisoned else 1,
+            track=row.rows[0].track,
+            position=2 if row.rows[0].track.position == 2 else 0,
+        )
         for n, row in enumerate(rows)
     ]
     await bench.run(*again)
@@ -143,9 +150,9 @@ async def test_a_row_that_the_model_cannot_take_fails_alone(bench: Bench, poison
         if n == poisoned:
             assert isinstance(row.error, EngineFailed)
             assert "secret" not in str(row.error)
-            assert (row.outputs, bench.state(row), row.track.position) == (None, before[n], 2)
+            assert (row.outputs, bench.state(row), row.rows[0].track.position) == (None, before[n], 2)
         else:
-            assert (row.error, outputs(row), row.track.position) == (None, [before[n] + 1], 3)
+            assert (row.error, outputs(row), row.rows[0].track.position) == (None, [before[n] + 1], 3)
             assert bench.state(row) == before[n] + 1
 
 
@@ -162,7 +169,7 @@ async def test_an_engine_that_always_fails_fails_every_row_and_the_runner_lives(
     assert [bench.state(row) for row in rows] == [0] * 7
     assert len(bench.ended) == 7
     bench.graph.before = lambda x: None
-    again = [bench.row(2, track=row.track) for row in rows]
+    again = [bench.row(2, track=row.rows[0].track) for row in rows]
     await bench.run(*again)
     assert [outputs(row) for row in again] == [[2]] * 7
 
@@ -173,19 +180,19 @@ async def test_outputs_that_are_not_as_the_manifest_says(bench: Bench, monkeypat
     row = bench.row(1)
     await bench.run(row)
     assert isinstance(row.error, EngineFailed)
-    assert (bench.state(row), row.track.position) == (0, 0)
+    assert (bench.state(row), row.rows[0].track.position) == (0, 0)
 
 
 async def test_a_row_cancelled_while_it_runs_is_not_applied(bench: Bench) -> None:
     """Its tick goes on for the others; it ends once, cancelled, with its state where it was."""
     stays, goes = bench.row(1), bench.row(2)
-    told: list[bool] = []
-    bench.graph.before = lambda x: told.append(bench.runner.cancel(goes))
+    told: list[Block] = []
+    bench.graph.before = lambda x: told.extend(bench.runner.cancel(goes.rows))
     await bench.run(stays, goes)
-    assert told == [False]
-    assert (outputs(stays), bench.state(stays), stays.track.position) == ([1], 1, 1)
+    assert told == []
+    assert (outputs(stays), bench.state(stays), stays.rows[0].track.position) == ([1], 1, 1)
     assert isinstance(goes.error, Cancelled)
-    assert (goes.outputs, bench.state(goes), goes.track.position) == (None, 0, 0)
+    assert (goes.outputs, bench.state(goes), goes.rows[0].track.position) == (None, 0, 0)
     assert bench.ended.count(goes) == 1
 
 
@@ -200,7 +207,7 @@ async def test_a_row_whose_deadline_passes_while_it_runs_is_not_applied(bench: B
     await bench.run(in_time, late)
     assert (outputs(in_time), bench.state(in_time)) == ([1], 1)
     assert isinstance(late.error, Late)
-    assert (bench.state(late), late.track.position) == (0, 0)
+    assert (bench.state(late), late.rows[0].track.position) == (0, 0)
 
 
 async def test_a_row_cancelled_while_it_waits_never_runs(bench: Bench) -> None:
@@ -217,7 +224,7 @@ async def test_a_row_cancelled_while_it_waits_never_runs(bench: Bench) -> None:
     assert await asyncio.to_thread(inside.wait, 30)
     bench.runner.submit([waiting, last])
     assert bench.runner.queued == 2
-    assert bench.runner.cancel(waiting)
+    assert bench.runner.cancel(waiting.rows)
     go_on.set()
     await bench.all_ended(2)
     assert bench.ended == [running, last]
@@ -249,10 +256,10 @@ async def test_what_queues_while_a_run_is_held_shares_the_next(bench: Bench) -> 
 async def test_a_result_that_its_owner_cannot_take_costs_the_others_nothing(bench: Bench) -> None:
     """Everyone else of the tick is told all the same, and so is the next tick."""
 
-    def choke(row: Row) -> None:
+    def choke(row: Block) -> None:
         raise RuntimeError("full")
 
-    bad = Row(Track(bench.runner.pool.allocate()), 0, 1, [np.ones(1)], choke)
+    bad = Block([Row(Track(bench.runner.pool.allocate()), 0)], 1, [np.ones((1, 1))], choke)
     good = bench.row(1)
     bench.runner.submit([bad, good])
     await bench.all_ended(1)
@@ -313,14 +320,14 @@ async def test_a_row_that_is_taken_out_between_its_slices_ends_once(monkeypatch:
     """Whoever took it out was told so then; its tick, whose rows are delivered after that, does not tell again."""
     bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=2))
     long, other = bench.row(1, 2, 3, 4), bench.row(5)
-    taken_out: list[bool] = []
+    taken_out: list[Block] = []
     # The last thing that a tick does before its rows are told.
-    monkeypatch.setattr(bench.runner.statistics, "run", lambda **_: taken_out.append(bench.runner.cancel(long)))
+    monkeypatch.setattr(bench.runner.statistics, "run", lambda **_: taken_out.extend(bench.runner.cancel(long.rows)))
     bench.runner.start()
     bench.runner.submit([long])
     bench.runner.submit([other])
     await bench.all_ended(1)
-    assert taken_out[0]
+    assert taken_out == [long]
     assert bench.ended == [other]
     assert await bench.runner.stop(30)
 
@@ -333,8 +340,8 @@ async def test_a_slice_without_room_for_its_states_fails_alone() -> None:
     bench.runner.start()
     await bench.all_ended(2)
     assert isinstance(long.error, EngineFailed)
-    assert (long.track.position, bench.state(long)) == (0, 0)
-    assert (outputs(short), short.track.position, bench.state(short)) == ([5, 11], 2, 11)
+    assert (long.rows[0].track.position, bench.state(long)) == (0, 0)
+    assert (outputs(short), short.rows[0].track.position, bench.state(short)) == ([5, 11], 2, 11)
     assert bench.runner.pool.taken == 2
     assert await bench.runner.stop(30)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import Cancelled, Draining, Full, InvalidRequest, Late, PositionConflict
-from service.row import Phase, Row, Track
+from service.row import Block, Phase, Row, Track
 from service.scheduler import Limits, Scheduler, Tick
 
 NOW = 100.0
@@ -35,20 +35,20 @@ def row(
     deadline: float | None = None,
     priority: int = 2,
     batch: bool = False,
-) -> Row:
+) -> Block:
     """A row of a track of its own, unless one is given."""
-    return Row(track or Track(0), position, steps, (), lambda row: None, deadline, priority, batch=batch)
+    return Block([Row(track or Track(0), position)], steps, (), lambda row: None, deadline, priority, batch=batch)
 
 
-def follow(track: Track, *steps: int) -> list[Row]:
+def follow(track: Track, *steps: int) -> list[Block]:
     """Rows of one track, each where the one before it ends."""
     starts = [track.position + sum(steps[:index]) for index in range(len(steps))]
     return [row(size, track, start) for size, start in zip(steps, starts, strict=True)]
 
 
-def ticks(scheduler: Scheduler) -> list[list[Row]]:
+def ticks(scheduler: Scheduler) -> list[list[Block]]:
     """Cut and seal until nothing is left; the rows of each tick."""
-    return [tick.rows for tick in cut_all(scheduler)]
+    return [tick.blocks for tick in cut_all(scheduler)]
 
 
 def cut_all(scheduler: Scheduler) -> list[Tick]:
@@ -70,10 +70,10 @@ def finish(scheduler: Scheduler, tick: Tick, now: float = NOW) -> list[int]:
     return sealed.applied
 
 
-def cut(scheduler: Scheduler, now: float = NOW) -> tuple[list[Row], list[Row]]:
+def cut(scheduler: Scheduler, now: float = NOW) -> tuple[list[Block], list[Block]]:
     """The rows of the next tick, and those that are refused."""
     tick, refused = scheduler.cut(now)
-    return (tick.rows if tick else []), refused
+    return (tick.blocks if tick else []), refused
 
 
 def lengths(cut: Sequence[Tick]) -> list[list[int]]:
@@ -100,7 +100,7 @@ def test_what_runs_or_was_cancelled_does_not_count_as_waiting() -> None:
     queue = scheduler(queued_rows=3, tick_rows=1)
     rows = [row(), row(deadline=NOW), row()]
     queue.submit(rows)
-    assert queue.cancel(rows[2])
+    assert queue.cancel(rows[2].rows)
     assert queue.queued == 2
     assert (*cut(queue), queue.queued) == ([rows[0]], [], 1)
     assert (*cut(queue), queue.queued) == ([], [rows[1]], 0)
@@ -111,14 +111,14 @@ def test_bytes_that_wait_are_bounded() -> None:
     """Also all or none; what is cut, refused, cancelled or cleared gives its bytes back and lets go of them."""
     queue = scheduler(queued_bytes=100, tick_rows=1)
 
-    def large(size: int, deadline: float | None = None) -> Row:
-        return Row(Track(0), 0, 1, [np.zeros(size, np.int8)], lambda row: None, deadline)
+    def large(size: int, deadline: float | None = None) -> Block:
+        return Block([Row(Track(0), 0)], 1, [np.zeros(size, np.int8)], lambda row: None, deadline)
 
     rows = [large(30), large(30, NOW), large(30)]
     queue.submit(rows)
     with pytest.raises(Full, match=r"90 bytes .* 12 more would pass the limit of 100"):
         queue.submit([large(6), large(6)])
-    assert queue.cancel(rows[2])
+    assert queue.cancel(rows[2].rows)
     queue.submit([large(40)])
     for _ in range(2):
         queue.cut(NOW)
@@ -181,8 +181,12 @@ def test_long_rows_run_in_slices() -> None:
     queue.submit(rows)
     cut = cut_all(queue)
     assert all(len(set(tick.lengths)) == 1 for tick in cut)
-    assert [sum(tick.lengths[tick.rows.index(each)] for tick in cut if each in tick.rows) for each in rows] == [4, 9, 8]
-    assert [each.track.position for each in rows] == [4, 9, 8]
+    assert [sum(tick.lengths[tick.blocks.index(each)] for tick in cut if each in tick.blocks) for each in rows] == [
+        4,
+        9,
+        8,
+    ]
+    assert [each.rows[0].track.position for each in rows] == [4, 9, 8]
 
 
 @pytest.mark.parametrize("ragged", [True, False])
@@ -191,7 +195,7 @@ def test_steps_of_a_tick_are_bounded(ragged: bool) -> None:
     queue = scheduler(tick_steps=16, ragged=ragged)
     queue.submit([row(steps) for steps in (4, 8, 4, 40, 30, 3, 1)])
     cut = cut_all(queue)
-    assert all(len(tick.rows) * tick.steps <= 16 for tick in cut)
+    assert all(tick.rows * tick.steps <= 16 for tick in cut)
     assert sum(sum(tick.lengths) for tick in cut) == 90
 
 
@@ -220,8 +224,8 @@ def test_rows_that_must_not_be_sliced(ragged: bool) -> None:
     cut = cut_all(queue)
     assert [tick.lengths for tick in cut if tick.steps == 600] == [[600]]
     assert sorted(length for tick in cut for length in tick.lengths) == [30, 30, 31, 98, 99, 100, 100, 600]
-    assert all(tick.lengths == [each.steps for each in tick.rows] for tick in cut)
-    cells = sum(len(tick.rows) * tick.steps for tick in cut)
+    assert all(tick.lengths == [each.steps for each in tick.blocks] for tick in cut)
+    cells = sum(tick.rows * tick.steps for tick in cut)
     assert cells - sum(sum(tick.lengths) for tick in cut) <= (0.05 * cells if ragged else 0)
     assert len(cut) == (3 if ragged else 6)
 
@@ -234,12 +238,12 @@ def test_a_row_counts_when_its_last_slice_has_run() -> None:
     queue.submit([first, second])
     tick, _ = queue.cut(NOW)
     assert tick is not None
-    assert (tick.rows, tick.lengths) == ([first], [4])
+    assert (tick.blocks, tick.lengths) == ([first], [4])
     assert finish(queue, tick) == []
     assert (first.phase, first.done, track.position, queue.queued) == (Phase.QUEUED, 4, 5, 2)
     tick, _ = queue.cut(NOW)
     assert tick is not None
-    assert (tick.rows, tick.lengths) == ([first], [2])
+    assert (tick.blocks, tick.lengths) == ([first], [2])
     assert finish(queue, tick) == [0]
     assert (first.phase, track.position) == (Phase.APPLIED, 11)
     assert cut(queue) == ([second], [])
@@ -253,16 +257,17 @@ def test_cancel_between_slices() -> None:
     tick, _ = queue.cut(NOW)
     assert tick is not None
     finish(queue, tick)
-    assert queue.cancel(waiting)
+    assert queue.cancel(waiting.rows)
     queue.submit([running])
     tick, _ = queue.cut(NOW)
     assert tick is not None
-    assert tick.rows == [running]
+    assert tick.blocks == [running]
     sealed = queue.seal(tick, NOW)
     assert sealed.advanced == [0]
-    assert not queue.cancel(running)
+    assert not queue.cancel(running.rows)
     queue.resume(tick, sealed)
-    assert [(each.phase, type(each.error), each.track.position) for each in (waiting, running)] == [
+    assert cut(queue) == ([], [running])
+    assert [(each.phase, type(each.error), each.rows[0].track.position) for each in (waiting, running)] == [
         (Phase.REFUSED, Cancelled, 0)
     ] * 2
     assert (queue.queued, cut(queue)) == (0, ([], []))
@@ -291,7 +296,7 @@ def test_a_row_runs_only_where_its_track_stands() -> None:
     track = Track(0, position=7)
     rows = follow(track, 2, 3, 1)
     queue.submit(rows)
-    assert queue.cancel(rows[0])
+    assert queue.cancel(rows[0].rows)
     refused = rows[1:]
     assert cut(queue) == ([], refused)
     for each in refused:
@@ -344,7 +349,7 @@ def test_a_priority_leads_and_others_join() -> None:
     queue.submit([long, short, first])
     tick, _ = queue.cut(NOW)
     assert tick is not None
-    assert (tick.rows, tick.lengths) == ([first, long], [8, 8])
+    assert (tick.blocks, tick.lengths) == ([first, long], [8, 8])
 
 
 def test_no_priority_overtakes_an_earlier_row_of_its_track() -> None:
@@ -371,8 +376,8 @@ def test_no_row_waits_for_ever() -> None:
 def test_callers_share_the_steps() -> None:
     """One with ten thousand rows does not keep one with a single row waiting."""
     queue = scheduler(queued_rows=20_000, tick_rows=4)
-    many = [Row(Track(0), 0, 1, (), lambda row: None, caller="many") for _ in range(10_000)]
-    one = Row(Track(0), 0, 1, (), lambda row: None, caller="one")
+    many = [Block([Row(Track(0), 0)], 1, (), lambda row: None, caller="many") for _ in range(10_000)]
+    one = Block([Row(Track(0), 0)], 1, (), lambda row: None, caller="one")
     queue.submit(many)
     for _ in range(3):
         cut(queue)
@@ -385,7 +390,7 @@ def test_what_was_cancelled_does_not_lead() -> None:
     queue = scheduler(tick_rows=1)
     cancelled, late, low = row(priority=3), row(priority=3, deadline=NOW), row(priority=3)
     queue.submit([cancelled, late, low])
-    queue.cancel(cancelled)
+    queue.cancel(cancelled.rows)
     for _ in range(7):
         queue.submit([row(priority=1)])
         cut(queue)
@@ -403,9 +408,9 @@ def test_positions_move_when_a_tick_is_sealed() -> None:
     queue.submit(follow(track, 3))
     tick, _ = queue.cut(NOW)
     assert tick is not None
-    assert (tick.rows[0].phase, track.position) == (Phase.RUNNING, 5)
+    assert (tick.blocks[0].phase, track.position) == (Phase.RUNNING, 5)
     assert finish(queue, tick) == [0]
-    assert (tick.rows[0].phase, track.position) == (Phase.APPLIED, 8)
+    assert (tick.blocks[0].phase, track.position) == (Phase.APPLIED, 8)
 
 
 def test_seal_applies_some_rows_of_a_tick_and_not_others() -> None:
@@ -415,10 +420,10 @@ def test_seal_applies_some_rows_of_a_tick_and_not_others() -> None:
     queue.submit(rows)
     tick, _ = queue.cut(NOW)
     assert tick is not None
-    assert tick.rows == rows
-    queue.cancel(rows[1])
+    assert tick.blocks == rows
+    queue.cancel(rows[1].rows)
     assert finish(queue, tick, NOW + 1) == [0, 3]
-    assert [each.track.position for each in rows] == [1, 0, 0, 1]
+    assert [each.rows[0].track.position for each in rows] == [1, 0, 0, 1]
     assert [type(each.error) for each in rows] == [type(None), Cancelled, Late, type(None)]
 
 
@@ -427,7 +432,7 @@ def test_cancel_a_row_that_waits() -> None:
     queue = scheduler()
     first, second = row(), row()
     queue.submit([first, second])
-    assert queue.cancel(first)
+    assert queue.cancel(first.rows)
     assert (first.phase, type(first.error), queue.queued) == (Phase.REFUSED, Cancelled, 1)
     assert ticks(queue) == [[second]]
 
@@ -439,10 +444,10 @@ def test_cancel_a_row_that_runs() -> None:
     queue.submit([only])
     tick, _ = queue.cut(NOW)
     assert tick is not None
-    assert not queue.cancel(only)
+    assert not queue.cancel(only.rows)
     assert only.phase is Phase.RUNNING
     assert finish(queue, tick) == []
-    assert (only.phase, type(only.error), only.track.position) == (Phase.REFUSED, Cancelled, 0)
+    assert (only.phase, type(only.error), only.rows[0].track.position) == (Phase.REFUSED, Cancelled, 0)
 
 
 @pytest.mark.parametrize("end", [Phase.APPLIED, Phase.REFUSED])
@@ -452,10 +457,10 @@ def test_cancel_a_row_that_has_ended(end: Phase) -> None:
     only = row(deadline=None if end is Phase.APPLIED else NOW)
     queue.submit([only])
     ticks(queue)
-    before = (only.phase, only.error, only.track.position)
+    before = (only.phase, only.error, only.rows[0].track.position)
     assert before[0] is end
-    assert not queue.cancel(only)
-    assert (only.phase, only.error, only.track.position) == before
+    assert not queue.cancel(only.rows)
+    assert (only.phase, only.error, only.rows[0].track.position) == before
 
 
 def test_cancel_twice() -> None:
@@ -463,8 +468,8 @@ def test_cancel_twice() -> None:
     queue = scheduler()
     only = row()
     queue.submit([only, row()])
-    assert queue.cancel(only)
-    assert not queue.cancel(only)
+    assert queue.cancel(only.rows)
+    assert not queue.cancel(only.rows)
     assert queue.queued == 1
 
 
@@ -476,7 +481,7 @@ def test_clear_refuses_what_waits() -> None:
     queue.submit([low], NOW)
     tick, _ = queue.cut(NOW)
     assert tick is not None
-    queue.cancel(cancelled)
+    queue.cancel(cancelled.rows)
     behind = follow(Track(0), 1, 1)
     queue.submit(behind, NOW + 1)
     assert queue.clear(Draining("stopping")) == [waiting, low, *behind]
@@ -492,15 +497,15 @@ def test_random_traffic_ends_every_row_once_and_in_order(data: st.DataObject) ->
     queue = Scheduler(limits)
     tracks = [Track(slot) for slot in range(4)]
     ends = [0] * 4
-    accepted: list[Row] = []
-    ended: list[Row] = []
-    applied: dict[Track, list[Row]] = {track: [] for track in tracks}
+    accepted: list[Block] = []
+    ended: list[Block] = []
+    applied: dict[Track, list[Block]] = {track: [] for track in tracks}
     now = 0.0
 
     def run(tick: Tick) -> None:
         for index in finish(queue, tick, now):
-            applied[tick.rows[index].track].append(tick.rows[index])
-        ended.extend(each for each in tick.rows if each.phase in (Phase.APPLIED, Phase.REFUSED))
+            applied[tick.blocks[index].rows[0].track].append(tick.blocks[index])
+        ended.extend(each for each in tick.blocks if each.phase in (Phase.APPLIED, Phase.REFUSED))
 
     for _ in range(data.draw(st.integers(1, 30))):
         action = data.draw(st.sampled_from(["submit", "submit", "cancel", "tick"]))
@@ -519,21 +524,21 @@ def test_random_traffic_ends_every_row_once_and_in_order(data: st.DataObject) ->
                 ends[which] = start + steps
         elif action == "cancel" and accepted:
             given_up = data.draw(st.sampled_from(accepted))
-            if queue.cancel(given_up):
+            if queue.cancel(given_up.rows):
                 ended.append(given_up)
         else:
             tick, refused = queue.cut(now)
             ended += refused
             if tick is None:
                 continue
-            assert len(tick.rows) <= limits.tick_rows
-            assert len({each.track for each in tick.rows}) == len(tick.rows)
-            assert len(tick.rows) * tick.steps <= limits.tick_steps
-            victim = data.draw(st.sampled_from([None, *tick.rows]))
+            assert tick.rows <= limits.tick_rows
+            assert len({each.rows[0].track for each in tick.blocks}) == tick.rows
+            assert tick.rows * tick.steps <= limits.tick_steps
+            victim = data.draw(st.sampled_from([None, *tick.blocks]))
             if victim is not None:
-                queue.cancel(victim)
+                queue.cancel(victim.rows)
             now += data.draw(st.floats(0, 2))
-            queue.pace.learn(len(tick.rows), tick.steps, data.draw(st.floats(0, 2)))
+            queue.pace.learn(tick.rows, tick.steps, data.draw(st.floats(0, 2)))
             run(tick)
         assert queue.queued <= limits.queued_rows + limits.tick_rows
     while queue.queued:
@@ -545,10 +550,10 @@ def test_random_traffic_ends_every_row_once_and_in_order(data: st.DataObject) ->
     assert len(ended) == len(accepted)
     assert {id(each) for each in ended} == {id(each) for each in accepted}
     for each in accepted:
-        assert (each.phase is Phase.APPLIED) == (each in applied[each.track])
+        assert (each.phase is Phase.APPLIED) == (each in applied[each.rows[0].track])
         assert (each.phase is Phase.REFUSED) == (each.error is not None)
     for track, rows in applied.items():
-        assert [each.position for each in rows] == [
+        assert [each.rows[0].position for each in rows] == [
             sum(before.steps for before in rows[:index]) for index in range(len(rows))
         ]
         assert track.position == sum(each.steps for each in rows)
@@ -562,7 +567,7 @@ def test_what_is_given_up_does_not_pile_up() -> None:
     for _ in range(1000):
         gone = row()
         queue.submit([gone])
-        assert queue.cancel(gone)
+        assert queue.cancel(gone.rows)
         assert sum(map(len, queue._queues.values())) <= 2 * 5 + 65
     queue.submit(waiting[5:])
     assert queue.queued == 10
@@ -572,8 +577,8 @@ def test_what_is_given_up_does_not_pile_up() -> None:
 
 def test_a_row_that_has_been_told_holds_nobody() -> None:
     """Whom it told is let go of: a row may stay in its queue for a while after that."""
-    told: list[Row] = []
-    one = Row(Track(0), 0, 1, (), told.append)
+    told: list[Block] = []
+    one = Block([Row(Track(0), 0)], 1, (), told.append)
     one.tell()
     one.tell()
     assert told == [one]

@@ -37,7 +37,7 @@ from service.manifest import Manifest
 from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
-from service.row import Row
+from service.row import Block
 from service.runner import Runner
 from service.scheduler import Limits
 from service.sequences import Load, Sequences, Step, Stepped, Ticket
@@ -53,21 +53,18 @@ MUST_START = (
 class ByHand(Runner):
     """A runner without a thread."""
 
-    def submit(self, rows: Sequence[Row]) -> None:
-        """Queue rows; nobody is to be woken."""
+    def submit(self, blocks: Sequence[Block]) -> None:
+        """Queue blocks; nobody is to be woken."""
         self._notifying = True
-        super().submit(rows)
+        super().submit(blocks)
 
     def tick(self) -> None:
         """Run what waits, as far as one tick holds it, and tell."""
-        tick, refused = self._scheduler.cut(self._clock())
-        ended = refused
+        tick, ended = self._scheduler.cut(self._clock())
         if tick is not None:
-            going_on: list[Row] = []
-            self._run(tick, self._clock(), going_on)
-            ended = refused + [row for row in tick.rows if row not in going_on]
-        for row in ended:
-            self._release(row)
+            ended = ended + self._run_tick(tick)
+        for block in ended:
+            self._release(block)
         self._deliver(ended)
 
 

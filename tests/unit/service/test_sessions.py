@@ -19,7 +19,7 @@ from service.errors import (
     SessionExpired,
     SessionUnknown,
 )
-from service.row import Phase, Row, Track
+from service.row import Block, Track
 from service.session import Pending, Reply, Session
 from service.sessions import SessionTable
 from tests.clock import Clock
@@ -58,29 +58,37 @@ class Table(SessionTable):
         return self.add(owner, self.check_new(owner, identity), Model(), Track(0))
 
 
-def begin(session: Session, position: int, steps: int, listener: Listener | None = None) -> Row:
+class Sheet(str):
+    """Stands for an array of outputs."""
+
+    nbytes = 1
+
+
+def begin(session: Session, position: int, steps: int, listener: Listener | None = None) -> Pending:
     """Take a chunk in, as it is done after the queue has it."""
     assert session.match(0, position, steps) is None
-    row = Row(session.track, position, steps, (), lambda row: None)
-    session.begin(row, listener or Listener())
-    return row
+    pending = Pending(session, position, listener or Listener())
+    Block([pending], steps, (), lambda block: None)
+    session.pending[position] = pending
+    return pending
 
 
-def apply(session: Session, row: Row, outputs: str = "y") -> None:
+def apply(session: Session, pending: Pending, outputs: str = "y") -> None:
     """End a chunk well."""
-    row.outputs = (outputs,)
-    row.phase = Phase.APPLIED
-    row.track.position = row.position + row.steps
-    session.end(row).tell()
+    session.track.position = pending.position + pending.block.steps
+    tell(session, pending, Reply(pending.position, pending.block.steps, (Sheet(outputs),)))
 
 
-def refuse(session: Session, row: Row) -> None:
+def refuse(session: Session, pending: Pending, error: ConveyorError | None = None) -> None:
     """End a chunk unapplied."""
-    row.refuse(Late("late"))
-    session.end(row).tell()
+    tell(session, pending, error or Late("late"))
 
 
-# --- what a chunk is to a session ---
+def tell(session: Session, pending: Pending, result: Reply | ConveyorError) -> None:
+    """End a chunk, and tell who waited for it."""
+    waiters, told = session.end(pending, result)
+    for waiter in waiters:
+        waiter.answer(told)
 
 
 def test_the_next_chunk_begins_where_the_session_is() -> None:
@@ -99,7 +107,7 @@ def test_the_last_chunk_sent_again_gets_its_reply() -> None:
     session = Table().open()
     for position in (0, 2):
         apply(session, begin(session, position, 2), outputs=f"y at {position}")
-    assert session.match(0, 2, 2) == Reply(2, 2, ("y at 2",))
+    assert session.match(0, 2, 2) == Reply(2, 2, (Sheet("y at 2"),))
     for position, steps in ((2, 1), (2, 3), (0, 2)):
         with pytest.raises(PositionConflict) as conflict:
             session.match(0, position, steps)
@@ -125,7 +133,7 @@ def test_a_chunk_under_way_sent_again_is_waited_for_by_both() -> None:
     assert isinstance(pending, Pending)
     pending.waiters.append(second)
     apply(session, row)
-    assert first.heard == second.heard == [Reply(0, 2, ("y",))]
+    assert first.heard == second.heard == [Reply(0, 2, (Sheet("y"),))]
 
 
 @pytest.mark.parametrize("position", [1, 6, 100])
@@ -169,12 +177,11 @@ def test_a_chunk_that_all_have_left_can_be_sent_again_while_it_runs(applied: boo
     again = begin(session, 0, 2, listener)
     if applied:
         apply(session, row)
-        again.refuse(PositionConflict("at 2", 2))
-        session.end(again).tell()
+        refuse(session, again, PositionConflict("at 2", 2))
     else:
         refuse(session, row)
         apply(session, again)
-    assert (left.heard, listener.heard) == ([], [Reply(0, 2, ("y",))])
+    assert (left.heard, listener.heard) == ([], [Reply(0, 2, (Sheet("y"),))])
     assert (session.position, session.at_rest) == (2, True)
 
 
@@ -186,8 +193,7 @@ def test_a_conflict_that_no_reply_answers_stays_one() -> None:
     session.orphan(session.pending[0])
     other = begin(session, 0, 3, listener)
     apply(session, row)
-    other.refuse(PositionConflict("at 2", 2))
-    session.end(other).tell()
+    refuse(session, other, PositionConflict("at 2", 2))
     (heard,) = listener.heard
     assert isinstance(heard, PositionConflict)
     assert session.position == 2

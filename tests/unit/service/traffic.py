@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.errors import ConveyorError
-from service.row import Phase, Row, Track
+from service.row import Block, Phase, Row, Track
 from service.scheduler import Limits, Scheduler
 
 
@@ -92,18 +92,18 @@ class World:
                     if self.now >= until:
                         self._events.clear()
                 continue
-            assert len({id(row.track) for row in tick.rows}) == len(tick.rows)
-            seconds = self._cost_s(len(tick.rows), tick.steps)
+            assert len({id(row.track) for block in tick.blocks for row in block.rows}) == tick.rows
+            seconds = self._cost_s(tick.rows, tick.steps)
             self.ticks += 1
-            self.cells += len(tick.rows) * tick.steps
-            self.useful += sum(tick.lengths)
+            self.cells += tick.rows * tick.steps
+            self.useful += tick.cells
             self.busy_s += seconds
             end = self.now + seconds
             self._happen(end)
             self.now = end
-            self.scheduler.pace.learn(len(tick.rows), tick.steps, seconds)
+            self.scheduler.pace.learn(tick.rows, tick.steps, seconds)
             self.scheduler.resume(tick, self.scheduler.seal(tick, self.now))
-            for row in tick.rows:
+            for row in tick.blocks:
                 if row.phase in (Phase.APPLIED, Phase.REFUSED):
                     row.on_end(row)
             if self.now >= until:
@@ -121,13 +121,13 @@ class World:
         def send() -> None:
             began, position = self.now, track.position
 
-            def end(row: Row) -> None:
+            def end(row: Block) -> None:
                 self._end(row, seen, began)
                 assert track.position == position + (steps if row.phase is Phase.APPLIED else 0)
                 self.at(max(self.now, began + period_s * (0.5 + random.random())), send)
 
             deadline = None if late_s is None else began + late_s
-            row = Row(track, position, steps, [Sheet()], end, deadline, caller=name)
+            row = Block([Row(track, position)], steps, [Sheet()], end, deadline, caller=name)
             if not self._submit([row], seen):
                 self.at(self.now + max(period_s, 0.001), send)
 
@@ -144,7 +144,7 @@ class World:
         def send() -> None:
             began, left = self.now, rows
 
-            def end(row: Row) -> None:
+            def end(row: Block) -> None:
                 nonlocal left
                 left -= 1
                 self._end(row, seen, began, counts=not left)
@@ -152,13 +152,13 @@ class World:
                     self.at(self.now, send)
 
             lengths = [max(1, min(4096, round(random.lognormvariate(math.log(median), sigma)))) for _ in range(rows)]
-            batch = [Row(Track(0), 0, length, [Sheet()], end, caller=name, batch=True) for length in lengths]
+            batch = [Block([Row(Track(0), 0)], length, [Sheet()], end, caller=name, batch=True) for length in lengths]
             if not self._submit(batch, seen):
                 self.at(self.now + 0.01, send)
 
         self.at(0.0, send)
 
-    def _submit(self, rows: list[Row], seen: Seen) -> bool:
+    def _submit(self, rows: list[Block], seen: Seen) -> bool:
         try:
             self.scheduler.submit(rows, self.now)
         except ConveyorError:
@@ -167,7 +167,7 @@ class World:
         self._open += len(rows)
         return True
 
-    def _end(self, row: Row, seen: Seen, began: float, counts: bool = True) -> None:
+    def _end(self, row: Block, seen: Seen, began: float, counts: bool = True) -> None:
         self._open -= 1
         if row.phase is Phase.REFUSED:
             seen.late += 1
