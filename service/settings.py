@@ -182,7 +182,10 @@ def load_tune(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings
     parser.add_argument("--model", metavar="NAME", help="the model to measure; every one where it is left out")
     flags = vars(parser.parse_args(argv))
     model = flags.pop("model")
-    return _read(parser, flags, environ, defaults), model
+    settings = _read(parser, flags, environ, defaults)
+    if not settings.tune_s:
+        parser.error("--tune-s: in 0 seconds nothing is measured; expected more")
+    return settings, model
 
 
 def _read(

@@ -205,9 +205,11 @@ def test_the_help_of_tune(capsys: pytest.CaptureFixture[str]) -> None:
     page = capsys.readouterr().out
     assert "--model NAME" in page
     assert "[5]" in page[page.index("  --tune-s") : page.index("  --cache-dir")]
-    with pytest.raises(SystemExit) as ended:
-        load_tune(["--tune-s", "-1"], {})
-    assert ended.value.code == 2
-    assert (
-        "python -m service tune: error: --tune-s: Input should be greater than or equal to 0" in capsys.readouterr().err
-    )
+    for given, said in (
+        ("-1", "Input should be greater than or equal to 0"),
+        ("0", "in 0 seconds nothing is measured"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            load_tune(["--tune-s", given], {})
+        assert ended.value.code == 2
+        assert f"python -m service tune: error: --tune-s: {said}" in capsys.readouterr().err
