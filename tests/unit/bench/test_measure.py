@@ -73,7 +73,7 @@ async def test_a_load_ends_and_counts_what_was_answered(chunks: int, rate: float
     assert figures["p50_ms"] <= figures["p99_ms"]
 
 
-@pytest.mark.parametrize("door", ["chunks", "batch"])
+@pytest.mark.parametrize("door", ["chunks", "blocks", "batch"])
 async def test_a_load_is_what_the_server_takes(door: str, lstm_repository: Path) -> None:
     """The server applies what each door sends, without an error, and the sessions are closed again."""
     async with running(lstm_repository) as server:
