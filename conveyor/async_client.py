@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import grpc
 
-from conveyor.async_session import AsyncSession, step_sessions
+from conveyor.async_session import AsyncSession, group, side_by_side, step_sessions
+from conveyor.chunks import stack
 from conveyor.connection import Connection, Settings
 from conveyor.errors import ConveyorError, InvalidRequest, StepsFailed
 from conveyor.model import Model, decode_model
@@ -276,17 +277,39 @@ class AsyncClient:
         """
         return Opening(self._import(state, session_id))
 
+    @overload
     async def step_many(
-        self, chunks: Mapping[AsyncSession, Inputs], *, timeout_s: float | None = None
-    ) -> dict[AsyncSession, Outputs]:
+        self, chunks: Mapping[AsyncSession, Inputs], /, *, timeout_s: float | None = None
+    ) -> dict[AsyncSession, Outputs]: ...
+
+    @overload
+    async def step_many(
+        self, sessions: Sequence[AsyncSession], x: Inputs, /, *, timeout_s: float | None = None
+    ) -> Outputs: ...
+
+    async def step_many(
+        self,
+        chunks: Mapping[AsyncSession, Inputs] | Sequence[AsyncSession],
+        x: Inputs | None = None,
+        /,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[AsyncSession, Outputs] | Outputs:
         """Applies one chunk to each of many sessions, together in as few messages as they fit in.
 
+        Chunks of one model and one shape travel and are read as one; that is what makes thousands of them cheap.
+
         Args:
-            chunks: by session, what ``step`` takes. The sessions are this client's own.
+            chunks: by session, what ``step`` takes. The sessions are this client's own. Or a sequence of sessions of
+                one model, for which ``x`` holds the chunks.
+            x: a chunk of as many steps for each of the sessions: [N, T, I], or [N, I] for one step each; [N, T] or [N]
+                for tokens. A dict by name for several inputs.
             timeout_s: as for ``step``.
 
         Returns:
-            By session, in the order of ``chunks``, what ``step`` gives.
+            By session, in the order of ``chunks``, what ``step`` gives; or, with ``x``, the same side by side:
+            [N, T, O], or [N, O] for one step each or an output that holds the last step's value; a dict by name for
+            several outputs.
 
         Raises:
             InvalidRequest: the names, dtypes or shapes of some inputs do not fit their model, a session is not this
@@ -297,11 +320,19 @@ class AsyncClient:
         _, stream = self._opened()
         if any(session._stream is not stream for session in chunks):
             raise InvalidRequest("step_many takes sessions of its own client only")
-        outcomes = await step_sessions(chunks.items(), self._settings.timeout(timeout_s))
-        errors = {session: error for session, error in outcomes.items() if isinstance(error, ConveyorError)}
+        if isinstance(chunks, Mapping):
+            if x is not None:
+                raise InvalidRequest("the chunks stand in the mapping already; expected no x")
+            groups = group(chunks.items())
+        else:
+            groups = [side_by_side(chunks, x)]
+        outcomes = await step_sessions(groups, self._settings.timeout(timeout_s))
+        errors = {session: y for session in chunks if isinstance(y := outcomes[session], ConveyorError)}
         if errors:
-            raise StepsFailed({session: y for session, y in outcomes.items() if session not in errors}, errors)
-        return outcomes
+            raise StepsFailed({session: outcomes[session] for session in chunks if session not in errors}, errors)
+        if isinstance(chunks, Mapping):
+            return {session: outcomes[session] for session in chunks}
+        return stack([outcomes[session] for session in chunks])
 
     async def close(self) -> None:
         """Closes the connection; sessions stay on the server until they expire."""

@@ -6,11 +6,13 @@ Must not know how the stream reconnects.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from operator import attrgetter
 from types import TracebackType
+from typing import TypeAlias
 
+from conveyor.chunks import Chunks, copy_chunks, lay_chunks
 from conveyor.connection import Connection
 from conveyor.errors import (
     ConveyorError,
@@ -23,13 +25,14 @@ from conveyor.errors import (
     SessionUnknown,
     TimedOut,
     Unavailable,
-    from_detail,
 )
+from conveyor.flight import Flight, wait
 from conveyor.model import Model
 from conveyor.opening import find_session, new_session_id, open_session
-from conveyor.payload import Inputs, Outputs, decode_outputs, encode_chunk
+from conveyor.payload import Inputs, Outputs, read_chunk
 from conveyor.state import SessionState, decode_state
-from conveyor.stream import ChunkStream, Flight
+from conveyor.stream import ChunkStream
+from conveyor.tensors import Array
 from conveyor.v1 import conveyor_pb2 as pb
 
 _GRACE_S = 1.0
@@ -38,14 +41,8 @@ _GRACE_S = 1.0
 _FAREWELL_S = 2.0
 """How long a session that an error ends is given to close."""
 
-
-@dataclass(frozen=True)
-class _Step:
-    """A chunk that has not been answered, and the form in which its outputs are wanted."""
-
-    flight: Flight
-    steps: int
-    single_step: bool
+Group: TypeAlias = "tuple[Sequence[AsyncSession], Chunks]"
+"""Sessions of one model, and a chunk for each of them."""
 
 
 class AsyncSession:
@@ -98,7 +95,7 @@ class AsyncSession:
         self._epoch = session.epoch
         self._position = session.position if position is None else position
         self._attached = attached
-        self._pending: _Step | None = None
+        self._pending: Flight | None = None
         self._resetting = False
         self._closed = False
         self._lock = asyncio.Lock()
@@ -134,7 +131,8 @@ class AsyncSession:
                 ConnectionLost. After a ProtocolError, ``position`` says what was.
             EpochConflict: somebody else has reset the session; ``attach`` goes on with it.
         """
-        (outcome,) = (await step_sessions([(self, x)], self._connection.settings.timeout(timeout_s))).values()
+        timeout_s = self._connection.settings.timeout(timeout_s)
+        (outcome,) = (await step_sessions(group([(self, x)]), timeout_s)).values()
         if isinstance(outcome, ConveyorError):
             raise outcome
         return outcome
@@ -250,13 +248,13 @@ class AsyncSession:
     async def _settle(self, timeout_s: float) -> Outputs | None:
         if self._resetting:
             await self._settle_reset(timeout_s)
-        step = self._pending
-        if step is None:
+        flight = self._pending
+        if flight is None:
             return None
-        if step.flight.answer.done() and step.flight.answer.exception() is not None:
-            flight = self._stream.submit(step.flight.chunk, timeout_s, abandoned=True)
-            step = self._pending = _Step(flight, step.steps, step.single_step)
-        await _answers([step.flight], timeout_s)
+        if flight.failure is not None:
+            flight = flight.again(self._connection.settings.clock() + timeout_s)
+            self._submit(flight)
+        await wait([flight], timeout_s + _GRACE_S)
         try:
             return self._take()
         except ConveyorError as error:
@@ -277,32 +275,33 @@ class AsyncSession:
         self._epoch = session.epoch
         self._position = session.position
 
-    def _send(self, tensors: list[pb.Tensor], single_step: bool, timeout_s: float) -> Flight:
-        chunk = pb.Chunk(session_id=self.session_id, position=self._position, inputs=tensors, epoch=self._epoch)
-        flight = self._stream.submit(chunk, timeout_s)
-        self._pending = _Step(flight, tensors[0].shape[0], single_step)
-        return flight
+    def _submit(self, flight: Flight) -> None:
+        self._stream.submit(flight)
+        self._pending = flight
 
     def _take(self) -> Outputs:
         """Takes the answer to the step that is under way, if it is there, and moves to where it says."""
-        step = self._pending
-        assert step is not None
-        if not step.flight.answer.done():
+        flight = self._pending
+        assert flight is not None
+        if not flight.ended:
             raise TimedOut(
                 f"no answer in time: session {self.session_id!r} stands at position {self._position}, and whether the "
-                f"{step.steps} steps sent there were applied is not known yet; settle() finds out"
+                f"{flight.chunks.steps} steps sent there were applied is not known yet; settle() finds out"
             )
-        result = step.flight.answer.result()
+        if flight.failure is not None:
+            raise flight.failure
         self._pending = None
-        if result.HasField("error"):
-            raise self._explain(from_detail(result.error))
-        self._position += result.steps
-        if result.steps != step.steps:
+        if flight.error is not None:
+            raise self._explain(flight.error)
+        results = flight.results
+        assert results is not None
+        self._position += results.steps
+        if results.steps != flight.chunks.steps:
             raise ProtocolError(
-                f"a chunk of {step.steps} steps was sent, and the reply is to one of {result.steps}: "
+                f"a chunk of {flight.chunks.steps} steps was sent, and the reply is to one of {results.steps}: "
                 f"session {self.session_id!r} is used by someone else too"
             )
-        return decode_outputs(self.model, result.outputs, single_step=step.single_step)
+        return results.row(flight.place)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -322,49 +321,82 @@ class AsyncSession:
         return error
 
 
-async def step_sessions(
-    chunks: Iterable[tuple[AsyncSession, Inputs]], timeout_s: float
-) -> dict[AsyncSession, Outputs | ConveyorError]:
-    """Applies one chunk to each of many sessions of one client, and says for each its outputs or what went wrong.
+def group(chunks: Iterable[tuple[AsyncSession, Inputs]]) -> list[Group]:
+    """Brings together the chunks of one model that have the same shapes and dtypes, in the order given.
 
     Raises:
-        InvalidRequest: an input does not fit its model; nothing was sent.
+        InvalidRequest: an input does not fit its model.
     """
-    encoded = {session: encode_chunk(session.model, x) for session, x in chunks}
-    outcomes: dict[AsyncSession, Outputs | ConveyorError] = dict.fromkeys(encoded)
+    groups: dict[Hashable, tuple[list[AsyncSession], list[list[Array]]]] = {}
+    for session, x in chunks:
+        model = session.model
+        arrays = read_chunk(model, x)
+        key = (model.name, model.version, *[(array.shape, array.dtype) for array in arrays])
+        sessions, together = groups.setdefault(key, ([], []))
+        sessions.append(session)
+        together.append(arrays)
+    return [(sessions, lay_chunks(sessions[0].model, together)) for sessions, together in groups.values()]
+
+
+def side_by_side(sessions: Sequence[AsyncSession], x: Inputs | None) -> Group:
+    """A chunk for each of many sessions of one model, out of arrays that hold all of them.
+
+    Raises:
+        InvalidRequest: an input does not fit the model or the number of sessions; there are none, or of several models,
+            or one twice; or the model leaves open how large an output is, so that they may not go into one array.
+    """
+    if not sessions or x is None:
+        raise InvalidRequest("expected a mapping of chunks by session, or at least one session and x")
+    if len(set(sessions)) != len(sessions):
+        raise InvalidRequest("a session stands there twice; it takes one chunk at a time")
+    models = {(session.model.name, session.model.version) for session in sessions}
+    if len(models) != 1:
+        raise InvalidRequest(f"sessions of {len(models)} models do not go into one array; give chunks by session")
+    model = sessions[0].model
+    chunks = copy_chunks(model, read_chunk(model, x), len(sessions))
+    if chunks.output_bytes is None:
+        raise InvalidRequest(f"model {model.name!r} leaves sizes of its outputs open; give chunks by session")
+    return sessions, chunks
+
+
+async def step_sessions(groups: Iterable[Group], timeout_s: float) -> dict[AsyncSession, Outputs | ConveyorError]:
+    """Applies one chunk to each of many sessions of one client, and says for each its outputs or what went wrong."""
+    rows = [(session, chunks, row) for sessions, chunks in groups for row, session in enumerate(sessions)]
+    outcomes: dict[AsyncSession, Outputs | ConveyorError] = {session: None for session, _, _ in rows}
+    if not outcomes:
+        return outcomes
     flights: list[Flight] = []
-    async with AsyncExitStack() as locks:
+    locked: list[asyncio.Lock] = []
+    try:
         # One order for everybody, so that two calls cannot each hold what the other waits for.
-        for session in sorted(encoded, key=lambda session: session.session_id):
-            await locks.enter_async_context(session._lock)
-        for session in encoded:
-            try:
-                await session._ready()
-            except ConveyorError as error:
-                outcomes[session] = error
-        # Nothing is awaited between the first chunk and the last: all leave together, and none is sent unwatched.
-        for session, (tensors, single_step) in encoded.items():
-            if outcomes[session] is None:
+        for session in sorted(outcomes, key=attrgetter("session_id")):
+            await session._lock.acquire()
+            locked.append(session._lock)
+        for session in outcomes:
+            if session._closed or session.in_doubt:
                 try:
-                    flights.append(session._send(tensors, single_step, timeout_s))
+                    await session._ready()
                 except ConveyorError as error:
                     outcomes[session] = error
-        await _answers(flights, timeout_s)
-        for session in encoded:
+        deadline = rows[0][0]._connection.settings.clock() + timeout_s
+        # Nothing is awaited between the first chunk and the last: all leave together, and none is sent unwatched.
+        for session, chunks, row in rows:
+            if outcomes[session] is None:
+                flight = Flight(chunks, row, session.session_id, session._position, session._epoch, deadline)
+                try:
+                    session._submit(flight)
+                except ConveyorError as error:
+                    outcomes[session] = error
+                else:
+                    flights.append(flight)
+        await wait(flights, timeout_s + _GRACE_S)
+        for session in outcomes:
             if outcomes[session] is None:
                 try:
                     outcomes[session] = session._take()
                 except ConveyorError as error:
                     outcomes[session] = error
-    return outcomes
-
-
-async def _answers(flights: list[Flight], timeout_s: float) -> None:
-    """Waits for answers; what has none when the wait ends, however it ends, is abandoned."""
-    waiting = [flight.answer for flight in flights if not flight.answer.done()]
-    try:
-        if waiting:
-            await asyncio.wait(waiting, timeout=timeout_s + _GRACE_S)
     finally:
-        for flight in flights:
-            flight.abandoned |= not flight.answer.done()
+        for lock in locked:
+            lock.release()
+    return outcomes

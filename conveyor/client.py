@@ -183,15 +183,37 @@ class Client:
         """
         return Session(self._run, self._run(self._client._import(state, session_id)))
 
-    def step_many(self, chunks: Mapping[Session, Inputs], *, timeout_s: float | None = None) -> dict[Session, Outputs]:
+    @overload
+    def step_many(
+        self, chunks: Mapping[Session, Inputs], /, *, timeout_s: float | None = None
+    ) -> dict[Session, Outputs]: ...
+
+    @overload
+    def step_many(self, sessions: Sequence[Session], x: Inputs, /, *, timeout_s: float | None = None) -> Outputs: ...
+
+    def step_many(
+        self,
+        chunks: Mapping[Session, Inputs] | Sequence[Session],
+        x: Inputs | None = None,
+        /,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[Session, Outputs] | Outputs:
         """Applies one chunk to each of many sessions, together in as few messages as they fit in.
 
+        Chunks of one model and one shape travel and are read as one; that is what makes thousands of them cheap.
+
         Args:
-            chunks: by session, what ``step`` takes. The sessions are this client's own.
+            chunks: by session, what ``step`` takes. The sessions are this client's own. Or a sequence of sessions of
+                one model, for which ``x`` holds the chunks.
+            x: a chunk of as many steps for each of the sessions: [N, T, I], or [N, I] for one step each; [N, T] or [N]
+                for tokens. A dict by name for several inputs.
             timeout_s: as for ``step``.
 
         Returns:
-            By session, in the order of ``chunks``, what ``step`` gives.
+            By session, in the order of ``chunks``, what ``step`` gives; or, with ``x``, the same side by side:
+            [N, T, O], or [N, O] for one step each or an output that holds the last step's value; a dict by name for
+            several outputs.
 
         Raises:
             InvalidRequest: the names, dtypes or shapes of some inputs do not fit their model, a session is not this
@@ -199,16 +221,23 @@ class Client:
             StepsFailed: some chunks failed, say because an input holds NaN. It holds the outputs of those that did not,
                 and the error of each that did.
         """
-        sessions = {session._session: session for session in chunks}
-        inner = {session._session: x for session, x in chunks.items()}
+        inner: Any
+        if isinstance(chunks, Mapping):
+            inner = {session._session: given for session, given in chunks.items()}
+        else:
+            inner = [session._session for session in chunks]
+        call: Any = self._client.step_many
         try:
-            outputs = self._run(self._client.step_many(inner, timeout_s=timeout_s))
+            outputs = self._run(call(inner, x, timeout_s=timeout_s))
         except StepsFailed as failed:
+            outer = {session._session: session for session in chunks}
             raise StepsFailed(
-                {sessions[inner]: y for inner, y in failed.outputs.items()},
-                {sessions[inner]: error for inner, error in failed.errors.items()},
+                {outer[session]: y for session, y in failed.outputs.items()},
+                {outer[session]: error for session, error in failed.errors.items()},
             ) from None
-        return {sessions[inner]: y for inner, y in outputs.items()}
+        if isinstance(chunks, Mapping):
+            return dict(zip(chunks, outputs.values(), strict=True))
+        return outputs
 
     def close(self) -> None:
         """Closes the connection; sessions stay on the server until they expire."""

@@ -51,30 +51,48 @@ def encode_lengths(lengths: ArrayLike, rows: int) -> list[int]:
     return whole
 
 
-def encode_chunk(model: Model, x: Inputs) -> tuple[list[pb.Tensor], bool]:
-    """Writes a chunk's inputs, each [T, ...], or [...] for a single step.
-
-    Returns:
-        The tensors, each [T, ...], and whether x was a single step without a time axis.
+def read_chunk(model: Model, x: Inputs) -> list[Array]:
+    """A chunk's inputs as arrays in the model's order, as they are; or those of many chunks, side by side.
 
     Raises:
-        InvalidRequest: an input is missing or unknown, has another shape, or does not go into the model's dtype.
+        InvalidRequest: an input is missing or unknown, or is not an array.
     """
-    tensors = []
+    if isinstance(x, np.ndarray) and len(model.inputs) == 1:
+        return [x]
+    return [_array(repr(spec.name), values) for spec, values in _by_name(model, x)]
+
+
+def cast_chunks(model: Model, inputs: Iterable[Array], of: str = "") -> tuple[list[Array], bool]:
+    """Brings the inputs of N chunks into the model's dtypes.
+
+    Args:
+        model: that is to run them.
+        inputs: in the model's order, each [N, T, ...], or [N, ...] for single steps.
+        of: what an error is to say before the name of an input, if it tells of one row of it.
+
+    Returns:
+        The arrays, each [N, T, ...], and whether the chunks were single steps without a time axis.
+
+    Raises:
+        InvalidRequest: an input has another shape, or does not go into the model's dtype.
+    """
+    arrays = []
     single_step = set()
-    for spec, array in _arrays(model, x):
-        chunk = _sizes(spec)[1:]
-        single = array.ndim == len(chunk) - 1
-        if not _fits(array, chunk[1:] if single else chunk):
+    for spec, given in zip(model.inputs, inputs, strict=True):
+        array = _cast(repr(spec.name), given, spec.dtype)
+        sizes = _sizes(spec)
+        chunk = sizes[1:]
+        single = array.ndim == len(chunk)
+        if not _fits(array, [sizes[0], *(chunk[1:] if single else chunk)]):
             raise InvalidRequest(
-                f"input {spec.name!r} has shape {list(array.shape)}; "
+                f"{of}input {spec.name!r} has shape {list(array.shape[1:])}; "
                 f"expected {_show(chunk)}, or {_show(chunk[1:])} for a single step"
             )
         single_step.add(single)
-        tensors.append(encode_tensor(spec.name, array[np.newaxis] if single else array))
+        arrays.append(array[:, np.newaxis] if single else array)
     if len(single_step) != 1:
         raise InvalidRequest("some inputs have a time axis and some have not")
-    return tensors, single_step.pop()
+    return arrays, single_step.pop()
 
 
 def encode_states(model: Model, states: States, *, batch: bool) -> list[pb.Tensor]:
@@ -92,13 +110,18 @@ def encode_states(model: Model, states: States, *, batch: bool) -> list[pb.Tenso
     return tensors
 
 
-def decode_outputs(model: Model, tensors: Iterable[pb.Tensor], *, single_step: bool = False) -> Outputs:
-    """Reads a reply's outputs.
+def decode_outputs(model: Model, tensors: Iterable[pb.Tensor]) -> Outputs:
+    """Reads a batch's outputs, each [N, T, ...], or [N, ...] where the output has no time axis.
 
-    Args:
-        model: that gave them.
-        tensors: each [T, ...], or [...] where the output has no time axis; with the batch axis before it for a batch.
-        single_step: drops the time axis, which is then the first and of size 1.
+    Raises:
+        ProtocolError: an output is missing, or its bytes do not fit its shape.
+    """
+    arrays = decode_complete(model, tensors)
+    return arrays[model.outputs[0].name] if len(model.outputs) == 1 else arrays
+
+
+def decode_complete(model: Model, tensors: Iterable[pb.Tensor]) -> dict[str, Array]:
+    """Reads all of a model's outputs into a dict by name.
 
     Raises:
         ProtocolError: an output is missing, or its bytes do not fit its shape.
@@ -106,11 +129,7 @@ def decode_outputs(model: Model, tensors: Iterable[pb.Tensor], *, single_step: b
     arrays = decode_named(tensors)
     if missing := [spec.name for spec in model.outputs if spec.name not in arrays]:
         raise ProtocolError(f"the reply lacks the outputs {', '.join(missing)}")
-    if single_step:
-        for spec in model.outputs:
-            if "time" in spec.axes:
-                arrays[spec.name] = arrays[spec.name][0]
-    return arrays[model.outputs[0].name] if len(model.outputs) == 1 else arrays
+    return arrays
 
 
 def decode_named(tensors: Iterable[pb.Tensor]) -> dict[str, Array]:

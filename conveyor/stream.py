@@ -2,7 +2,8 @@
 
 A chunk says the position at which it starts, so it can be sent any number of times: the server applies it once and
 repeats its reply. Whatever has not been answered when the connection breaks is therefore sent again on the next one,
-and what a server cannot take now, because it drains or loads, a little later.
+and what a server cannot take now, because it drains or loads, a little later. A block is only how chunks travel that
+were laid side by side: what has to be sent again of one travels in another, or alone.
 
 Knows chunks and their results; must not know tensors' contents, nor what a session is beyond its id.
 """
@@ -11,46 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
+from conveyor.chunks import Results
 from conveyor.connection import Connection
 from conveyor.errors import ConnectionLost, ConveyorError, InvalidRequest, Unavailable, from_detail, from_rpc
+from conveyor.flight import Flight
 from conveyor.v1 import conveyor_pb2 as pb
 
 _BATCH_BYTES = 2**20
 """Chunks go together into one message up to this size; a larger chunk goes alone."""
-
-_FRAME_BYTES = 32
-"""More than a message adds to a chunk: a tag, a length, and the deadline that is set when it leaves."""
-
-
-@dataclass(eq=False)
-class Flight:
-    """A chunk on its way, from its submission to its answer.
-
-    Attributes:
-        chunk: what is sent.
-        size_bytes: of the chunk in a message.
-        deadline: on the client's clock.
-        answer: the server's result, or the error with which the stream gave up.
-        abandoned: nobody waits any more. Sent again, the chunk then asks what became of it rather than to be applied.
-        lost: a copy of it went out on a connection that broke since, and may have been applied.
-        refused_at: when the server first said that it cannot take it now; None if it has not.
-        refusals: how often it said so.
-    """
-
-    chunk: pb.Chunk
-    size_bytes: int
-    deadline: float
-    answer: asyncio.Future[pb.ChunkResult]
-    abandoned: bool = False
-    lost: bool = False
-    refused_at: float | None = None
-    refusals: int = 0
 
 
 class ChunkStream:
@@ -60,6 +35,8 @@ class ChunkStream:
         self._connection = connection
         self._settings = connection.settings
         self._flights: dict[str, Flight] = {}
+        self._blocks: dict[int, list[Flight]] = {}
+        self._tags = itertools.count(1)
         self._outbox: deque[Flight] = deque()
         self._refused: list[Flight] = []
         self._wake = asyncio.Event()
@@ -67,7 +44,7 @@ class ChunkStream:
         self._task: asyncio.Task[None] | None = None
         self._pause: asyncio.Task[None] | None = None
 
-    def submit(self, chunk: pb.Chunk, timeout_s: float, *, abandoned: bool = False) -> Flight:
+    def submit(self, flight: Flight) -> None:
         """Queues a chunk of a session that has none under way; it leaves with whatever else queues meanwhile.
 
         Raises:
@@ -75,28 +52,25 @@ class ChunkStream:
                 or the client has been closed.
         """
         self._connection.check_open()
-        size_bytes = chunk.ByteSize() + _FRAME_BYTES
-        if size_bytes > self._connection.max_message_bytes:
-            raise InvalidRequest(
-                f"a chunk of {chunk.ByteSize()} bytes does not fit into a message of "
-                f"{self._connection.max_message_bytes}; send fewer steps at a time"
-            )
-        if chunk.session_id in self._flights:
+        if flight.size_bytes > self._connection.max_message_bytes:
+            request = pb.StreamRequest(chunks=[self._chunk(flight, self._settings.clock())])
+            if request.ByteSize() > self._connection.max_message_bytes:
+                raise InvalidRequest(
+                    f"a chunk of {request.chunks[0].ByteSize()} bytes does not fit into a message of "
+                    f"{self._connection.max_message_bytes}; send fewer steps at a time"
+                )
+        if flight.session_id in self._flights:
             # Their results could not be told apart.
             raise InvalidRequest(
-                f"a chunk of session {chunk.session_id!r} is under way already, from another handle of it in this "
+                f"a chunk of session {flight.session_id!r} is under way already, from another handle of it in this "
                 "client; use one handle, or wait for the other's step, and if it was cancelled, settle it"
             )
-        answer: asyncio.Future[pb.ChunkResult] = asyncio.get_running_loop().create_future()
-        # What is abandoned from the start asks about a copy that went out before.
-        flight = Flight(chunk, size_bytes, self._settings.clock() + timeout_s, answer, abandoned, lost=abandoned)
-        self._flights[chunk.session_id] = flight
+        self._flights[flight.session_id] = flight
         self._outbox.append(flight)
         self._wake.set()
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="conveyor stream")
             self._task.add_done_callback(self._ended)
-        return flight
 
     async def close(self) -> None:
         """Ends the stream; chunks under way stay in doubt."""
@@ -136,6 +110,7 @@ class ChunkStream:
                 flight.lost |= flight not in unsent
             self._outbox = deque(self._flights.values())
             self._refused.clear()
+            self._blocks.clear()
 
     async def _carry(self, call: Any) -> ConveyorError:
         """Writes and reads until the stream ends; says why it did."""
@@ -144,6 +119,8 @@ class ChunkStream:
             while (response := await call.read()) is not grpc.aio.EOF:
                 for result in response.results:
                     self._land(result)
+                for block_result in response.block_results:
+                    self._land_block(block_result)
             return ConnectionLost("the server ended the stream")
         except grpc.aio.AioRpcError as error:
             return from_rpc(error)
@@ -167,19 +144,88 @@ class ChunkStream:
         size_bytes = 0
         limit_bytes = min(_BATCH_BYTES, self._connection.max_message_bytes)
         now = self._settings.clock()
+        together: list[Flight] = []
         while self._outbox and (not size_bytes or size_bytes + self._outbox[0].size_bytes <= limit_bytes):
             flight = self._outbox.popleft()
-            left_s = 0.0 if flight.abandoned else flight.deadline - now
-            flight.chunk.timeout_us = max(1, int(left_s * 1e6))
-            request.chunks.append(flight.chunk)
             size_bytes += flight.size_bytes
+            if together and not _go_together(together, flight):
+                self._load(request, together, now)
+                together = []
+            together.append(flight)
+        self._load(request, together, now)
         return request
+
+    def _load(self, request: pb.StreamRequest, flights: list[Flight], now: float) -> None:
+        """Adds chunks that go together to a message."""
+        if len(flights) == 1:
+            request.chunks.append(self._chunk(flights[0], now))
+            return
+        tag = next(self._tags)
+        self._blocks[tag] = flights
+        block = pb.Block(
+            tag=tag,
+            session_ids=[flight.session_id for flight in flights],
+            positions=[flight.position for flight in flights],
+            inputs=flights[0].chunks.tensors([flight.row for flight in flights]),
+            timeout_us=_timeout_us(flights[0], now),
+            epochs=[flight.epoch for flight in flights],
+        )
+        request.blocks.append(block)
+
+    def _chunk(self, flight: Flight, now: float) -> pb.Chunk:
+        return pb.Chunk(
+            session_id=flight.session_id,
+            position=flight.position,
+            inputs=flight.chunks.tensors([flight.row]),
+            timeout_us=_timeout_us(flight, now),
+            epoch=flight.epoch,
+        )
 
     def _land(self, result: pb.ChunkResult) -> None:
         flight = self._flights.get(result.session_id)
-        if flight is None or flight.chunk.position != result.position:
+        if flight is None or flight.position != result.position:
             return
-        error = from_detail(result.error) if result.HasField("error") else None
+        if result.HasField("error"):
+            self._refuse(flight, from_detail(result.error))
+        else:
+            self._end(flight, Results(flight.chunks, result.steps, result.outputs), 0)
+
+    def _land_block(self, result: pb.BlockResult) -> None:
+        flights = self._blocks.pop(result.tag, None)
+        if flights is None:
+            return
+        if result.HasField("error"):
+            self._refuse_block(flights, result.error)
+            return
+        refused = {refusal.index: refusal.error for refusal in result.errors}
+        results = Results(flights[0].chunks, result.steps, result.outputs, len(flights))
+        for place, flight in enumerate(flights):
+            if flight.ended:
+                continue
+            if place in refused:
+                self._refuse(flight, from_detail(refused[place]))
+            else:
+                self._end(flight, results, place)
+
+    def _refuse_block(self, flights: list[Flight], detail: pb.ErrorDetail) -> None:
+        for flight in flights:
+            if flight.ended:
+                continue
+            error = from_detail(detail)
+            if isinstance(error, InvalidRequest):
+                # Too many together, say: that is no word on any one of them. Each is sent again, and told by itself.
+                flight.alone = True
+                self._outbox.append(flight)
+            else:
+                self._refuse(flight, error)
+        self._wake.set()
+
+    def _end(self, flight: Flight, results: Results, place: int) -> None:
+        self._heard = True
+        del self._flights[flight.session_id]
+        flight.end(results, place)
+
+    def _refuse(self, flight: Flight, error: ConveyorError) -> None:
         if isinstance(error, Unavailable):
             if self._postpone(flight):
                 return
@@ -188,8 +234,8 @@ class ChunkStream:
                 self._fail(flight, error)
                 return
         self._heard = True
-        del self._flights[result.session_id]
-        flight.answer.set_result(result)
+        del self._flights[flight.session_id]
+        flight.end(error=error)
 
     def _postpone(self, flight: Flight) -> bool:
         """Sends a chunk again later that the server cannot take now, unless it has been trying for too long."""
@@ -214,22 +260,35 @@ class ChunkStream:
         self._wake.set()
 
     def _fail(self, flight: Flight, error: BaseException) -> None:
-        chunk = flight.chunk
-        del self._flights[chunk.session_id]
+        del self._flights[flight.session_id]
         failure = copy.copy(error) if isinstance(error, ConveyorError) else ConveyorError()
-        stands = f"session {chunk.session_id!r} stands at position {chunk.position}"
+        stands = f"session {flight.session_id!r} stands at position {flight.position}"
         failure.args = (f"{stands}, and whether the chunk sent there was applied is not known: {error}",)
-        flight.answer.set_exception(failure)
-        # Looked at, so that asyncio does not complain should nobody do so any more.
-        flight.answer.exception()
+        flight.end(failure=failure)
 
     def _fail_all(self, error: BaseException) -> None:
         for flight in list(self._flights.values()):
             self._fail(flight, error)
         self._outbox.clear()
         self._refused.clear()
+        self._blocks.clear()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._task = None
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail_all(error)
+
+
+def _go_together(flights: list[Flight], flight: Flight) -> bool:
+    """Whether a chunk goes into one block with others; those of one call that are not abandoned have one deadline."""
+    first = flights[0]
+    return (
+        flight.chunks is first.chunks
+        and flight.abandoned == first.abandoned
+        and not flight.alone
+        and len(flights) < first.chunks.block_size
+    )
+
+
+def _timeout_us(flight: Flight, now: float) -> int:
+    return max(1, int((0.0 if flight.abandoned else flight.deadline - now) * 1e6))

@@ -74,8 +74,9 @@ class SumServer(stubs.ConveyorServiceServicer):
         version: of the model.
         input: name of the model's input.
         applied: how often each (session, position) was applied.
-        messages: how many chunks each StreamRequest held.
-        chunks: every chunk as it arrived.
+        messages: how many chunks each StreamRequest held, in blocks or not.
+        blocks: how many chunks each Block held.
+        chunks: every chunk as it arrived, those of blocks too.
         streams: how many streams were opened.
         metadata: of the last call.
         calls: names of the unary calls that arrived.
@@ -83,6 +84,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         ragged: whether the last batch came without padding.
         call_faults: likewise for each unary call, by name.
         refusals: errors for the chunks to come, in-band; None for none.
+        block_refusals: likewise for whole blocks.
         held: gets an item when a chunk or call is being held.
         released: what is held waits for this.
         ended: gets an item when a stream has ended.
@@ -99,6 +101,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         self.input = "x"
         self.applied: dict[tuple[str, int], int] = defaultdict(int)
         self.messages: list[int] = []
+        self.blocks: list[int] = []
         self.chunks: list[pb.Chunk] = []
         self.streams = 0
         self.ragged = False
@@ -107,6 +110,7 @@ class SumServer(stubs.ConveyorServiceServicer):
         self.chunk_faults: deque[Fault | None] = deque()
         self.call_faults: dict[str, deque[Fault | None]] = defaultdict(deque)
         self.refusals: deque[pb.ErrorDetail | None] = deque()
+        self.block_refusals: deque[pb.ErrorDetail | None] = deque()
         self.held: asyncio.Queue[None] = asyncio.Queue()
         self.released = asyncio.Event()
         self.ended: asyncio.Queue[None] = asyncio.Queue()
@@ -233,23 +237,37 @@ class SumServer(stubs.ConveyorServiceServicer):
 
     async def _stream(self, requests: AsyncIterable[pb.StreamRequest], context: Any) -> None:
         async for request in requests:
-            self.messages.append(len(request.chunks))
+            self.messages.append(len(request.chunks) + sum(len(block.session_ids) for block in request.blocks))
             for chunk in request.chunks:
-                self.chunks.append(chunk)
-                fault = self.chunk_faults.popleft() if self.chunk_faults else None
-                if fault and fault.when == "before":
-                    await fault.abort(context)
-                if fault and fault.when == "held":
-                    self.held.put_nowait(None)
-                    await self.released.wait()
-                if fault and fault.when == "stale":
-                    last = self.sessions[chunk.session_id].last
-                    await context.write(pb.StreamResponse(results=[last] if last else []))
-                result = self._step(chunk)
-                if fault and fault.when == "after":
-                    await fault.abort(context)
-                copies = 2 if fault and fault.when == "twice" else 1
+                result, copies = await self._arrive(chunk, context)
                 await context.write(pb.StreamResponse(results=[result] * copies))
+            for block in request.blocks:
+                self.blocks.append(len(block.session_ids))
+                if self.block_refusals and (refusal := self.block_refusals.popleft()) is not None:
+                    refused = pb.BlockResult(tag=block.tag, error=refusal)
+                    await context.write(pb.StreamResponse(block_results=[refused]))
+                    continue
+                arrived = [await self._arrive(chunk, context) for chunk in _take_apart(block)]
+                block_result = _lay(block, [result for result, _ in arrived])
+                copies = max(copies for _, copies in arrived)
+                await context.write(pb.StreamResponse(block_results=[block_result] * copies))
+
+    async def _arrive(self, chunk: pb.Chunk, context: Any) -> tuple[pb.ChunkResult, int]:
+        """Applies a chunk, with the fault that is due; says how often to send its result."""
+        self.chunks.append(chunk)
+        fault = self.chunk_faults.popleft() if self.chunk_faults else None
+        if fault and fault.when == "before":
+            await fault.abort(context)
+        if fault and fault.when == "held":
+            self.held.put_nowait(None)
+            await self.released.wait()
+        if fault and fault.when == "stale":
+            last = self.sessions[chunk.session_id].last
+            await context.write(pb.StreamResponse(results=[last] if last else []))
+        result = self._step(chunk)
+        if fault and fault.when == "after":
+            await fault.abort(context)
+        return result, 2 if fault and fault.when == "twice" else 1
 
     def _step(self, chunk: pb.Chunk) -> pb.ChunkResult:
         result = pb.ChunkResult(session_id=chunk.session_id, position=chunk.position)
@@ -362,6 +380,35 @@ def _check_model(name: str) -> None:
 def _check_epoch(request: pb.Chunk | pb.ResetSessionRequest, held: Held) -> None:
     if request.epoch not in (0, held.epoch):
         raise errors.EpochConflict(f"epoch {request.epoch} is over; now it is {held.epoch}")
+
+
+def _take_apart(block: pb.Block) -> list[pb.Chunk]:
+    x = decode_tensor(block.inputs[0])
+    return [
+        pb.Chunk(
+            session_id=session_id,
+            position=position,
+            inputs=[encode_tensor("x", row)],
+            timeout_us=block.timeout_us,
+            epoch=epoch,
+        )
+        for session_id, position, epoch, row in zip(
+            block.session_ids, block.positions, block.epochs or [0] * len(x), x, strict=True
+        )
+    ]
+
+
+def _lay(block: pb.Block, results: list[pb.ChunkResult]) -> pb.BlockResult:
+    steps = block.inputs[0].shape[1]
+    y = np.zeros((len(results), steps, WIDTH), np.float32)
+    refused = []
+    for index, result in enumerate(results):
+        if result.HasField("error"):
+            refused.append(pb.BlockError(index=index, error=result.error))
+        else:
+            y[index] = decode_tensor(result.outputs[0])
+    outputs = [encode_tensor("y", y)] if len(refused) < len(results) else []
+    return pb.BlockResult(tag=block.tag, steps=steps, outputs=outputs, errors=refused)
 
 
 def _detail(error: errors.ConveyorError) -> pb.ErrorDetail:

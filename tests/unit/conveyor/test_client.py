@@ -105,6 +105,23 @@ def test_step_many_takes_and_gives_blocking_sessions(server: SumServer) -> None:
         assert isinstance(failed.value.errors[sessions[1]], SessionLost)
 
 
+def test_step_many_takes_blocking_sessions_and_one_array(server: SumServer) -> None:
+    """And gives one; the error has the sessions again."""
+    x = np.arange(20, dtype=np.float32).reshape(5, 2, 2)
+    with Client(server.target) as client:
+        sessions = [client.session("sum") for _ in x]
+        np.testing.assert_array_equal(client.step_many(sessions, x), np.cumsum(x, 1))
+        np.testing.assert_array_equal(client.step_many(sessions, x[:, 0]), x.sum(1) + x[:, 0])
+        assert server.blocks == [5, 5]
+        del server.sessions[sessions[1].session_id]
+        with pytest.raises(StepsFailed) as failed:
+            client.step_many(sessions, x)
+        assert list(failed.value.outputs) == [sessions[0], *sessions[2:]]
+        assert list(failed.value.errors) == [sessions[1]]
+        with pytest.raises(InvalidRequest, match="expected 5 rows"):
+            client.step_many(sessions, x[:4])
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_step_is_in_doubt_until_settled(server: SumServer) -> None:
     """Ctrl-C while a step waits: it returns at once, and whether the step counted is found out later."""

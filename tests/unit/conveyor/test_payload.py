@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conveyor import InvalidRequest, Model, ProtocolError, TensorSpec
+from conveyor import InvalidRequest, Model, ProtocolError
 from conveyor.payload import (
     are_ragged,
     decode_outputs,
-    encode_chunk,
     encode_inputs,
     encode_lengths,
     encode_ragged,
@@ -21,57 +20,7 @@ from conveyor.payload import (
     split,
 )
 from conveyor.tensors import decode_tensor, encode_tensor
-
-
-def _spec(name: str, dtype: str, *axes: str) -> TensorSpec:
-    shape = tuple(3 if axis == "feature" else None for axis in axes)
-    return TensorSpec(name, np.dtype(dtype), shape, axes)
-
-
-SERIES = ("batch", "time", "feature")
-STATE = _spec("h", "float32", "batch", "feature")
-
-
-def _model(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Model:
-    return Model("m", 1, inputs, outputs, (STATE,), True, ("gru",), "float32", 100, 10, 1000)
-
-
-VECTORS = _model((_spec("x", "float32", *SERIES),), (_spec("y", "float32", *SERIES),))
-HALVES = _model((_spec("x", "float16", *SERIES),), (_spec("y", "float16", *SERIES),))
-TOKENS = _model((_spec("ids", "int64", "batch", "time"),), (_spec("last", "float32", "batch", "feature"),))
-TWO = _model(
-    (_spec("a", "float32", *SERIES), _spec("b", "float32", *SERIES)),
-    (_spec("y", "float32", *SERIES), _spec("last", "float32", "batch", "feature")),
-)
-
-
-@pytest.mark.parametrize(
-    ("of", "x", "shape", "single_step"),
-    [
-        (VECTORS, np.zeros((5, 3)), (5, 3), False),
-        (VECTORS, np.zeros(3), (1, 3), True),
-        (VECTORS, [[1, 2, 3]], (1, 3), False),
-        (TOKENS, [4, 5], (2,), False),
-        (TOKENS, 4, (1,), True),
-    ],
-)
-def test_the_number_of_axes_tells_a_step(of: Model, x: Any, shape: tuple[int, ...], single_step: bool) -> None:
-    """[T, I] is a chunk, [I] one step; for tokens [T] and a number. Both travel with a time axis, in its dtype."""
-    (tensor,), single = encode_chunk(of, x)
-    assert single is single_step
-    array = decode_tensor(tensor)
-    assert array.shape == shape
-    assert array.dtype == of.inputs[0].dtype
-    np.testing.assert_array_equal(array.ravel(), np.asarray(x).ravel())
-
-
-@pytest.mark.parametrize("x", [np.zeros((2, 5, 3)), 1.0, np.zeros((5, 2)), np.zeros(4)])
-def test_a_chunk_of_another_shape_is_refused(x: Any) -> None:
-    """The error says the shape given, and both forms that fit."""
-    with pytest.raises(InvalidRequest) as refused:
-        encode_chunk(VECTORS, x)
-    shape = list(np.shape(x))
-    assert str(refused.value) == f"input 'x' has shape {shape}; expected [T, 3], or [3] for a single step"
+from tests.unit.conveyor.models import HALVES, TOKENS, TWO, VECTORS
 
 
 @pytest.mark.parametrize(("of", "x", "form"), [(VECTORS, np.zeros((2, 5, 4)), "N, T, 3"), (TOKENS, [1, 2], "N, T")])
@@ -113,12 +62,6 @@ def test_other_lengths_are_refused(lengths: Any, message: str) -> None:
     """Rather than rounded, or left to a library's own words."""
     with pytest.raises(InvalidRequest, match=message):
         encode_lengths(lengths, 2)
-
-
-def test_inputs_must_agree_on_being_a_step() -> None:
-    """One input with a time axis and one without make no chunk."""
-    with pytest.raises(InvalidRequest, match="some inputs have a time axis"):
-        encode_chunk(TWO, {"a": np.zeros(3), "b": np.zeros((1, 3))})
 
 
 @pytest.mark.parametrize("given", [{"a": [0.0]}, {"a": [0.0], "b": [0.0], "c": [0.0]}])
@@ -169,12 +112,11 @@ def test_states_take_the_models_dtype_and_names() -> None:
 
 
 def test_one_output_is_an_array_and_several_are_a_dict() -> None:
-    """A single step's output loses its time axis where it has one."""
-    y, last = np.arange(3, dtype=np.float32).reshape(1, 3), np.ones(3, np.float32)
+    """By name, each with the batch axis first."""
+    y, last = np.arange(6, dtype=np.float32).reshape(2, 1, 3), np.ones((2, 3), np.float32)
     np.testing.assert_array_equal(decode_outputs(VECTORS, [encode_tensor("y", y)]), y)
-    np.testing.assert_array_equal(decode_outputs(VECTORS, [encode_tensor("y", y)], single_step=True), y[0])
-    both = decode_outputs(TWO, [encode_tensor("y", y), encode_tensor("last", last)], single_step=True)
-    np.testing.assert_array_equal(both["y"], y[0])
+    both = decode_outputs(TWO, [encode_tensor("y", y), encode_tensor("last", last)])
+    np.testing.assert_array_equal(both["y"], y)
     np.testing.assert_array_equal(both["last"], last)
 
 
