@@ -162,6 +162,7 @@ class Description(Section):
         max_tick_rows: most rows in one run.
         short_tick_ms: milliseconds that a run should take while chunks come.
         long_tick_ms: the same while there are only batches.
+        max_queue_delay_us: microseconds that rows may wait for others to fill their tick.
     """
 
     inputs: dict[str, InputDescription] = Field(default_factory=dict)
@@ -177,6 +178,7 @@ class Description(Section):
     max_tick_rows: Annotated[int, Field(ge=1, le=65_536, strict=True)] | None = None
     short_tick_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     long_tick_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_queue_delay_us: Annotated[int, Field(ge=0, strict=True)] | None = None
 
     @property
     def of_graph(self) -> bool:
@@ -186,7 +188,7 @@ class Description(Section):
     @property
     def speed(self) -> tuple[float | None, ...]:
         """What of it changes how fast the model is run, and nothing else."""
-        return self.threads, self.max_tick_rows, self.short_tick_ms, self.long_tick_ms
+        return self.threads, self.max_tick_rows, self.short_tick_ms, self.long_tick_ms, self.max_queue_delay_us
 
     @field_validator("inputs", "states", "outputs", mode="before")
     @classmethod

@@ -407,6 +407,7 @@ class Repository(Catalogue):
         loaded, tuning = tuned(found.path, settings)
         description = loaded.description
         tick_rows = description.max_tick_rows or settings.max_tick_rows or tuning.tick_rows
+        delay_us = description.max_queue_delay_us
         limits = Limits(
             queued_rows=settings.max_queued_rows,
             queued_bytes=settings.max_queued_bytes,
@@ -417,6 +418,7 @@ class Repository(Catalogue):
             sliced=loaded.graph.manifest.streamable,
             short_tick_s=(description.short_tick_ms or settings.short_tick_ms) * 1e-3,
             long_tick_s=(description.long_tick_ms or settings.long_tick_ms) * 1e-3,
+            delay_s=(settings.max_queue_delay_us if delay_us is None else delay_us) * 1e-6,
         )
         slots = settings.max_sessions + 2 * (settings.max_queued_rows + tick_rows)
         try:

@@ -117,6 +117,9 @@ class Settings(BaseModel):
     of batches, run in slices."""
     long_tick_ms: Milliseconds = 50.0
     """The same while there are only batches."""
+    max_queue_delay_us: Annotated[int, Field(ge=0)] = 0
+    """Microseconds that rows may wait for others to fill their tick. By default they do not: a tick takes what has come
+    while the one before ran."""
     non_finite: Literal["reject", "accept"] = "reject"
     """What to do with NaN and infinity in inputs and states. Accepted, they may come out as finite numbers."""
 
@@ -264,6 +267,7 @@ _METAVARS = {
     "max_queued_s": "SECONDS",
     "short_tick_ms": "MS",
     "long_tick_ms": "MS",
+    "max_queue_delay_us": "US",
     "max_message_bytes": "BYTES",
     "max_queued_bytes": "BYTES",
     "max_reply_bytes": "BYTES",

@@ -754,14 +754,24 @@ async def test_the_error_that_was_measured_is_logged(tmp_path: Path) -> None:
         ({"tune_s": 0.01, "max_tick_rows": 512, "short_tick_ms": 3, "long_tick_ms": 30}, "", (512, 0.003, 0.03)),
         ({"max_tick_rows": 32, "short_tick_ms": 3}, "max_tick_rows: 16\nlong_tick_ms: 9", (16, 0.003, 0.009)),
         ({"short_tick_ms": 3, "long_tick_ms": 30}, "short_tick_ms: 1.5", (512, 0.0015, 0.03)),
+        ({"max_queue_delay_us": 700}, "", (512, 0.002, 0.05, 0.0007)),
+        ({"max_queue_delay_us": 700}, "max_queue_delay_us: 0", (512, 0.002, 0.05, 0)),
     ],
-    ids=["defaults", "measured", "flags before what was measured", "model.yaml before flags", "one key alone"],
+    ids=[
+        "defaults",
+        "measured",
+        "flags before what was measured",
+        "model.yaml before flags",
+        "one key alone",
+        "a delay",
+        "none again",
+    ],
 )
 async def test_where_the_limits_of_a_tick_come_from(
     tmp_path: Path,
     settings: dict[str, Any],
     described: str,
-    limits: tuple[int, float, float],
+    limits: tuple[float, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From model.yaml, or else the flags, or else what was measured; and the pace of the first ticks from that."""
@@ -782,7 +792,8 @@ async def test_where_the_limits_of_a_tick_come_from(
     (tmp_path / "lstm/model.yaml").write_text(described)
     async with loaded(tmp_path, **settings):
         (limit,), (pace,) = given, paces
-        assert (limit.tick_rows, limit.short_tick_s, limit.long_tick_s) == pytest.approx(limits)
+        came = (limit.tick_rows, limit.short_tick_s, limit.long_tick_s, limit.delay_s)
+        assert came == pytest.approx((*limits, 0)[:4])
         assert pace is not None
         assert (pace.step_s(512, 1) == 512) == ("tune_s" in settings)
 
