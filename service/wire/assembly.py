@@ -83,7 +83,7 @@ def size(parts: Sequence[Part]) -> int:
 
 def field(number: int, parts: Sequence[Part]) -> list[Part]:
     """Make parts a field of a message, which is a string, bytes or a message itself."""
-    return [_varint(number << 3 | _LENGTH_DELIMITED) + _varint(size(parts)), *parts]
+    return [varint(number << 3 | _LENGTH_DELIMITED) + varint(size(parts)), *parts]
 
 
 def assemble(parts: Sequence[Part]) -> Written:
@@ -106,7 +106,8 @@ def assemble(parts: Sequence[Part]) -> Written:
 
 
 @functools.lru_cache(1024)
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """Return a number of at least 0 as it stands in a message."""
     digits = []
     while number > 0x7F:
         digits.append(number & 0x7F | 0x80)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from conveyor.v1 import conveyor_pb2 as pb
 from service.errors import InvalidRequest
 from service.wire.assembly import Joined, Part, field
-from service.wire.codec import MOST_AXES, MOST_TENSORS, Array, Tensor, little_endian, to_bytes
+from service.wire.codec import MOST_AXES, MOST_TENSORS, Array, Tensor, to_bytes
 
 DATA_TYPES: dict[str, pb.DataType] = {
     "float32": pb.DATA_TYPE_FLOAT32,
@@ -43,13 +42,6 @@ def decode(messages: Sequence[pb.Tensor]) -> list[Tensor]:
 def encode(name: str, array: Array) -> pb.Tensor:
     """Return an array as a message."""
     return pb.Tensor(name=name, data_type=_BY_DTYPE[array.dtype], shape=array.shape, data=to_bytes(array))
-
-
-def encode_rows(name: str, rows: Sequence[Array]) -> pb.Tensor:
-    """Return arrays of one shape and dtype side by side, [N, ...], as a message."""
-    dtype = rows[0].dtype.name
-    parts: Sequence[Any] = rows if little_endian(dtype).isnative else [to_bytes(row) for row in rows]
-    return pb.Tensor(name=name, data_type=DATA_TYPES[dtype], shape=(len(rows), *rows[0].shape), data=b"".join(parts))
 
 
 def parts(number: int, name: str, joined: Joined) -> list[Part]:

@@ -8,24 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 
-import numpy as np
-
 from conveyor.v1 import conveyor_pb2 as pb
-from service.errors import ConveyorError, InvalidRequest
-from service.manifest import Manifest, TensorSpec
+from service.errors import ConveyorError, EngineFailed, InvalidRequest
+from service.manifest import Manifest
 from service.operations import Chunk, Operations
 from service.runner import Runner
 from service.session import Pending, Reply, Session
-from service.wire.codec import Array, Codec
-from service.wire.conveyor_tensors import decode, encode, encode_rows
+from service.wire.assembly import Written
+from service.wire.codec import Codec, Tensor
+from service.wire.conveyor_results import of_block, of_chunk, of_refused_block, of_refused_chunk
+from service.wire.conveyor_tensors import decode
 from service.wire.flow import Flow
-from service.wire.status import detail
 
 _RESPONSE_BYTES = 1 << 20
 """A message is closed once it holds this much: clients take 4 MiB by default."""
 
 
-class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, pb.ChunkResult | pb.BlockResult]):
+class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
     """One call.
 
     Args:
@@ -59,18 +58,14 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, pb.ChunkResult | pb.Blo
         """The chunks of a message, and its blocks."""
         return chain(request.chunks, request.blocks)
 
-    def message(self) -> pb.StreamResponse:
+    def message(self) -> Written:
         """As many results as one message should hold."""
-        response = pb.StreamResponse()
+        results = []
         size = 0
         while size < _RESPONSE_BYTES and (taken := self.take()) is not None:
-            result = taken[0]
-            if isinstance(result, pb.ChunkResult):
-                response.results.append(result)
-            else:
-                response.block_results.append(result)
+            results.append(taken[0].data)
             size += taken[1]
-        return response
+        return Written(results[0] if len(results) == 1 else b"".join(results))
 
     def accept(self, part: pb.Chunk | pb.Block) -> None:
         """Queue a chunk or a block, or answer it."""
@@ -88,10 +83,11 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, pb.ChunkResult | pb.Blo
                 raise InvalidRequest(
                     f"position is {chunk.position} and timeout_us {chunk.timeout_us}; expected neither to be negative"
                 )
-            inputs = self._codec(runner.manifest).chunk(decode(chunk.inputs))
+            tensors = decode(chunk.inputs)
+            inputs = self._codec(runner.manifest).chunk(tensors)
             deadline = began + chunk.timeout_us * 1e-6 if chunk.timeout_us else None
             waiting = _WaitingChunk(self, self._operations, session, runner, chunk.position, began)
-            self.wait(waiting, max(chunk.ByteSize(), runner.manifest.reply_bytes(len(inputs[0]))))
+            self.wait(waiting, max(_size(tensors), runner.manifest.reply_bytes(len(inputs[0]))))
             try:
                 waiting.pending = self._operations.step(
                     session, runner, chunk.epoch, chunk.position, inputs, deadline, waiting, caller=self._caller
@@ -102,7 +98,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, pb.ChunkResult | pb.Blo
         except Exception as error:
             if runner is not None:
                 self.count(runner, began, 0, 1)
-            self.put(pb.ChunkResult(session_id=chunk.session_id, position=chunk.position, error=detail(error)))
+            self.put(of_refused_chunk(chunk.session_id, chunk.position, error))
 
     def _accept_block(self, block: pb.Block) -> None:
         began, runner = self._clock(), None
@@ -111,9 +107,10 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, pb.ChunkResult | pb.Blo
             self._check(block)
             sessions, runner, errors = self._sessions(block)
             if runner is None:
-                self.put(_refusals(block.tag, errors))
+                self.put(of_block(block.tag, 0, (), [errors[n] for n in range(count)]))
                 return
-            inputs, wrong = self._codec(runner.manifest).block(decode(block.inputs), count)
+            tensors = decode(block.inputs)
+            inputs, wrong = self._codec(runner.manifest).block(tensors, count)
             errors = {**wrong, **errors}
             steps = inputs[0].shape[1]
             deadline = began + block.timeout_us * 1e-6 if block.timeout_us else None
@@ -127,11 +124,11 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, pb.ChunkResult | pb.Blo
             ]
             if errors:
                 inputs = [array[[n for n in range(count) if n not in errors]] for array in inputs]
-            self.wait(waiting, max(block.ByteSize(), count * runner.manifest.reply_bytes(steps)), count)
+            self.wait(waiting, max(_size(tensors), count * runner.manifest.reply_bytes(steps)), count)
         except Exception as error:
             if runner is not None:
                 self.count(runner, began, 0, count)
-            self.put(pb.BlockResult(tag=block.tag, error=detail(error)))
+            self.put(of_refused_block(block.tag, error))
             return
         for n, wrong_with in errors.items():
             waiting.take(n, wrong_with)
@@ -210,13 +207,11 @@ class _WaitingChunk:
         self._began = began
 
     def answer(self, result: Reply | ConveyorError) -> None:
-        message = pb.ChunkResult(session_id=self._session.identity, position=self._position)
         if isinstance(result, Reply):
-            message.steps = result.steps
-            message.outputs.extend(_tensors(self._runner.manifest.outputs, result.outputs))
+            message = of_chunk(self._session.identity, self._runner.manifest.outputs, result)
             self._stream.count(self._runner, self._began, 1, 0)
         else:
-            message.error.CopyFrom(detail(result))
+            message = of_refused_chunk(self._session.identity, self._position, result)
             self._stream.count(self._runner, self._began, 0, 1)
         self._stream.answered(self)
         self._stream.put(message)
@@ -243,7 +238,7 @@ class _WaitingBlock:
         self._steps = steps
         self._began = began
         self._left = count
-        self._results: list[Reply | Exception | None] = [None] * count
+        self._results: list[Reply | Exception] = [_NOT_YET] * count
 
     def take(self, index: int, result: Reply | Exception) -> None:
         """Take what became of a chunk; with the last one the block is answered."""
@@ -253,15 +248,9 @@ class _WaitingBlock:
             return
         results, self._results = self._results, []
         self.pending = ()
-        message = pb.BlockResult(tag=self._tag, steps=self._steps)
-        failed = [(n, result) for n, result in enumerate(results) if isinstance(result, Exception)]
-        message.errors.extend(pb.BlockError(index=n, error=detail(error)) for n, error in failed)
-        if len(failed) < len(results):
-            try:
-                message.outputs.extend(_tensors_of(self._runner.manifest.outputs, results))
-            except InvalidRequest as error:
-                message.error.CopyFrom(detail(error))
-        self._stream.count(self._runner, self._began, len(results) - len(failed), len(failed))
+        applied = sum(isinstance(result, Reply) for result in results)
+        message = of_block(self._tag, self._steps, self._runner.manifest.outputs, results)
+        self._stream.count(self._runner, self._began, applied, len(results) - applied)
         self._stream.answered(self)
         self._stream.put(message)
 
@@ -287,26 +276,9 @@ class _Seat:
         self.block.take(self._index, result)
 
 
-def _refusals(tag: int, errors: dict[int, Exception]) -> pb.BlockResult:
-    """What a block is answered of which no session is there."""
-    return pb.BlockResult(tag=tag, errors=[pb.BlockError(index=n, error=detail(error)) for n, error in errors.items()])
+def _size(tensors: Sequence[Tensor]) -> int:
+    """Bytes that tensors hold; what else a message has is little beside what it costs to keep."""
+    return sum(tensor.size for tensor in tensors)
 
 
-def _tensors(specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> list[pb.Tensor]:
-    return [encode(spec.name, array) for spec, array in zip(specs, arrays, strict=True)]
-
-
-def _tensors_of(specs: Sequence[TensorSpec], results: Sequence[Reply | Exception | None]) -> list[pb.Tensor]:
-    """The outputs of a block's chunks side by side, zero for those that were not applied."""
-    tensors = []
-    for index, spec in enumerate(specs):
-        rows: list[Array | None] = [result.outputs[index] if isinstance(result, Reply) else None for result in results]
-        shapes = {row.shape for row in rows if row is not None}
-        if len(shapes) > 1:
-            raise InvalidRequest(
-                f"the rows of output {spec.name!r} differ in the size of their features, and have been applied; send "
-                "the chunks again by themselves for their outputs"
-            )
-        zeros = np.zeros(shapes.pop(), spec.dtype)
-        tensors.append(encode_rows(spec.name, [zeros if row is None else row for row in rows]))
-    return tensors
+_NOT_YET = EngineFailed("not answered yet")
