@@ -69,7 +69,7 @@ class Door(Protocol):
         """The next message of a group."""
 
     def read(self, reply: bytes) -> Iterable[Answer]:
-        """What a message of the server says."""
+        """What a message of the server says; each of its answers ends at least one chunk."""
 
     def last(self, group: int) -> bytes | None:
         """What ends the group's sessions, where a message does; it is answered once."""
@@ -148,12 +148,14 @@ class _Blocks(Door):
             if result.HasField("error"):
                 yield _refusal(self._shape, group, size, result.error)
                 continue
-            positions = [position + steps for position in self._positions[group]]
-            for error in result.errors:
-                positions[error.index] -= steps
-                yield _refusal(self._shape, group, 1, error.error)
-            self._positions[group] = positions
-            yield Answer(group, size - len(result.errors))
+            refusals = [_refusal(self._shape, group, 1, error.error) for error in result.errors]
+            missed = {error.index for error in result.errors}
+            self._positions[group] = [
+                position if index in missed else position + steps
+                for index, position in enumerate(self._positions[group])
+            ]
+            refused, late = sum(each.refused for each in refusals), sum(each.late for each in refusals)
+            yield Answer(group, size - len(missed), refused, late)
 
 
 class _Sequences(Door):

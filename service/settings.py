@@ -76,7 +76,7 @@ class Settings(BaseModel):
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads inside one run of a model; 0 takes as many as pay by what is measured when it is loaded, or 1 where
     nothing is. A model's own model.yaml goes before this, and before the lengths of ticks."""
-    tune_s: Annotated[float, Field(ge=0)] = 0.4
+    tune_s: Annotated[float, Field(ge=0, le=3600)] = 0.4
     """Most seconds that a model is measured for when it is loaded, unless that was done before; 0 for not at all."""
     cache_dir: Path | None = None
     """Folder for what was measured, as NAME/VERSION/tuning.json; left out, beside the model."""

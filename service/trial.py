@@ -25,6 +25,8 @@ _MOST_TURNS = 9
 _SHORT_S = 5e-3
 """Turns that are over so soon are repeated: more of them cost little."""
 _one_at_a_time = threading.Lock()
+_PATIENCE, _MOST_PATIENCE_S = 10, 60.0
+"""How many times its own seconds a model waits for others: one whose run never ends must not hold them up."""
 
 
 def measure(
@@ -36,7 +38,7 @@ def measure(
     clock: Clock = time.perf_counter,
     cpu_clock: Clock = time.process_time,
 ) -> tuple[Measurement, ...]:
-    """Measure runs of a model, one model at a time: two would measure each other.
+    """Measure runs of a model, as a rule one model at a time: two would measure each other.
 
     Thread counts are held against each other in turns, run by run, so that whatever else the machine does meets them
     alike. One that does not pay ends the search: those after it would pay less.
@@ -53,7 +55,8 @@ def measure(
     Raises:
         Exception: whatever the graph raises.
     """
-    with _one_at_a_time:
+    alone = _one_at_a_time.acquire(timeout=min(_PATIENCE * seconds, _MOST_PATIENCE_S))
+    try:
         end = clock() + seconds
         if every or len(counts) == 1:
             return tuple(_in_turns({count: graph_with(count) for count in counts}, end, clock, cpu_clock))
@@ -71,6 +74,9 @@ def measure(
                 break
             best = count
         return tuple(found or _in_turns({best: graph_with(best)}, end, clock, cpu_clock))
+    finally:
+        if alone:
+            _one_at_a_time.release()
 
 
 def _in_turns(graphs: Mapping[int, Graph], until: float, clock: Clock, cpu_clock: Clock) -> list[Measurement]:

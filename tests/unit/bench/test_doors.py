@@ -50,6 +50,13 @@ def test_a_refusal_that_was_not_provoked_ends_the_run(name: str) -> None:
         list(door.read(_answer(name, ["a", "b"], refused={"a"})))
 
 
+def test_a_block_of_which_nothing_was_applied_is_one_answer() -> None:
+    """Where every chunk of a block has an error its group ends once, so that it is not sent on twice."""
+    door = DOORS["blocks"](SHAPE, ["a", "b"])
+    assert list(door.read(_answer("blocks", ["a", "b"], refused={"a", "b"}))) == [Answer(0, 0, refused=2)]
+    assert _positions(door.message(0)) == [0, 0]
+
+
 def test_a_block_that_is_refused_whole_is_all_its_chunks() -> None:
     """An error of the block itself counts for each of its chunks, and moves none."""
     door = DOORS["blocks"](SHAPE, ["a", "b"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -131,3 +132,30 @@ def test_a_model_that_takes_long_to_start_is_not_started_again() -> None:
     found = machine.measure([1, 2], seconds=0.4, start_s=0.3)
     assert machine.begun == [1]
     assert {one.threads for one in found} == {1}
+
+
+def test_one_model_at_a_time() -> None:
+    """Two are not measured side by side; but one that never ends holds nobody up, and one that fails leaves no lock."""
+
+    def fail(threads: int, rows: int, steps: int) -> float:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        Machine(fail).measure([1], seconds=1e9)
+    first, second = Machine(lambda threads, rows, steps: 0.0), Machine(lambda threads, rows, steps: 1e-3)
+
+    def meanwhile(threads: int, rows: int, steps: int) -> float:
+        if not second.runs:
+            waited.append(threading.Thread(target=second.measure, args=([1], 0.01)))
+            waited[0].start()
+            waited[0].join(0.05)
+            ran_beside.append(bool(second.runs))
+            waited[0].join(10)
+            ran_beside.append(bool(second.runs))
+        return 0.0
+
+    waited: list[threading.Thread] = []
+    ran_beside: list[bool] = []
+    first.run_s = meanwhile
+    assert first.measure([1], seconds=1e6)
+    assert ran_beside == [False, True]
