@@ -13,7 +13,7 @@ class Pace:
     does: whoever is too hopeful learns better from the next tick, and whoever is not hopeful never tries.
 
     Attributes:
-        slowest_s: the most seconds that a step has ever taken, with whatever rows.
+        slowest_s: the most seconds that a step of a single row has ever taken.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,8 @@ class Pace:
         """
         known = self._seconds.setdefault(_bucket(rows), {})
         bucket, each = _bucket(steps), seconds / steps
-        self.slowest_s = max(self.slowest_s, each)
+        if rows == 1:
+            self.slowest_s = max(self.slowest_s, each)
         known[bucket] = known[bucket] + _WEIGHT * (each - known[bucket]) if bucket in known else each
 
     def step_s(self, rows: int, steps: int) -> float:

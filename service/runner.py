@@ -33,6 +33,9 @@ from service.statistics import Statistics
 Array = NDArray[np.generic]
 log = structlog.get_logger()
 
+_TURNS = 8
+"""Of the event loop, for which an idle engine lets chunks come together as long as each brings more."""
+
 
 class Runner:
     """One model version at work.
@@ -90,6 +93,8 @@ class Runner:
         self._stopping = False
         self._packed_at = 0.0
         self._notifying = False
+        self._came = False
+        self._turns = 0
         self._ended = asyncio.Event()
         self._thread: threading.Thread | None = None
         labels = (name, str(version))
@@ -149,12 +154,20 @@ class Runner:
             if self._stopping:
                 raise Draining("the model is being stopped")
             self._scheduler.submit(blocks, self._clock())
-        # Not at once: the chunks of one message come one by one, and should run in one tick.
+        # Not at once: what has come already, in the same message or another, should run in the same tick.
+        self._came = True
         if not self._notifying:
             self._notifying = True
+            self._turns = 0
             self._loop.call_soon(self._notify)
 
     def _notify(self) -> None:
+        """Wake the engine once the event loop brings no more, or has had some turns."""
+        if self._came and self._turns < _TURNS:
+            self._came = False
+            self._turns += 1
+            self._loop.call_soon(self._notify)
+            return
         self._notifying = False
         with self._wake:
             self._wake.notify()

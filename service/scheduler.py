@@ -192,7 +192,7 @@ class Scheduler:
                 f"{limits.queued_bytes}; try again later"
             )
         first = min((block.deadline for block in blocks if block.deadline is not None), default=None)
-        # However slowly it went, one step after the other: mostly that is quick enough, and nothing to think about.
+        # One step of one row after the other: mostly even that is quick enough, and there is nothing to think about.
         longest = _CAUTION * (self._waiting_steps + steps) * self.pace.slowest_s
         if longest <= limits.queued_s and (first is None or now + longest <= first):
             return
