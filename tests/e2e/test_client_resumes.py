@@ -175,6 +175,24 @@ async def test_connections_cut_at_any_byte(lstm_repository: Path, seed: int) -> 
             assert "conveyor_sessions 0.0" in metrics.splitlines()
 
 
+async def test_blocks_cut_at_any_byte(lstm_repository: Path) -> None:
+    """Many sessions stepped together over connections that keep breaking: each chunk counts once."""
+    random = np.random.default_rng(4)
+    x = random.standard_normal((8, 200, INPUT)).astype(np.float32)
+    with ServerProcess(lstm_repository) as server:
+        async with (
+            AsyncClient(server.target) as direct,
+            cutter(server.port, seed=4) as between,
+            AsyncClient(f"127.0.0.1:{between.port}") as client,
+        ):
+            sessions = [await client.session("lstm") for _ in x]
+            parts = np.split(x, np.sort(random.choice(np.arange(1, 200), 70, replace=False)), 1)
+            y = np.concatenate([await client.step_many(sessions, part) for part in parts], 1)
+            np.testing.assert_allclose(y, await direct.infer("lstm", x), rtol=0, atol=2e-6)
+            assert {session.position for session in sessions} == {200}
+            assert between.cuts > 10
+
+
 @pytest.mark.parametrize("kept", [True, False])
 async def test_a_server_restarted_under_its_clients(lstm_repository: Path, tmp_path: Path, kept: bool) -> None:
     """With its sessions in a file a stream goes on as if nothing had been; without, it ends with SessionLost."""
