@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 import structlog
@@ -21,6 +21,7 @@ from service.errors import (
     ConveyorError,
     Draining,
     Loading,
+    NotFound,
     NotStreamable,
     PositionConflict,
     SessionUnknown,
@@ -37,20 +38,9 @@ Array = NDArray[np.generic]
 log = structlog.get_logger()
 
 
-class Chunk(NamedTuple):
-    """Steps of a session, as they were asked for together with those of others.
-
-    Attributes:
-        session: the session.
-        epoch: the life of it that they are meant for; 0 for whichever there is.
-        position: where they begin.
-        waiter: whoever is to be told.
-    """
-
-    session: Session
-    epoch: int
-    position: int
-    waiter: Waiter
+Chunk: TypeAlias = tuple[Session, int, int, Waiter]
+"""Steps of a session, asked for together with those of others: the session, the life of it that they are meant for or 0
+for whichever there is, where they begin, and whoever is to be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +167,15 @@ class Operations:
         self._be_ready()
         return self.sessions.find(owner, identity)
 
+    def find_many(self, owner: bytes, identities: Sequence[str]) -> list[Session | NotFound]:
+        """Look sessions up; in the place of one that is not there, why.
+
+        Raises:
+            Loading: if those of an earlier process are being read still.
+        """
+        self._be_ready()
+        return self.sessions.find_many(owner, identities)
+
     def runner(self, session: Session) -> Runner:
         """The model that a session runs on: the very one that it was opened on, also where a newer one is served."""
         assert isinstance(session.home, Runner)
@@ -264,17 +263,20 @@ class Operations:
         places: list[int] = []
         replaced = 0
         for n, (session, epoch, position, waiter) in enumerate(chunks):
-            try:
-                pending = self._match(session, epoch, position, steps, waiter)
-            except ConveyorError as error:
-                waiter.answer(error.with_traceback(None))
-                continue
-            if pending is None:
-                continue
-            if session.pending.get(position) is pending:
-                others.append(pending)
-                continue
-            rows.append(pending)
+            if session.is_next(epoch, position):
+                rows.append(Pending(session, position, waiter))
+            else:
+                try:
+                    pending = self._match(session, epoch, position, steps, waiter)
+                except ConveyorError as error:
+                    waiter.answer(error.with_traceback(None))
+                    continue
+                if pending is None:
+                    continue
+                if session.pending.get(position) is pending:
+                    others.append(pending)
+                    continue
+                rows.append(pending)
             places.append(n)
             if session.last is not None:
                 replaced += session.last.size
@@ -481,24 +483,23 @@ class Operations:
     def _ended(self, block: Block) -> None:
         """Make everything follow the end of chunks, then answer them."""
         rows: Sequence[Any] = block.rows  # each is the Pending that it was queued as
-        before = after = 0
+        count, steps, outputs = len(rows), block.steps, block.outputs
+        before = size = 0
         answers = []
-        for n, pending in enumerate(rows):
-            session: Session = pending.session
-            result: Reply | ConveyorError
-            if block.outputs is not None:
-                # Each has arrays of its own, so that keeping one does not keep them all.
-                outputs = [output[n] if len(rows) == 1 else output[n].copy() for output in block.outputs]
-                result = Reply(pending.position, block.steps, outputs)
-                after += result.size
+        if outputs is None:
+            assert block.error is not None
+            answers = [pending.session.end(pending, block.error) for pending in rows]
+        else:
+            size = sum(output.nbytes for output in outputs) // count
+            for n, pending in enumerate(rows):
+                session: Session = pending.session
                 if session.last is not None:
                     before += session.last.size
-            else:
-                assert block.error is not None
-                result = block.error
-            answers.append(session.end(pending, result))
-            self.sessions.touch(session)
-        self.replies.replace(before, after, self._reply_bytes(rows[0].session, block.steps) * len(rows))
+                # Each has arrays of its own, so that keeping one does not keep them all.
+                own = [output[n].copy() for output in outputs]
+                answers.append(session.end(pending, Reply(pending.position, steps, own, size)))
+        self.sessions.touch(*[pending.session for pending in rows])
+        self.replies.replace(before, size * count, self._reply_bytes(rows[0].session, steps) * count)
         try:
             # Last of all: whoever is told may go on with the session at once, or end it.
             for waiters, result in answers:
@@ -509,7 +510,7 @@ class Operations:
                         # Whoever cannot take an answer must not cost the others theirs.
                         log.exception("a result was not taken", model=rows[0].session.home.name)
         finally:
-            self.count_out(len(rows))
+            self.count_out(count)
 
     def _reply_bytes(self, session: Session, steps: int) -> int:
         """Bytes that were reserved for the reply of a chunk."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from enum import Enum, auto
 from typing import Any, TypeAlias
@@ -28,7 +27,8 @@ class Track:
     def __init__(self, slot: int, position: int = 0) -> None:
         self.slot = slot
         self.position = position
-        self.waiting: deque[Block] = deque()
+        # A list, though taken from at the front: hundreds of thousands of them are empty, and none is long.
+        self.waiting: list[Block] = []
 
 
 class Row:

@@ -503,7 +503,7 @@ class Scheduler:
             if waiting[0] is not block:
                 waiting.remove(block)
                 continue
-            waiting.popleft()
+            del waiting[0]
             if waiting:
                 after = waiting[0]
                 after.behind -= 1

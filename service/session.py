@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from service.errors import (
@@ -36,10 +36,7 @@ class Reply:
     position: int
     steps: int
     outputs: Sequence[Any]
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.size = sum(output.nbytes for output in self.outputs)
+    size: int
 
     def answers(self, position: int, steps: int) -> bool:
         """Whether this is what a chunk was or would be answered."""
@@ -124,7 +121,7 @@ class Session:
         self.track = track
         self.position = track.position
         self.pending: dict[int, Pending] = {}
-        self.orphans: set[Pending] = set()
+        self.orphans: list[Pending] = []
         self.last: Reply | None = None
         self.used_at = now
         self.closing = 0
@@ -192,7 +189,17 @@ class Session:
         applied: ``end`` turns its conflict into the reply if not.
         """
         del self.pending[pending.position]
-        self.orphans.add(pending)
+        self.orphans.append(pending)
+
+    def is_next(self, epoch: int, position: int) -> bool:
+        """Whether a chunk is the next one, with nothing else under way: what it mostly is, and quick to tell."""
+        return (
+            position == self.position
+            and not self.pending
+            and (epoch == 0 or epoch == self.epoch)
+            and not self.closing
+            and not self.guests
+        )
 
     def end(self, pending: Pending, result: Reply | ConveyorError) -> tuple[Sequence[Waiter], Reply | ConveyorError]:
         """Note a chunk as ended, and keep its reply if it was applied.
@@ -208,8 +215,8 @@ class Session:
             if last is not None and last.answers(pending.position, pending.block.steps):
                 result = last
         waiters: Sequence[Waiter] = ()
-        if pending in self.orphans:
-            self.orphans.discard(pending)
+        if self.orphans and pending in self.orphans:
+            self.orphans.remove(pending)
         else:
             del self.pending[pending.position]
             # Each waiter knows what it waits for: in a circle they would hold the model until the collector comes by.

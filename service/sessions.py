@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from service.errors import (
     Full,
@@ -113,14 +113,31 @@ class SessionTable:
             return self.find(owner, identity)
         return session
 
+    def find_many(self, owner: bytes, identities: Sequence[str]) -> list[Session | NotFound]:
+        """Look sessions up; in the place of one that is not there, why."""
+        found: list[Session | NotFound] = []
+        past = self._clock() - self.idle_timeout_s
+        for identity in identities:
+            session = self._sessions.get((owner, identity))
+            if session is not None and session.used_at > past:
+                found.append(session)
+                continue
+            try:
+                found.append(self.find(owner, identity))
+            except NotFound as error:
+                found.append(error.with_traceback(None))
+        return found
+
     def lose(self, owner: bytes, identity: str) -> None:
         """Note a session as lost."""
         self._remember((owner, identity), SessionLost)
 
-    def touch(self, session: Session) -> None:
-        """Note that a session is in use."""
-        session.used_at = self._clock()
-        self._sessions.move_to_end((session.owner, session.identity))
+    def touch(self, *sessions: Session) -> None:
+        """Note that sessions are in use."""
+        now = self._clock()
+        for session in sessions:
+            session.used_at = now
+            self._sessions.move_to_end((session.owner, session.identity))
 
     def end(self, session: Session) -> None:
         """Take a session out, unless it is out already. Nothing of it may be under way."""

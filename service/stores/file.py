@@ -135,7 +135,7 @@ def _group(number: int, group: dict[str, Any], archive: Any) -> Iterable[Saved]:
                 begin, size = ends[output], int(np.prod(shape))
                 parts.append(outputs[output][begin : begin + size].reshape(shape).copy())
                 ends[output] = begin + size
-            reply = Reply(entry["last"]["position"], entry["last"]["steps"], parts)
+            reply = Reply(entry["last"]["position"], entry["last"]["steps"], parts, sum(part.nbytes for part in parts))
         yield Saved(
             owner=bytes.fromhex(entry["owner"]),
             identity=entry["id"],

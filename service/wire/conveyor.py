@@ -56,7 +56,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
         """Run a batch of whole sequences."""
         runner = self._find(request.model, request.version)
         with self.counting(runner), self.finishing():
-            codec = self.codec(runner.manifest)
+            codec = self.codec_of(runner)
             given, given_states = decode(request.inputs), decode(request.initial_states)
 
             def read() -> tuple[Batch, list[Array] | None]:
@@ -84,7 +84,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
         """Step any number of sessions."""
         stream = Stream(
             self.operations,
-            self.codec,
+            self.codec_of,
             owner(context),
             caller(context),
             self.settings.max_stream_chunks,
@@ -98,7 +98,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.OpenSessionResponse:
         """Open a session at position 0."""
         runner = self._find(request.model, request.version)
-        states = self.codec(runner.manifest).states(decode(request.initial_states), rows=None)
+        states = self.codec_of(runner).states(decode(request.initial_states), rows=None)
         session = self.operations.open(owner(context), request.session_id, runner, states)
         return pb.OpenSessionResponse(session=self._session(session))
 
@@ -148,7 +148,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
         runner = self._find(state.model, state.version)
         if not 0 <= state.position <= _LAST_POSITION:
             raise InvalidRequest(f"the state is at position {state.position}; expected 0 to {_LAST_POSITION}")
-        states = self.codec(runner.manifest).states(decode(state.states), rows=None)
+        states = self.codec_of(runner).states(decode(state.states), rows=None)
         if states is None and runner.manifest.states:
             raise InvalidRequest(f"the state is empty; expected {[spec.name for spec in runner.manifest.states]}")
         session = self.operations.open(owner(context), request.session_id, runner, states, state.position)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from conveyor.v1 import conveyor_pb2 as pb
-from service.errors import ConveyorError, InvalidRequest
 from service.manifest import TensorSpec
 from service.session import Reply
 from service.wire.assembly import Written, varint
@@ -60,31 +59,24 @@ def of_block(tag: int, steps: int, specs: Sequence[TensorSpec], results: Sequenc
         head.errors.add(index=n, error=detail(error))
     parts: list[bytes] = []
     if len(failed) < len(results):
-        try:
-            for index, spec in enumerate(specs):
-                rows = _rows(spec, [None if isinstance(one, Exception) else one.outputs[index] for one in results])
-                parts += _tensor(_BLOCK_OUTPUTS, spec, (len(rows), *rows[0].shape), _join(spec, rows))
-        except InvalidRequest as error:
-            head.error.CopyFrom(detail(error))
-            parts.clear()
+        for index, spec in enumerate(specs):
+            rows = _rows(results, index, zeros=bool(failed))
+            parts += _tensor(_BLOCK_OUTPUTS, spec, (len(rows), *rows[0].shape), _join(spec, rows))
     return _field(_BLOCK_RESULTS, [head.SerializeToString(), *parts])
 
 
-def of_refused_block(tag: int, error: ConveyorError | Exception) -> Written:
+def of_refused_block(tag: int, error: Exception) -> Written:
     """Write what a block is answered that was refused as a whole."""
     return _field(_BLOCK_RESULTS, [pb.BlockResult(tag=tag, error=detail(error)).SerializeToString()])
 
 
-def _rows(spec: TensorSpec, rows: Sequence[Array | None]) -> list[Array]:
-    """One output of a block's chunks, zeros where one was not applied."""
-    shapes = {row.shape for row in rows if row is not None}
-    if len(shapes) > 1:
-        raise InvalidRequest(
-            f"the rows of output {spec.name!r} differ in the size of their features, and have been applied; send "
-            "the chunks again by themselves for their outputs"
-        )
-    zeros = np.zeros(shapes.pop(), spec.dtype)
-    return [zeros if row is None else row for row in rows]
+def _rows(results: Sequence[Reply | Exception], index: int, zeros: bool) -> list[Array]:
+    """One output of a block's chunks, which are of one shape, with zeros where one was not applied."""
+    if not zeros:
+        return [reply.outputs[index] for reply in results]  # type: ignore[union-attr]
+    rows = [None if isinstance(one, Exception) else one.outputs[index] for one in results]
+    nothing = np.zeros_like(next(row for row in rows if row is not None))
+    return [nothing if row is None else row for row in rows]
 
 
 def _join(spec: TensorSpec, rows: Sequence[Array]) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hasha
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import grpc
 
@@ -86,8 +87,16 @@ class Door:
         self.settings = settings
         self.places = places
         self.clock = clock
+        self._codecs: WeakKeyDictionary[Runner, Codec] = WeakKeyDictionary()
         self._streams: set[Flow[Any, Any, Any]] = set()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"large-messages-{self.NAME}")
+
+    def codec_of(self, runner: Runner) -> Codec:
+        """The reader of a model's tensors, made once."""
+        codec = self._codecs.get(runner)
+        if codec is None:
+            codec = self._codecs[runner] = self.codec(runner.manifest)
+        return codec
 
     def codec(self, manifest: Manifest) -> Codec:
         """The reader of a model's tensors."""

@@ -9,8 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 
 from conveyor.v1 import conveyor_pb2 as pb
-from service.errors import ConveyorError, EngineFailed, InvalidRequest
-from service.manifest import Manifest
+from service.errors import ConveyorError, EngineFailed, InvalidRequest, NotFound
 from service.operations import Chunk, Operations
 from service.runner import Runner
 from service.session import Pending, Reply, Session
@@ -40,7 +39,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
     def __init__(
         self,
         operations: Operations,
-        codec: Callable[[Manifest], Codec],
+        codec: Callable[[Runner], Codec],
         owner: bytes,
         caller: Hashable,
         limit: int,
@@ -84,7 +83,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
                     f"position is {chunk.position} and timeout_us {chunk.timeout_us}; expected neither to be negative"
                 )
             tensors = decode(chunk.inputs)
-            inputs = self._codec(runner.manifest).chunk(tensors)
+            inputs = self._codec(runner).chunk(tensors)
             deadline = began + chunk.timeout_us * 1e-6 if chunk.timeout_us else None
             waiting = _WaitingChunk(self, self._operations, session, runner, chunk.position, began)
             self.wait(waiting, max(_size(tensors), runner.manifest.reply_bytes(len(inputs[0]))))
@@ -109,18 +108,22 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
             if runner is None:
                 self.put(of_block(block.tag, 0, (), [errors[n] for n in range(count)]))
                 return
+            if any(None in output.tail for output in runner.manifest.outputs):
+                # What they come out as need not fit side by side.
+                raise InvalidRequest(
+                    f"the outputs of model {runner.name!r} may differ in size from chunk to chunk; send single chunks"
+                )
             tensors = decode(block.inputs)
-            inputs, wrong = self._codec(runner.manifest).block(tensors, count)
+            inputs, wrong = self._codec(runner).block(tensors, count)
             errors = {**wrong, **errors}
             steps = inputs[0].shape[1]
             deadline = began + block.timeout_us * 1e-6 if block.timeout_us else None
             waiting = _WaitingBlock(self, self._operations, runner, block.tag, count, steps, began)
-            chunks = [
-                Chunk(session, epoch, position, _Seat(waiting, n))
-                for n, (session, epoch, position) in enumerate(
-                    zip(sessions, block.epochs or (0,) * count, block.positions, strict=True)
-                )
-                if session is not None and n not in errors
+            epochs = block.epochs or (0,) * count
+            chunks: list[Chunk] = [
+                (session, epoch, position, _Seat(waiting, n))
+                for n, (session, epoch, position) in enumerate(zip(sessions, epochs, block.positions, strict=True))
+                if n not in errors and isinstance(session, Session)
             ]
             if errors:
                 inputs = [array[[n for n in range(count) if n not in errors]] for array in inputs]
@@ -153,27 +156,22 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
                 "expected neither to be negative"
             )
 
-    def _sessions(self, block: pb.Block) -> tuple[list[Session | None], Runner | None, dict[int, Exception]]:
+    def _sessions(self, block: pb.Block) -> tuple[Sequence[Session | NotFound], Runner | None, dict[int, Exception]]:
         """Find the sessions of a block, the model of the first, and why others are not stepped, by index."""
-        sessions: list[Session | None] = []
+        found = self._operations.find_many(self._owner, block.session_ids)
         errors: dict[int, Exception] = {}
-        find, owner = self._operations.find, self._owner
         home: Runner | None = None
-        for n, identity in enumerate(block.session_ids):
-            session = None
-            try:
-                session = find(owner, identity)
-                if home is None:
-                    home = self._operations.runner(session)
-                elif session.home is not home:
-                    raise InvalidRequest(
-                        f"session {identity!r} is on model {session.home.name!r}, version {session.home.version}, and "
-                        f"others of the block on {home.name!r}, version {home.version}; send them apart"
-                    )
-            except ConveyorError as error:
-                errors[n] = error.with_traceback(None)
-            sessions.append(session)
-        return sessions, home, errors
+        for n, session in enumerate(found):
+            if isinstance(session, NotFound):
+                errors[n] = session
+            elif home is None:
+                home = self._operations.runner(session)
+            elif session.home is not home:
+                errors[n] = InvalidRequest(
+                    f"session {session.identity!r} is on model {session.home.name!r}, version {session.home.version}, "
+                    f"and others of the block on {home.name!r}, version {home.version}; send them apart"
+                )
+        return found, home, errors
 
     def count(self, runner: Runner, began: float, applied: int, failed: int) -> None:
         """Count chunks that have ended."""

@@ -291,7 +291,7 @@ async def test_rows_that_were_applied_and_cannot_be_told(lstm_repository: Path) 
         manifest = server.repository.find("lstm").manifest
         inference = Inference(server._servicers[1], server.sequences, b"", None, message, lambda result: None)
         asked = read(message, inference.ids, 4)
-        rows = [Stepped(Reply(0, 1, [np.zeros((1, width))]), 1, manifest, 1, 9) for width in (2, 3)]
+        rows = [Stepped(Reply(0, 1, [np.zeros((1, width))], 8 * width), 1, manifest, 1, 9) for width in (2, 3)]
         told = inference._together(asked, rows)
         assert isinstance(told, InvalidRequest)
         assert "differ in the size of their features" in str(told)

@@ -14,7 +14,7 @@ from tests.sums import Sums
 
 def reply(size: int) -> Reply:
     """One of so many bytes."""
-    return Reply(0, 1, [np.zeros(size, np.int8)])
+    return Reply(0, 1, [np.zeros(size, np.int8)], size)
 
 
 def ended(size: int, clock: Clock) -> Ended:

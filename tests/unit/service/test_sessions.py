@@ -76,7 +76,7 @@ def begin(session: Session, position: int, steps: int, listener: Listener | None
 def apply(session: Session, pending: Pending, outputs: str = "y") -> None:
     """End a chunk well."""
     session.track.position = pending.position + pending.block.steps
-    tell(session, pending, Reply(pending.position, pending.block.steps, (Sheet(outputs),)))
+    tell(session, pending, Reply(pending.position, pending.block.steps, (Sheet(outputs),), 1))
 
 
 def refuse(session: Session, pending: Pending, error: ConveyorError | None = None) -> None:
@@ -107,7 +107,7 @@ def test_the_last_chunk_sent_again_gets_its_reply() -> None:
     session = Table().open()
     for position in (0, 2):
         apply(session, begin(session, position, 2), outputs=f"y at {position}")
-    assert session.match(0, 2, 2) == Reply(2, 2, (Sheet("y at 2"),))
+    assert session.match(0, 2, 2) == Reply(2, 2, (Sheet("y at 2"),), 1)
     for position, steps in ((2, 1), (2, 3), (0, 2)):
         with pytest.raises(PositionConflict) as conflict:
             session.match(0, position, steps)
@@ -133,7 +133,7 @@ def test_a_chunk_under_way_sent_again_is_waited_for_by_both() -> None:
     assert isinstance(pending, Pending)
     pending.waiters.append(second)
     apply(session, row)
-    assert first.heard == second.heard == [Reply(0, 2, (Sheet("y"),))]
+    assert first.heard == second.heard == [Reply(0, 2, (Sheet("y"),), 1)]
 
 
 @pytest.mark.parametrize("position", [1, 6, 100])
@@ -181,7 +181,7 @@ def test_a_chunk_that_all_have_left_can_be_sent_again_while_it_runs(applied: boo
     else:
         refuse(session, row)
         apply(session, again)
-    assert (left.heard, listener.heard) == ([], [Reply(0, 2, (Sheet("y"),))])
+    assert (left.heard, listener.heard) == ([], [Reply(0, 2, (Sheet("y"),), 1)])
     assert (session.position, session.at_rest) == (2, True)
 
 

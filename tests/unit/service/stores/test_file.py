@@ -42,7 +42,8 @@ def test_round_trip(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
 
     def reply(steps: int) -> Reply:
-        return Reply(7 - steps, steps, [random.standard_normal((steps, 2)).astype(np.float32), np.ones(3, np.int64)])
+        outputs = [random.standard_normal((steps, 2)).astype(np.float32), np.ones(3, np.int64)]
+        return Reply(7 - steps, steps, outputs, 8 * steps + 24)
 
     before = [
         session("a", last=reply(3)),
@@ -72,7 +73,7 @@ def test_no_sessions_is_a_file_too(tmp_path: Path) -> None:
 def test_what_is_no_such_file_is_refused(tmp_path: Path, damage: str) -> None:
     """Anything else than what save wrote is a ValueError that names the file, and nothing in it is executed."""
     path = tmp_path / "sessions"
-    save(path, [session("a", last=Reply(0, 1, [np.ones(2)]))])
+    save(path, [session("a", last=Reply(0, 1, [np.ones(2)], 16))])
     if damage == "text":
         path.write_text("not an archive")
     elif damage == "cut":
