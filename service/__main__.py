@@ -5,7 +5,6 @@ Parses settings and runs, nothing else.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 
@@ -20,11 +19,13 @@ def main() -> int:
     # gRPC's core writes to standard error in a form of its own; what matters comes back as an exception and is logged.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # After the settings, so that --help and a wrong flag answer before the libraries are loaded.
+    import uvloop
+
     from service.logs import configure_logs
     from service.server import serve
 
     configure_logs(settings.log_level, settings.log_format)
-    return asyncio.run(serve(settings))
+    return uvloop.run(serve(settings))
 
 
 def measure() -> int:

@@ -14,6 +14,9 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+_MOST_LEFT = 32
+"""Of one caller's items, how many are offered in vain before the others' turn comes."""
+
 
 class _Line(Generic[Item]):
     __slots__ = ("caller", "items", "served")
@@ -68,23 +71,22 @@ class Fair(Generic[Item]):
         Args:
             give: told an item and how many rows are left to give; says how many rows it takes and how many steps they
                 are given together; no rows to drop it; None to leave it where it is.
-            most: how many rows may be given, and how many items may be left.
+            most: how many rows may be given.
         """
         left: list[tuple[_Line[Item], list[Item]]] = []
         heap = list(self._lines.values())
         heapq.heapify(heap)
-        taken = passed = 0
-        while heap and taken < most and passed < most:
+        taken = 0
+        while heap and taken < most:
             line = heap[0]
             aside: list[Item] = []
             # As long as nobody is further behind there is no need to look at the others.
             bound = min((other.served for other in heap[1:3]), default=None)
-            while line.items and taken < most and passed < most and (bound is None or line.served <= bound):
+            while line.items and taken < most and len(aside) < _MOST_LEFT and (bound is None or line.served <= bound):
                 item = line.items.popleft()
                 self._count -= 1
                 given = give(item, most - taken)
                 if given is None:
-                    passed += 1
                     aside.append(item)
                 elif given[0]:
                     taken += given[0]
@@ -92,7 +94,7 @@ class Fair(Generic[Item]):
                     line.served += given[1]
             if aside:
                 left.append((line, aside))
-            if line.items:
+            if line.items and len(aside) < _MOST_LEFT:
                 heapq.heapreplace(heap, line)
             else:
                 heapq.heappop(heap)

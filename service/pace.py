@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 _WEIGHT = 0.2
 """Of the newest tick: some ten ticks forget what was before them."""
+_NEARLY = 0.85
+"""Share of the highest rate that counts as such."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What ticks of about one size took: how many rows they had, and seconds of each of their steps."""
+
+    rows: float
+    step_s: float
 
 
 class Pace:
     """Seconds that one step of the time axis takes, by how many rows run side by side and for how many steps.
 
-    Kept for 1, 2, 4, ... rows and 1, 2, 4, ... steps. What was never seen is taken to cost what its nearest neighbour
-    does: whoever is too hopeful learns better from the next tick, and whoever is not hopeful never tries.
+    Kept for up to 1, 2, 4, ... rows and 1, 2, 4, ... steps. What was never seen is taken to cost what its nearest
+    neighbour does: whoever is too hopeful learns better from the next tick, and whoever is not hopeful never tries.
 
     Attributes:
         slowest_s: the most seconds that a step of a single row has ever taken.
@@ -18,7 +31,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.slowest_s = 0.0
-        self._seconds: dict[int, dict[int, float]] = {}
+        self._seen: dict[int, dict[int, _Seen]] = {}
 
     def learn(self, rows: int, steps: int, seconds: float) -> None:
         """Note what a tick took.
@@ -28,21 +41,32 @@ class Pace:
             steps: of the longest.
             seconds: of the whole tick.
         """
-        known = self._seconds.setdefault(_bucket(rows), {})
+        known = self._seen.setdefault(_bucket(rows), {})
         bucket, each = _bucket(steps), seconds / steps
         if rows == 1:
             self.slowest_s = max(self.slowest_s, each)
-        known[bucket] = known[bucket] + _WEIGHT * (each - known[bucket]) if bucket in known else each
+        if (seen := known.get(bucket)) is None:
+            known[bucket] = _Seen(float(rows), each)
+        else:
+            seen.rows += _WEIGHT * (rows - seen.rows)
+            seen.step_s += _WEIGHT * (each - seen.step_s)
 
     def step_s(self, rows: int, steps: int) -> float:
         """Seconds of one step with that many rows, in a tick of that many steps; 0 where nothing has run yet."""
-        known = self._seconds.get(_bucket(rows))
-        if known is None:
-            if not self._seconds:
-                return 0.0
-            known = self._seconds[_nearest(self._seconds, _bucket(rows))]
-        bucket = _bucket(steps)
-        return known[bucket] if bucket in known else known[_nearest(known, bucket)]
+        if not self._seen:
+            return 0.0
+        bucket = _bucket(rows)
+        seen = _of(self._seen[bucket if bucket in self._seen else _nearest(self._seen, bucket)], _bucket(steps))
+        return seen.step_s * max(1.0, rows / seen.rows)
+
+    def step_at_best_s(self, rows: int, steps: int) -> float:
+        """The same, but at most what as many rows take in several ticks of fewer.
+
+        A number of rows that was once seen at a bad moment would otherwise be refused, and never be seen again.
+        """
+        bucket, length = _bucket(rows), _bucket(steps)
+        fewer = [seen[length] for other, seen in self._seen.items() if other < bucket and length in seen]
+        return min(self.step_s(rows, steps), *[seen.step_s * rows / seen.rows for seen in fewer], float("inf"))
 
     def steps_within(self, rows: int, seconds: float, most: int) -> int:
         """How many steps that many rows can run within some time; at least 1, at most ``most``."""
@@ -60,6 +84,16 @@ class Pace:
             rows //= 2
         return max(1, rows)
 
+    def efficient_rows(self, most: int) -> int:
+        """The fewest rows that run nearly as many steps a second as any number does; at most ``most``.
+
+        More of them at a time would not be done sooner, and those that have waited longest would be done later.
+        """
+        ones = {bucket: _of(known, 0) for bucket, known in self._seen.items()}
+        rates = {bucket: seen.rows / seen.step_s for bucket, seen in ones.items() if seen.step_s > 0}
+        best = max(rates.values(), default=0.0)
+        return min((min(2**bucket, most) for bucket, rate in rates.items() if rate >= _NEARLY * best), default=most)
+
     def work_s(self, rows: int, steps: int, most: int) -> float:
         """Seconds that waiting rows take.
 
@@ -71,12 +105,16 @@ class Pace:
         if not rows:
             return 0.0
         together = min(rows, most)
-        return steps / together * self.step_s(together, max(1, steps // rows))
+        return steps / together * self.step_at_best_s(together, max(1, steps // rows))
+
+
+def _of(known: dict[int, _Seen], bucket: int) -> _Seen:
+    return known[bucket] if bucket in known else known[_nearest(known, bucket)]
 
 
 def _bucket(count: int) -> int:
     return (count - 1).bit_length()
 
 
-def _nearest(known: dict[int, float] | dict[int, dict[int, float]], bucket: int) -> int:
+def _nearest(known: Iterable[int], bucket: int) -> int:
     return min(known, key=lambda other: abs(other - bucket))

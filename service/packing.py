@@ -1,13 +1,13 @@
 """Between rows and the graph's own axes: many blocks of rows into one array, one array into many blocks.
 
-Rows come in blocks of equal length, which have rows first and time second. A block's arrays are whole and owned by
-nobody else, so that keeping one does not keep its tick.
+Rows come in blocks of equal length, which have rows first and time second.
 Must not know sessions, slots or onnxruntime.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,20 +70,20 @@ def unpack(packed: Array, spec: TensorSpec, widths: Sequence[int], lengths: Sequ
         lengths: T_k, how many steps of each are valid.
 
     Returns:
-        Arrays [N_k, T_k, ...]; for a spec without time, [N_k, ...]. Each is whole and in memory of its own.
+        Arrays [N_k, T_k, ...]; for a spec without time, [N_k, ...]. Of blocks of one length they are parts of one
+        array; of others each is whole.
     """
     view = _rows_first(packed, spec)
     if spec.time_axis is None:
-        view, lengths = view[:, 0], []
-    if len(view) == len(widths) and all(length == lengths[0] for length in lengths):
-        # Rows that came alone and are of one length: taken in turn in half the time that cutting each takes.
-        return [row.copy() for row in (view[:, None, : lengths[0]] if lengths else view[:, None])]
-    blocks, first = [], 0
-    for index, width in enumerate(widths):
-        rows = view[first : first + width]
-        blocks.append((rows[:, : lengths[index]] if lengths else rows).copy())
-        first += width
-    return blocks
+        view, lengths = view[:, 0], [1]
+    elif lengths[0] < view.shape[1]:
+        view = view[:, : max(lengths)]
+    ends = [0, *accumulate(widths)]
+    if all(length == lengths[0] for length in lengths):
+        # At one go: NumPy lets other threads run at each larger copy, and then has to wait for them.
+        whole = view.copy()
+        return [whole[first:end] for first, end in pairwise(ends)]
+    return [view[first:end, :length].copy() for (first, end), length in zip(pairwise(ends), lengths, strict=True)]
 
 
 def _rows_first(array: Array, spec: TensorSpec) -> Array:

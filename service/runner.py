@@ -213,36 +213,46 @@ class Runner:
 
     def _run_ticks(self) -> None:
         while (cut := self._next_tick()) is not None:
-            tick, ended = cut
+            tick, ended, began = cut
             if tick is not None:
-                ended = ended + self._run_tick(tick)
+                ended = ended + self._run_tick(tick, began)
             for block in ended:
                 self._release(block)
             if ended:
                 self._loop.call_soon_threadsafe(self._deliver, ended)
 
-    def _next_tick(self) -> tuple[Tick | None, list[Block]] | None:
-        """Wait for a tick, or for blocks that are refused; None once stopped."""
+    def _next_tick(self) -> tuple[Tick | None, list[Block], float] | None:
+        """Wait for a tick, or for blocks that are refused, and say since when there was something to do.
+
+        Returns:
+            None once stopped.
+        """
+        began = self._clock()
         with self._wake:
             while True:
                 delay_s = 0.0 if self._stopping else self._scheduler.delay_s(self._clock())
                 if not delay_s:
                     tick, refused = self._scheduler.cut(self._clock())
                     if tick or refused:
-                        return tick, refused
+                        return tick, refused, began
                     if self._stopping:
                         return None
                 self._wake.wait(delay_s or None)
+                began = self._clock()
 
-    def _run_tick(self, tick: Tick) -> list[Block]:
-        """Run a tick; the blocks that have ended by it."""
-        began = self._clock()
+    def _run_tick(self, tick: Tick, began: float) -> list[Block]:
+        """Run a tick; the blocks that have ended by it.
+
+        Args:
+            tick: as it was cut.
+            began: since when there was something to do. What is done between ticks is a part of what they take.
+        """
         # With those that are split off meanwhile.
         blocks = list(tick.blocks)
         rows, cells = tick.rows, tick.cells
         going_on: list[Block] = []
         try:
-            self._run(tick, began, blocks, going_on)
+            self._run(tick, self._clock(), blocks, going_on)
         except Exception:
             # Nothing in _run is expected to raise; were this thread to die of it, every later row would wait for ever.
             log.exception("tick failed", model=self.name, version=self.version)

@@ -28,7 +28,12 @@ from service.shape import choose, choose_whole
 _PATIENCE = 7
 """How many ticks in a row a priority lets higher ones lead."""
 _CAUTION = 1.25
-"""How much longer than expected the work ahead may take without making late what was accepted."""
+"""How much longer than expected the work ahead may take, at least, without making late what was accepted."""
+_LESSON, _TRUST, _MOST_CAUTION = 1.05, 0.99, 2.5
+"""By what caution grows with each tick in which something is late all the same, and shrinks with each in which all that
+ends is in time; and its bound."""
+_PATIENCE_OF_MANY = 8
+"""How many times as long as usual a slice of chunks may be where more of them wait than run at a time."""
 _LIVELY_S = 1.0
 """How long after the last chunk ticks stay short."""
 _STALE = 64
@@ -116,6 +121,8 @@ class Scheduler:
     def __init__(self, limits: Limits, pace: Pace | None = None) -> None:
         self.pace = pace or Pace()
         self._limits = limits
+        # As it was measured with nothing else going on; what is learned later goes up and down too much.
+        self._efficient_rows = limits.tick_rows if pace is None else pace.efficient_rows(limits.tick_rows)
         kinds = [(batch, priority) for batch in (False, True) for priority in PRIORITIES]
         self._queues: dict[Kind, Fair[Block]] = {kind: Fair() for kind in kinds}
         # Of the rows that wait, the steps that they have left.
@@ -128,6 +135,12 @@ class Scheduler:
         self._waiting = 0
         self._waiting_steps = 0
         self._bytes = 0
+        # The blocks that run, with the steps that their rows had left, and the sum of those.
+        self._running: dict[Block, int] = {}
+        self._running_steps = 0
+        self._caution = _CAUTION
+        # Whether anything has been late since the last tick was sealed.
+        self._late = False
         self._lively_until = float("-inf")
         # When those came that have not been passed over by a tick.
         self._first_at = float("-inf")
@@ -179,33 +192,39 @@ class Scheduler:
                 f"and {limits.queued_bytes} bytes; send fewer at a time"
             )
         queued = self._waiting
-        if not queued:
-            return
-        if queued + rows > limits.queued_rows:
+        if queued and queued + rows > limits.queued_rows:
             raise Full(
                 f"{queued} rows are waiting for this model and {rows} more would pass the limit of "
                 f"{limits.queued_rows}; try again later"
             )
-        if self._bytes + size > limits.queued_bytes:
+        if queued and self._bytes + size > limits.queued_bytes:
             raise Full(
                 f"{self._bytes} bytes of input are waiting for this model and {size} more would pass the limit of "
                 f"{limits.queued_bytes}; try again later"
             )
         first = min((block.deadline for block in blocks if block.deadline is not None), default=None)
         # One step of one row after the other: mostly even that is quick enough, and there is nothing to think about.
-        longest = _CAUTION * (self._waiting_steps + steps) * self.pace.slowest_s
+        busy = self._running_steps
+        longest = self._caution * (busy + self._waiting_steps + steps) * self.pace.slowest_s
         if longest <= limits.queued_s and (first is None or now + longest <= first):
             return
-        before = self._ahead(blocks[0].kind)
-        ahead = self.pace.work_s(queued, before, limits.tick_rows)
+        if not queued + busy:
+            return
+        most = self._efficient_rows
+        before = busy + self._ahead(blocks[0].kind)
+        under_way = queued + sum(len(block.rows) for block in self._running)
+        ahead = self.pace.work_s(under_way, before, most)
         if ahead > limits.queued_s:
             raise Full(
                 f"{ahead:.1f} s of work are waiting for this model, which is over the limit of {limits.queued_s:g} s; "
                 "try again later"
             )
-        needed = self.pace.work_s(queued + rows, before + steps, limits.tick_rows)
+        work = self.pace.work_s(under_way + rows, before + steps, most)
+        each = self.pace.step_at_best_s(min(under_way + rows, most), 1)
         for block in blocks:
-            if block.deadline is not None and now < block.deadline < now + _CAUTION * needed:
+            # It takes part in as many ticks as it has steps at worst, and in each the others that run beside it do too.
+            needed = max(work, block.steps * each)
+            if block.deadline is not None and now < block.deadline < now + self._caution * needed:
                 raise Full(
                     f"it would be done in {needed:.3f} s and its deadline is in {block.deadline - now:.3f} s; "
                     "try again later"
@@ -308,6 +327,11 @@ class Scheduler:
                 rows = sum(len(other.rows) for other in blocks) + len(block.rows)
                 if not near or rows * max(length, *lengths) > self._limits.tick_steps:
                     return None
+            if blocks and length > 1 and not block.batch and self._limits.sliced:
+                # Chunks that take several ticks: more at a time would not be done sooner, and the first of them later.
+                rows = sum(len(other.rows) for other in blocks) + len(block.rows)
+                if rows > self._efficient_rows:
+                    return None
             if len(block.rows) > room:
                 if blocks:
                     return None
@@ -348,6 +372,8 @@ class Scheduler:
         for block in blocks:
             block.phase = Phase.RUNNING
             self._leave(block)
+            self._running[block] = len(block.rows) * block.left
+            self._running_steps += self._running[block]
         return Tick(blocks, [min(length, steps) for length in lengths]), refused
 
     def _fit(self, block: Block, soon: float, refused: list[Block]) -> bool:
@@ -362,6 +388,7 @@ class Scheduler:
             if refused[-1] is block:
                 return False
         if block.deadline is not None and soon >= block.deadline:
+            self._late = True
             refused.append(self._take_out(block, block.rows, _late()))
         elif block.unwanted:
             refused.append(self._take_out(block, list(block.unwanted), _gone()))
@@ -399,6 +426,9 @@ class Scheduler:
         # As many as its blocks have on average; those at the front are not looked at before they are taken.
         ready = len(self._queues[lead]) * self._waiting // max(1, self._blocks)
         rows = max(1, min(ready, most if lead[0] else limits.tick_rows))
+        if not lead[0] and len(self._queues[lead]) > self._efficient_rows:
+            # They are done one after the other in any case, and in longer slices all of them sooner.
+            rows, seconds = min(rows, self._efficient_rows), _PATIENCE_OF_MANY * seconds
         return most, self.pace.steps_within(rows, seconds, max(1, limits.tick_steps // rows))
 
     def seal(self, tick: Tick, now: float) -> Sealed:
@@ -408,9 +438,11 @@ class Scheduler:
             Which blocks have ended well and which go on; the others were refused, and their states are thrown away.
         """
         sealed = Sealed([], [], {}, [])
+        in_time = False
         for index, block in enumerate(tick.blocks):
             if block.unwanted:
                 if len(block.unwanted) == len(block.rows):
+                    self._stop(block)
                     self._end(block, _gone())
                     continue
                 places = _places(block, block.unwanted)
@@ -419,15 +451,24 @@ class Scheduler:
                 self._end(part, _gone())
                 sealed.gone.append(part)
             if block.deadline is not None and now >= block.deadline:
+                self._stop(block)
+                self._late = True
                 self._end(block, _late())
             elif block.left > tick.lengths[index]:
                 sealed.advanced.append(index)
             else:
+                self._stop(block)
+                in_time |= block.deadline is not None
                 block.phase = Phase.APPLIED
                 for row in block.rows:
                     row.track.position = row.position + block.steps
                 self._next(block)
                 sealed.applied.append(index)
+        if self._late:
+            self._caution = min(_MOST_CAUTION, self._caution * _LESSON)
+        elif in_time:
+            self._caution = max(_CAUTION, self._caution * _TRUST)
+        self._late = False
         return sealed
 
     def resume(self, tick: Tick, sealed: Sealed) -> list[Block]:
@@ -439,6 +480,7 @@ class Scheduler:
         # From the last to the first, so that they stand in front in their old order.
         for index in reversed(sealed.advanced):
             block = tick.blocks[index]
+            self._stop(block)
             block.done += tick.lengths[index]
             block.phase = Phase.QUEUED
             self._enter(block)
@@ -460,6 +502,7 @@ class Scheduler:
     def fail(self, blocks: Sequence[Block], error: ConveyorError) -> None:
         """End blocks of a tick whose run failed."""
         for block in blocks:
+            self._stop(block)
             self._end(block, error)
 
     def clear(self, error: ConveyorError) -> list[Block]:
@@ -473,6 +516,10 @@ class Scheduler:
             blocks += heads
         blocks.sort(key=lambda block: block.queued_at)
         return blocks
+
+    def _stop(self, block: Block) -> None:
+        """Count a block as one that runs no more."""
+        self._running_steps -= self._running.pop(block, 0)
 
     def _enter(self, block: Block) -> None:
         rows = len(block.rows)
