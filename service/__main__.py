@@ -25,6 +25,9 @@ def main() -> int:
     from service.server import serve
 
     configure_logs(settings.log_level, settings.log_format)
+    # How long a thread that computes in Python may keep the others waiting: the event loop behind a model's thread, and
+    # the other way round. By default it is as long as a few ticks take.
+    sys.setswitchinterval(0.001)
     return uvloop.run(serve(settings))
 
 
