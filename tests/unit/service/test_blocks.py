@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import Cancelled, Full, Late, PositionConflict
+from service.pace import Pace
 from service.row import Block, Phase, Row, Track
 from service.scheduler import Limits, Scheduler, Tick
 
@@ -222,6 +223,61 @@ def test_a_tick_is_halved_down_to_single_rows() -> None:
         ticks = [half for one in ticks for half in (queue.halve(one) if one.rows > 1 else (one,))]
     assert [places_of(one.blocks[0], tracks) for one in ticks] == [[0], [1], [2], [3], [4]]
     assert all(track.waiting[0] is one.blocks[0] for track, one in zip(tracks, ticks, strict=True))
+
+
+def test_many_long_chunks_run_in_turn() -> None:
+    """No more side by side than is to advantage: the first are done first, and single steps fill the tick."""
+    pace = Pace()
+    for rows in (1, 2, 4, 64):
+        # Four rows at a time are as quick as any number, step for step.
+        pace.learn(rows, 1, max(rows, 4) * 0.001)
+    queue = Scheduler(Limits(1000, 64, 8192, short_tick_s=0.001), pace)
+    long, short = [block([Track(n)], 8) for n in range(40)], block([Track(99)])
+    queue.submit([*long[:10], short, *long[10:]])
+    done: list[Block] = []
+    while queue.queued:
+        tick, _ = queue.cut(NOW)
+        assert tick is not None
+        assert len([one for one in tick.blocks if one in long]) <= 4
+        finish(queue, tick)
+        done += [one for one in tick.blocks if one.phase is Phase.APPLIED]
+    assert [one for one in done if one is not short] == long
+    assert short in done[:5]
+
+
+def test_what_runs_is_work_that_is_ahead() -> None:
+    """A deadline that leaves no time for the tick that runs, and for the steps of one's own, is refused at once."""
+    pace = Pace()
+    pace.learn(1, 1, 1.0)
+    pace.learn(8, 1, 1.0)
+    queue = Scheduler(Limits(1000, 8, 8192), pace)
+    queue.submit([block([Track(n) for n in range(8)], 20)], NOW)
+    tick, _ = queue.cut(NOW)
+    assert tick is not None
+    assert queue.queued == 0
+    with pytest.raises(Full, match="its deadline is in 20"):
+        queue.submit([block([Track(9)], 1, deadline=NOW + 20)], NOW)
+    queue.submit([block([Track(9)], 1, deadline=NOW + 40)], NOW)
+    queue.resume(tick, queue.seal(tick, NOW))
+    with pytest.raises(Full, match="its deadline is in 10"):
+        queue.submit([block([Track(10)], 9, deadline=NOW + 10)], NOW)
+
+
+def test_the_margin_follows_what_becomes_of_the_rows() -> None:
+    """Late rows make admission more careful, up to a bound, and rows in time less; it never locks itself shut."""
+    queue = Scheduler(Limits(1000, 8, 8192), Pace())
+    for _ in range(100):
+        queue.submit([block([Track(0)], deadline=NOW + 1)], NOW)
+        tick, _ = queue.cut(NOW)
+        assert tick is not None
+        finish(queue, tick, NOW + 2)
+    assert queue._caution == 2.5
+    for _ in range(100):
+        queue.submit([block([Track(0)], deadline=NOW + 1)], NOW)
+        tick, _ = queue.cut(NOW)
+        assert tick is not None
+        finish(queue, tick, NOW)
+    assert queue._caution == 1.25
 
 
 def test_an_optional_delay_lets_others_come() -> None:
