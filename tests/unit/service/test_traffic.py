@@ -74,6 +74,17 @@ def test_one_session_beside_thousands() -> None:
     assert crowd.seen["many"].percentile(0.5) > 6 * longest
 
 
+def test_wide_blocks_beside_single_chunks() -> None:
+    """Neither keeps the other waiting for more than the tick that runs and its own, wider than a tick or not."""
+    mixed = world(tick_rows=64)
+    mixed.streams("wide", 2, period_s=0.0, width=200)
+    mixed.streams("narrow", 8, period_s=5.0)
+    mixed.run(1800)
+    longest = cost_s(64, 1)
+    assert mixed.seen["narrow"].percentile(1) <= 2 * longest + 0.001
+    assert len(mixed.seen["wide"].waited_s) * 200 > 0.9 * 1800 * 64 / longest
+
+
 def test_a_long_chunk_does_not_hold_others_up() -> None:
     """A session that sends thousands of steps at once runs in slices between the others' steps."""
     mixed = world()

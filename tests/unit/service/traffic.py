@@ -18,9 +18,14 @@ from service.scheduler import Limits, Scheduler
 
 
 class Sheet:
-    """Stands for an input array of a row."""
+    """Stands for an input array of a block."""
 
-    nbytes = 256
+    def __init__(self, rows: int = 1) -> None:
+        self.nbytes = 256 * rows
+        self._rows = rows
+
+    def __getitem__(self, index: slice | list[int]) -> Sheet:
+        return Sheet(len(range(self._rows)[index]) if isinstance(index, slice) else len(index))
 
 
 @dataclass(slots=True)
@@ -109,26 +114,37 @@ class World:
             if self.now >= until:
                 self._events.clear()
 
-    def streams(self, name: str, count: int, period_s: float, steps: int = 1, late_s: float | None = None) -> None:
-        """Sessions that each send a chunk, wait for its answer, and send the next when its time has come."""
+    def streams(
+        self, name: str, count: int, period_s: float, steps: int = 1, late_s: float | None = None, width: int = 1
+    ) -> None:
+        """Callers that each send a chunk, or a block of some, wait for the answer, and send the next in its time."""
         for number in range(count):
-            self._stream(name, random.Random(f"{name} {number}"), period_s, steps, late_s)
+            self._stream(name, random.Random(f"{name} {number}"), period_s, steps, late_s, width)
 
-    def _stream(self, name: str, random: random.Random, period_s: float, steps: int, late_s: float | None) -> None:
-        track = Track(0)
+    def _stream(
+        self, name: str, random: random.Random, period_s: float, steps: int, late_s: float | None, width: int
+    ) -> None:
+        tracks = [Track(0) for _ in range(width)]
         seen = self.seen.setdefault(name, Seen())
 
         def send() -> None:
-            began, position = self.now, track.position
+            began, position, left = self.now, tracks[0].position, width
 
-            def end(row: Block) -> None:
-                self._end(row, seen, began)
-                assert track.position == position + (steps if row.phase is Phase.APPLIED else 0)
-                self.at(max(self.now, began + period_s * (0.5 + random.random())), send)
+            def end(block: Block) -> None:
+                nonlocal left
+                left -= len(block.rows)
+                self._end(block, seen, began, counts=not left)
+                assert all(
+                    row.track.position == position + (steps if block.phase is Phase.APPLIED else 0)
+                    for row in block.rows
+                )
+                if not left:
+                    self.at(max(self.now, began + period_s * (0.5 + random.random())), send)
 
             deadline = None if late_s is None else began + late_s
-            row = Block([Row(track, position)], steps, [Sheet()], end, deadline, caller=name)
-            if not self._submit([row], seen):
+            rows = [Row(track, position) for track in tracks]
+            block = Block(rows, steps, [Sheet(width)], end, deadline, caller=name)
+            if not self._submit([block], seen):
                 self.at(self.now + max(period_s, 0.001), send)
 
         self.at(random.random() * max(period_s, 0.001), send)
@@ -164,11 +180,11 @@ class World:
         except ConveyorError:
             seen.refused += 1
             return False
-        self._open += len(rows)
+        self._open += sum(len(row.rows) for row in rows)
         return True
 
     def _end(self, row: Block, seen: Seen, began: float, counts: bool = True) -> None:
-        self._open -= 1
+        self._open -= len(row.rows)
         if row.phase is Phase.REFUSED:
             seen.late += 1
         elif counts:
