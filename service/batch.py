@@ -62,6 +62,8 @@ class Batch:
         """Give the slots of rows back that were not submitted."""
         for block in self.blocks:
             self._free(block)
+            block.let_go()
+        self.blocks.clear()
 
     async def end(self) -> None:
         """Wait until every row has ended.

@@ -226,9 +226,8 @@ class Operations:
         replaced = session.last if former is None else former.last
         self._queue(
             runner,
-            [pending],
+            [([pending], [array[np.newaxis] for array in inputs])],
             steps,
-            [array[np.newaxis] for array in inputs],
             deadline,
             priority,
             caller,
@@ -256,42 +255,52 @@ class Operations:
             caller: among whom the model's time is shared out evenly.
 
         Returns:
-            What to abandon if the caller goes away, each with the waiter that it was given.
+            What to abandon if the caller goes away.
         """
-        rows: list[Pending] = []
-        others: list[Pending] = []
-        places: list[int] = []
+        waited_for: list[Pending] = []
+        # Those that can run at once together, and those that stand behind the same chunks: nobody waits for others.
+        groups: dict[object, tuple[list[Pending], list[int]]] = {}
         replaced = 0
         for n, (session, epoch, position, waiter) in enumerate(chunks):
+            behind: object = None
             if session.is_next(epoch, position):
-                rows.append(Pending(session, position, waiter))
+                pending = Pending(session, position, waiter)
             else:
                 try:
-                    pending = self._match(session, epoch, position, steps, waiter)
+                    match = self._match(session, epoch, position, steps, waiter)
                 except ConveyorError as error:
                     waiter.answer(error.with_traceback(None))
                     continue
-                if pending is None:
+                if match is None:
                     continue
+                pending = match
                 if session.pending.get(position) is pending:
-                    others.append(pending)
+                    waited_for.append(pending)
                     continue
-                rows.append(pending)
+                behind = session.newest.block if session.pending else session
+            if behind is None and session.orphans:
+                behind = session
+            rows, places = groups.setdefault(behind, ([], []))
+            rows.append(pending)
             places.append(n)
             if session.last is not None:
                 replaced += session.last.size
-        if not rows:
-            return others
-        if len(rows) < len(chunks):
-            inputs = [array[places] for array in inputs]
+        if not groups:
+            return waited_for
+        blocks = [
+            (rows, list(inputs) if len(rows) == len(chunks) else [array[places] for array in inputs])
+            for rows, places in groups.values()
+        ]
+        queued = [pending for rows, _ in blocks for pending in rows]
         try:
             self.take_new_work()
-            self._queue(runner, rows, steps, inputs, deadline, USUAL, caller, replaced)
+            self._queue(runner, blocks, steps, deadline, USUAL, caller, replaced)
         except ConveyorError as error:
-            for pending in rows:
-                pending.waiters[0].answer(error.with_traceback(None))
-            return others
-        return rows + others
+            for pending in queued:
+                for waiter in pending.waiters:
+                    waiter.answer(error.with_traceback(None))
+            return waited_for
+        return queued + waited_for
 
     def _match(self, session: Session, epoch: int, position: int, steps: int, waiter: Waiter) -> Pending | None:
         """Tell what a chunk is to its session.
@@ -307,33 +316,39 @@ class Operations:
             waiter.answer(match)
             return None
         if match is not None:
-            match.waiters.append(waiter)
+            match.waiters[waiter] = None
             return match
         return Pending(session, position, waiter)
 
     def _queue(
         self,
         runner: Runner,
-        rows: Sequence[Pending],
+        groups: Sequence[tuple[Sequence[Pending], Sequence[Array]]],
         steps: int,
-        inputs: Sequence[Array],
         deadline: float | None,
         priority: int,
         caller: Hashable,
         replaced: int,
     ) -> None:
-        """Queue chunks that are the next of their sessions, in place of whose replies theirs will be kept."""
-        reply_bytes = runner.manifest.reply_bytes(steps) * len(rows)
+        """Queue chunks that are the next of their sessions, in place of whose replies theirs will be kept.
+
+        Those of a group run together, on its inputs [N, T, ...]. All of them are queued or none.
+        """
+        count = sum(len(rows) for rows, _ in groups)
+        reply_bytes = runner.manifest.reply_bytes(steps) * count
         self.replies.reserve(reply_bytes, replaced)
-        block = Block(rows, steps, inputs, self._ended, deadline, priority, caller)
+        blocks = [Block(rows, steps, inputs, self._ended, deadline, priority, caller) for rows, inputs in groups]
         try:
-            runner.submit([block])
+            runner.submit(blocks)
         except BaseException:
             self.replies.replace(0, 0, reply_bytes)
+            for block in blocks:
+                block.let_go()
             raise
-        self.count_in(len(rows))
-        for pending in rows:
-            pending.session.pending[pending.position] = pending
+        self.count_in(count)
+        for rows, _ in groups:
+            for pending in rows:
+                pending.session.pending[pending.position] = pending
 
     def count_replay(self) -> None:
         """Note a chunk as answered with a reply that was kept."""
@@ -344,7 +359,7 @@ class Operations:
         rows = []
         for pending, waiter in given_up:
             if waiter in pending.waiters:
-                pending.waiters.remove(waiter)
+                del pending.waiters[waiter]
                 if not pending.waiters:
                     rows.append(pending)
         ended = runner.cancel(rows)
@@ -537,6 +552,7 @@ class Operations:
         deadline: float | None,
         priority: int = USUAL,
         caller: Hashable = None,
+        accepted: bool = False,
     ) -> tuple[list[list[Array]], list[list[Array]]]:
         """Run whole sequences.
 
@@ -547,6 +563,7 @@ class Operations:
             deadline: on the clock; None for none.
             priority: 1 first, 2 as usual, 3 last.
             caller: among whom the model's time is shared out evenly.
+            accepted: whether that was said before; it is done then also while draining.
 
         Returns:
             For each row its outputs, each [T_n, ...] or [...], and its final states, each without the batch axis.
@@ -554,7 +571,8 @@ class Operations:
         Raises:
             Draining, Full, Late, EngineFailed: as their names say.
         """
-        self.take_new_work()
+        if not accepted:
+            self.take_new_work()
         batch = Batch(runner)
         try:
             for n, inputs in enumerate(rows):

@@ -147,9 +147,12 @@ class Block:
         try:
             on_end(self)
         finally:
-            # In a circle with its rows it would hold inputs, outputs and the model until the collector comes by.
-            for row in self.rows:
-                row.block = _PAST
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Part from the rows: in a circle with them it would hold inputs and model until the collector comes by."""
+        for row in self.rows:
+            row.block = _PAST
 
     @property
     def left(self) -> int:
@@ -195,6 +198,10 @@ class Block:
         block.behind = sum(row.track.waiting[0] is not block for row in block.rows)
         self.behind -= block.behind
         return block
+
+    def compact(self) -> None:
+        """Hold no more than its own rows of the arrays that they came in."""
+        self.inputs = [array.copy() for array in self.inputs]
 
     def refuse(self, error: ConveyorError) -> None:
         """End the block without applying it."""

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -48,6 +48,7 @@ class Runner:
         pool: the state slots.
         engine: the loaded graph; only this runner's thread runs it.
         statistics: what it has done.
+        users: how many are about to give it work that was accepted: it must not be stopped before.
 
     Args:
         engine: the loaded graph.
@@ -79,6 +80,7 @@ class Runner:
         self.pool = Pool(self.manifest.states, slots)
         self.engine = engine
         self.statistics = Statistics()
+        self.users = 0
         self._scheduler = Scheduler(limits, pace)
         self._clock = clock
         self._calendar = calendar
@@ -109,6 +111,15 @@ class Runner:
     def queued(self) -> int:
         """How many rows wait."""
         return self._scheduler.queued
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Be one of its users."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
 
     def warm_up(self) -> None:
         """Run the graph at a few sizes, on states that nobody uses, before the thread starts.
@@ -213,13 +224,18 @@ class Runner:
 
     def _run_ticks(self) -> None:
         while (cut := self._next_tick()) is not None:
-            tick, ended, began = cut
-            if tick is not None:
-                ended = ended + self._run_tick(tick, began)
-            for block in ended:
-                self._release(block)
-            if ended:
-                self._loop.call_soon_threadsafe(self._deliver, ended)
+            self._finish(*cut)
+            # Nothing of it is held while this waits for the next one.
+            del cut
+
+    def _finish(self, tick: Tick | None, ended: list[Block], began: float) -> None:
+        """Run what was cut, and hand over what has ended."""
+        if tick is not None:
+            ended = ended + self._run_tick(tick, began)
+        for block in ended:
+            self._release(block)
+        if ended:
+            self._loop.call_soon_threadsafe(self._deliver, ended)
 
     def _next_tick(self) -> tuple[Tick | None, list[Block], float] | None:
         """Wait for a tick, or for blocks that are refused, and say since when there was something to do.
@@ -351,6 +367,7 @@ class Runner:
             applied += len(block.rows)
             last = _of_block(outputs, index, sealed.kept.get(index))
             block.outputs = self._join([*block.parts, last]) if block.parts else last
+            block.inputs = block.parts = []
             if block.scratch is not None:
                 # What the tracks had is given back when the block is released.
                 for n, row in enumerate(block.rows):

@@ -76,7 +76,7 @@ class Pending(Row):
         self.track = session.track
         self.position = position
         self.session = session
-        self.waiters = [waiter]
+        self.waiters: dict[Waiter, None] = {waiter: None}
 
 
 class Session:
@@ -151,7 +151,7 @@ class Session:
         self.check_epoch(epoch)
         upcoming = self.position
         if self.pending:
-            newest = next(reversed(self.pending.values()))
+            newest = self.newest
             upcoming = newest.position + newest.block.steps
             pending = self.pending.get(position)
             if pending is not None and pending.block.steps == steps:
@@ -220,11 +220,16 @@ class Session:
         else:
             del self.pending[pending.position]
             # Each waiter knows what it waits for: in a circle they would hold the model until the collector comes by.
-            waiters, pending.waiters = pending.waiters, []
+            waiters, pending.waiters = list(pending.waiters), {}
         if self._idle is not None and self.at_rest:
             self._idle.set_result(None)
             self._idle = None
         return waiters, result
+
+    @property
+    def newest(self) -> Pending:
+        """Of the chunks under way, of which there is one, the last."""
+        return next(reversed(self.pending.values()))
 
     @property
     def at_rest(self) -> bool:

@@ -101,7 +101,7 @@ class Version:
         Returns:
             Whether there were any.
         """
-        unused = [runner for runner in self.retiring if not runner.pool.taken]
+        unused = [runner for runner in self.retiring if not runner.pool.taken and not runner.users]
         # Before the first wait, so that nobody frees one twice or counts on it.
         self.retiring = [runner for runner in self.retiring if runner not in unused]
         for runner in unused:

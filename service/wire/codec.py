@@ -219,14 +219,9 @@ class Codec:
             what = f"input {spec.name!r}"
             array = tensor.array(what)
             arrays.append(array)
-            try:
-                self._check_values(array, what, spec.below)
-            except InvalidRequest:
-                for n, row in enumerate(array):
-                    try:
-                        self._check_values(row, what, spec.below)
-                    except InvalidRequest as error:
-                        wrong.setdefault(n, error.with_traceback(None))
+            if self._wrong(array, what, spec.below) is not None:
+                told = {n: self._wrong(row, what, spec.below) for n, row in enumerate(array)}
+                wrong = {n: error for n, error in told.items() if error is not None} | wrong
         return arrays, wrong
 
     def batch(self, tensors: Sequence[Tensor], lengths: Sequence[int], states: bool = False) -> Batch:
@@ -377,17 +372,24 @@ class Codec:
         return shape
 
     def _check_values(self, array: Array, what: str, below: int | None = None) -> None:
+        if (error := self._wrong(array, what, below)) is not None:
+            raise error
+
+    def _wrong(self, array: Array, what: str, below: int | None = None) -> InvalidRequest | None:
+        """Say what is wrong with an array's elements."""
         if array.dtype.kind == "f":
             # Of few numbers those that are finite are counted in half the time that it takes to ask for all.
             if self._finite and np.count_nonzero(np.isfinite(array)) != array.size:
-                raise InvalidRequest(f"{what} holds NaN or infinity; expected finite numbers")
+                return InvalidRequest(f"{what} holds NaN or infinity; expected finite numbers")
         elif array.dtype.kind == "b":
             if (array.view(np.uint8) > 1).any():
-                raise InvalidRequest(f"{what} holds a byte over 1; expected 0 or 1 in each element of a bool")
+                return InvalidRequest(f"{what} holds a byte over 1; expected 0 or 1 in each element of a bool")
         elif below is not None and array.size:
             lowest, highest = int(array.min()), int(array.max())
             if lowest < 0 or highest >= below:
-                raise InvalidRequest(f"{what} holds {lowest if lowest < 0 else highest}; expected 0 to {below - 1}")
+                wrong = lowest if lowest < 0 else highest
+                return InvalidRequest(f"{what} holds {wrong}; expected 0 to {below - 1}")
+        return None
 
     def _check_rows(self, rows: int) -> None:
         if rows < 1:

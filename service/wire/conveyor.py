@@ -54,8 +54,9 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
     @told
     async def Infer(self, request: pb.InferRequest, context: Context) -> Written:
         """Run a batch of whole sequences."""
+        self.operations.take_new_work()
         runner = self._find(request.model, request.version)
-        with self.counting(runner), self.finishing():
+        with runner.in_use(), self.counting(runner), self.finishing():
             codec = self.codec_of(runner)
             given, given_states = decode(request.inputs), decode(request.initial_states)
 
@@ -67,7 +68,9 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
             batch, states = await self.aside(sum(tensor.size for tensor in given + given_states), read)
             left = context.time_remaining()
             deadline = None if left is None else self.clock() + left
-            outputs, finals = await self.operations.infer(runner, batch.rows, states, deadline, caller=caller(context))
+            outputs, finals = await self.operations.infer(
+                runner, batch.rows, states, deadline, caller=caller(context), accepted=True
+            )
             reply: list[Part] = [pb.InferResponse(version=runner.version).SerializeToString()]
             for index, output in enumerate(runner.manifest.outputs):
                 joined = join([row[index] for row in outputs], output, batch.steps)

@@ -19,6 +19,9 @@ from service.errors import Draining
 from service.wire.malformed import Malformed
 from service.wire.status import abort
 
+_LONG_S = 0.005
+"""How long a message is taken in before others have their turn."""
+
 
 class Waiting(Protocol):
     """A part of a request that has not been answered."""
@@ -54,7 +57,8 @@ class Flow(ABC, Generic[Request, Part, Reply]):
         # What has not been answered, with the bytes that it holds and how many parts it counts as.
         self._waiting: dict[Waiting, tuple[int, int]] = {}
         self._parts = 0
-        self._replies: deque[tuple[Reply, int]] = deque()
+        # What waits to be written, with its bytes and how many parts it answers.
+        self._replies: deque[tuple[Reply, int, int]] = deque()
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._ending = False
@@ -96,19 +100,28 @@ class Flow(ABC, Generic[Request, Part, Reply]):
         self._bytes -= size
         self._parts -= count
 
-    def put(self, reply: Reply) -> None:
-        """Have a reply written."""
+    def put(self, reply: Reply, count: int = 1) -> None:
+        """Have a reply written, to so many parts."""
         size = reply.ByteSize()
-        self._replies.append((reply, size))
+        self._replies.append((reply, size, count))
         self._bytes += size
+        self._parts += count
         self._wake.set()
 
-    def take(self) -> tuple[Reply, int] | None:
-        """Take the next reply, with its size, to be written; None if there is none."""
-        if not self._replies:
+    def take(self, most: int | None = None) -> tuple[Reply, int] | None:
+        """Take the next reply, with its size, to be written.
+
+        Args:
+            most: bytes that it may have; None for any number.
+
+        Returns:
+            None if there is none, or none so small.
+        """
+        if not self._replies or (most is not None and self._replies[0][1] > most):
             return None
-        reply, size = self._replies.popleft()
+        reply, size, count = self._replies.popleft()
         self._bytes -= size
+        self._parts -= count
         return reply, size
 
     async def run(
@@ -140,14 +153,20 @@ class Flow(ABC, Generic[Request, Part, Reply]):
         self._wake.set()
 
     async def _read(self, requests: AsyncIterable[Request | Malformed]) -> None:
+        now = asyncio.get_running_loop().time
         async for request in requests:
             if isinstance(request, Malformed):
                 raise request.error
+            began = now()
             for part in self.parts(request):
-                while self._parts + len(self._replies) >= self._limit or self._bytes >= self._limit_bytes:
+                while self._parts >= self._limit or self._bytes >= self._limit_bytes:
                     self._room.clear()
                     await self._room.wait()
                 self.accept(part)
+                # A message may have many, and those that are answered at once wait for nobody.
+                if now() - began > _LONG_S:
+                    await asyncio.sleep(0)
+                    began = now()
 
     async def _write(self, reader: asyncio.Task[None], context: grpc.aio.ServicerContext[Any, Any]) -> None:
         while True:

@@ -154,7 +154,8 @@ class Inference:
 
     async def _infer(self, request: Request, runner: Runner, deadline: float | None) -> None:
         try:
-            with self._door.finishing():
+            self._door.operations.take_new_work()
+            with runner.in_use(), self._door.finishing():
                 reply = await self._infer_batch(request, runner, deadline)
                 result = await self._door.aside(size(reply), partial(assemble, reply))
             self._end(result)
@@ -176,7 +177,7 @@ class Inference:
 
         batch, states = await self._door.aside(sum(one.size for one in given.inputs + given.states), read)
         outputs, finals = await self._door.operations.infer(
-            runner, batch.rows, states, deadline, request.priority, self._caller
+            runner, batch.rows, states, deadline, request.priority, self._caller, accepted=True
         )
         joined: dict[str, Joined] = {}
         for name in wanted:

@@ -20,7 +20,7 @@ from service.wire.conveyor_tensors import decode
 from service.wire.flow import Flow
 
 _RESPONSE_BYTES = 1 << 20
-"""A message is closed once it holds this much: clients take 4 MiB by default."""
+"""Results go together into one message up to this size: clients take 4 MiB by default."""
 
 
 class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
@@ -59,11 +59,12 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
 
     def message(self) -> Written:
         """As many results as one message should hold."""
-        results = []
-        size = 0
-        while size < _RESPONSE_BYTES and (taken := self.take()) is not None:
+        results: list[bytes] = []
+        left = _RESPONSE_BYTES
+        # What is larger goes alone: beside others it could be more than its client takes.
+        while (taken := self.take(left if results else None)) is not None:
             results.append(taken[0].data)
-            size += taken[1]
+            left -= taken[1]
         return Written(results[0] if len(results) == 1 else b"".join(results))
 
     def accept(self, part: pb.Chunk | pb.Block) -> None:
@@ -106,7 +107,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
             self._check(block)
             sessions, runner, errors = self._sessions(block)
             if runner is None:
-                self.put(of_block(block.tag, 0, (), [errors[n] for n in range(count)]))
+                self.put(of_block(block.tag, 0, (), [errors[n] for n in range(count)]), count)
                 return
             if any(None in output.tail for output in runner.manifest.outputs):
                 # What they come out as need not fit side by side.
@@ -131,7 +132,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
         except Exception as error:
             if runner is not None:
                 self.count(runner, began, 0, count)
-            self.put(of_refused_block(block.tag, error))
+            self.put(of_refused_block(block.tag, error), max(1, count))
             return
         for n, wrong_with in errors.items():
             waiting.take(n, wrong_with)
@@ -250,10 +251,11 @@ class _WaitingBlock:
         message = of_block(self._tag, self._steps, self._runner.manifest.outputs, results)
         self._stream.count(self._runner, self._began, applied, len(results) - applied)
         self._stream.answered(self)
-        self._stream.put(message)
+        self._stream.put(message, len(results))
 
     def abandon(self) -> None:
-        self._stream.count(self._runner, self._began, 0, len(self._results))
+        applied = sum(isinstance(result, Reply) for result in self._results)
+        self._stream.count(self._runner, self._began, applied, len(self._results) - applied)
         seats = {pending: waiter for pending in self.pending for waiter in pending.waiters if self._has(waiter)}
         self._operations.abandon(self._runner, list(seats.items()))
 

@@ -131,7 +131,7 @@ def test_a_chunk_under_way_sent_again_is_waited_for_by_both() -> None:
     row = begin(session, 0, 2, first)
     pending = session.match(0, 0, 2)
     assert isinstance(pending, Pending)
-    pending.waiters.append(second)
+    pending.waiters[second] = None
     apply(session, row)
     assert first.heard == second.heard == [Reply(0, 2, (Sheet("y"),), 1)]
 
