@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,16 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
             told.info("what was measured is not kept", reason=str(error))
     tuning = choose(measured) if measured else Tuning(loaded.threads)
     # What was measured keeps the memory of its largest runs: another one is served, where there is time to load it.
-    in_haste = time.perf_counter() - began + load_s > _IN_HASTE * settings.load_timeout_s
-    if tuning.threads == loaded.threads and (known or in_haste):
-        best = loaded
-    else:
+    in_haste = not anew and time.perf_counter() - began + load_s > _IN_HASTE * settings.load_timeout_s
+    best = loaded
+    if not in_haste and (not known or tuning.threads != loaded.threads):
         with loading(settings):
             best = load_model(path, settings, tuning.threads, loaded)
     if measured:
         _tell(told, "before" if known else "now", counts, tuning, round(time.perf_counter() - began, 3))
-    return best, tuning
+    if best.threads != tuning.threads:
+        told.warning("not run with the threads that pay", reason="it takes long to load: say threads in model.yaml")
+    return best, replace(tuning, threads=best.threads)
 
 
 def _tell(told: Any, when: str, counts: tuple[int, ...], tuning: Tuning, seconds: float) -> None:

@@ -222,6 +222,13 @@ def test_a_model_that_takes_long_to_load_is_not_loaded_twice(
     assert tuned(path, settings)[0].threads == 1
     assert len(loads) == 1
     assert "other numbers of threads were not tried" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "measure", paying(2))
+        assert tuned(path, settings, anew=True)[1].threads == 2
+    loads.clear()
+    loaded, tuning = tuned(path, settings)
+    assert (loaded.threads, tuning.threads, len(loads)) == (1, 1, 1)
+    assert "not run with the threads that pay" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
