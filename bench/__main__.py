@@ -56,7 +56,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, metavar="S", help="of each of those; others take a third less [1.5]")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="inside one run of a model [%(default)s]")
     parser.add_argument(
-        "--quick", action="store_true", help=f"one run of {_QUICK_SECONDS:g} s each, to see that it works"
+        "--quick",
+        action="store_true",
+        help=f"one run of {_QUICK_SECONDS:g} s each, to see that it works; no target is judged by it",
     )
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="models and peers [%(default)s]")
     parser.add_argument(
@@ -67,7 +69,7 @@ def main() -> int:
     # Off a terminal rich takes 80 columns, and would break the tables.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     if options.draw:
-        return _write(Results.from_json((folder / "results.json").read_text()), folder, console)
+        return _write(Results.from_json((folder / "results.json").read_text()), folder, console, judge=True)
     settings = Settings(
         options.folder,
         options.runs or (1 if options.quick else 3),
@@ -78,7 +80,7 @@ def main() -> int:
     if not _measure(results, settings, options.only or "", console):
         titles = [case.title for case in itertools.chain(*GROUPS)] + [curve.title for curve in CURVES]
         parser.error("none has that in its title; there are:\n  " + "\n  ".join([*titles, *SITUATIONS]))
-    return _write(results, folder, console)
+    return _write(results, folder, console, judge=not options.quick)
 
 
 def _measure(results: Results, settings: Settings, only: str, console: Console) -> bool:
@@ -140,14 +142,15 @@ def _measure_group(results: Results, group: list[Case], servers: Servers, progre
     results.cases += found
 
 
-def _write(results: Results, folder: Path, console: Console) -> int:
-    console.print(report.target_table(results))
+def _write(results: Results, folder: Path, console: Console, judge: bool) -> int:
+    quick = "no target is judged: the runs were too short for that"
+    console.print(report.target_table(results) if judge else quick)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(results.to_json() + "\n")
     (folder / "tables.md").write_text(report.tables(results))
     pictures = plots.draw(results, folder)
     page = folder.with_name(folder.name + ".md")
-    if page.is_file():
+    if page.is_file() and judge:
         page.write_text(report.fill(page.read_text(), results, folder.name, [path.name for path in pictures]))
     for path in (folder / "results.json", folder / "tables.md", *pictures):
         console.print(f"written: {path}")

@@ -91,7 +91,7 @@ class AsyncClient:
         timeout_s: for each call that does not say its own.
         reconnect_timeout_s: how long a server that cannot be reached, drains or loads is tried again before a call
             fails with ConnectionLost, Draining or Loading.
-        max_message_bytes: largest message, either way.
+        max_message_bytes: largest message, either way; 1 MiB at least, up to which the server lays results together.
         credentials: for TLS; plain text without.
         options: further gRPC channel arguments.
     """

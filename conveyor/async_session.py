@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from operator import attrgetter
 from types import TracebackType
 from typing import TypeAlias
 
@@ -239,11 +238,11 @@ class AsyncSession:
             with suppress(ConveyorError):
                 await self.close(timeout_s=_FAREWELL_S)
 
-    async def _ready(self) -> None:
+    async def _ready(self, timeout_s: float | None = None) -> None:
         """Makes sure that the session is open and where it stands; to be called under the lock."""
         if self._closed:
             raise InvalidRequest(f"session {self.session_id!r} has been closed")
-        await self._settle(self._connection.settings.timeout_s)
+        await self._settle(self._connection.settings.timeout(timeout_s))
 
     async def _settle(self, timeout_s: float) -> Outputs | None:
         if self._resetting:
@@ -369,16 +368,15 @@ async def step_sessions(groups: Iterable[Group], timeout_s: float) -> dict[Async
     locked: list[asyncio.Lock] = []
     try:
         # One order for everybody, so that two calls cannot each hold what the other waits for.
-        for session in sorted(outcomes, key=attrgetter("session_id")):
+        for session in sorted(outcomes, key=lambda each: (each.session_id, id(each))):
             await session._lock.acquire()
             locked.append(session._lock)
-        for session in outcomes:
-            if session._closed or session.in_doubt:
-                try:
-                    await session._ready()
-                except ConveyorError as error:
-                    outcomes[session] = error
-        deadline = rows[0][0]._connection.settings.clock() + timeout_s
+        clock = rows[0][0]._connection.settings.clock
+        deadline = clock() + timeout_s
+        unclear = [session for session in outcomes if session._closed or session.in_doubt]
+        outcomes |= zip(
+            unclear, await asyncio.gather(*(_why_not_ready(each, timeout_s) for each in unclear)), strict=True
+        )
         # Nothing is awaited between the first chunk and the last: all leave together, and none is sent unwatched.
         for session, chunks, row in rows:
             if outcomes[session] is None:
@@ -389,7 +387,7 @@ async def step_sessions(groups: Iterable[Group], timeout_s: float) -> dict[Async
                     outcomes[session] = error
                 else:
                     flights.append(flight)
-        await wait(flights, timeout_s + _GRACE_S)
+        await wait(flights, max(0.0, deadline - clock()) + _GRACE_S)
         for session in outcomes:
             if outcomes[session] is None:
                 try:
@@ -400,3 +398,11 @@ async def step_sessions(groups: Iterable[Group], timeout_s: float) -> dict[Async
         for lock in locked:
             lock.release()
     return outcomes
+
+
+async def _why_not_ready(session: AsyncSession, timeout_s: float) -> ConveyorError | None:
+    try:
+        await session._ready(timeout_s)
+    except ConveyorError as error:
+        return error
+    return None

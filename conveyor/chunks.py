@@ -18,9 +18,6 @@ from conveyor.payload import Outputs, cast_chunks, decode_complete
 from conveyor.tensors import Array, encode_tensor
 from conveyor.v1 import conveyor_pb2 as pb
 
-_BLOCK_BYTES = 2**20
-"""Chunks go together into one block up to this size, of their inputs and of their outputs."""
-
 _BLOCK_SESSIONS = 1024
 """Nor does a block have more chunks than this: it is answered only when all of them have ended."""
 
@@ -72,12 +69,11 @@ class Chunks:
             total += elements * spec.dtype.itemsize
         return total
 
-    @cached_property
-    def block_size(self) -> int:
-        """How many of them may go into one block."""
+    def block_size(self, limit_bytes: int) -> int:
+        """How many of them may go into one block, whose inputs and outputs take up to so many bytes in a message."""
         if self.output_bytes is None:
             return 1
-        return min(_BLOCK_SESSIONS, max(1, _BLOCK_BYTES // max(self.chunk_bytes, self.output_bytes)))
+        return min(_BLOCK_SESSIONS, max(1, limit_bytes // max(self.chunk_bytes, self.output_bytes + _CHUNK_BYTES)))
 
     def tensors(self, rows: Sequence[int]) -> list[pb.Tensor]:
         """Writes the inputs of some of them, each [N, T, ...]; of a single one [T, ...]."""

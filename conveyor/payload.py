@@ -32,10 +32,12 @@ def encode_inputs(model: Model, x: Inputs) -> list[pb.Tensor]:
     Raises:
         InvalidRequest: an input is missing or unknown, has another shape, or does not go into the model's dtype.
     """
-    arrays = _arrays(model, x)
-    for spec, array in arrays:
+    tensors = []
+    for spec, values in _by_name(model, x):
+        array = _cast(repr(spec.name), _whole(spec, values), spec.dtype)
         _check_shape(f"input {spec.name!r}", array, _sizes(spec))
-    return [encode_tensor(spec.name, array) for spec, array in arrays]
+        tensors.append(encode_tensor(spec.name, array))
+    return tensors
 
 
 def encode_lengths(lengths: ArrayLike, rows: int) -> list[int]:
@@ -202,8 +204,17 @@ def split(model: Model, outputs: Outputs, lengths: list[int]) -> Outputs:
     return rows if isinstance(outputs, dict) else rows[model.outputs[0].name]
 
 
-def _arrays(model: Model, x: Inputs) -> list[tuple[TensorSpec, Array]]:
-    return [(spec, _cast(repr(spec.name), values, spec.dtype)) for spec, values in _by_name(model, x)]
+def _whole(spec: TensorSpec, values: ArrayLike) -> Array:
+    """A batch's input as one array; what is refused may have been meant as sequences of different lengths."""
+    if isinstance(values, list | tuple) and not values:
+        raise InvalidRequest(f"input {spec.name!r} is an empty list; expected at least one sequence")
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"input {spec.name!r} is not an array: {error}; expected one, or for sequences of different lengths a list "
+            f"of NumPy arrays, each {_show(_sizes(spec)[1:])}"
+        ) from error
 
 
 def _by_name(model: Model, x: Any) -> list[tuple[TensorSpec, Any]]:

@@ -148,7 +148,7 @@ class ChunkStream:
         while self._outbox and (not size_bytes or size_bytes + self._outbox[0].size_bytes <= limit_bytes):
             flight = self._outbox.popleft()
             size_bytes += flight.size_bytes
-            if together and not _go_together(together, flight):
+            if together and not _go_together(together, flight, limit_bytes):
                 self._load(request, together, now)
                 together = []
             together.append(flight)
@@ -203,22 +203,24 @@ class ChunkStream:
             if flight.ended:
                 continue
             if place in refused:
-                self._refuse(flight, from_detail(refused[place]))
+                self._refuse_in_block(flight, from_detail(refused[place]))
             else:
                 self._end(flight, results, place)
 
     def _refuse_block(self, flights: list[Flight], detail: pb.ErrorDetail) -> None:
         for flight in flights:
-            if flight.ended:
-                continue
-            error = from_detail(detail)
-            if isinstance(error, InvalidRequest):
-                # Too many together, say: that is no word on any one of them. Each is sent again, and told by itself.
-                flight.alone = True
-                self._outbox.append(flight)
-            else:
-                self._refuse(flight, error)
-        self._wake.set()
+            if not flight.ended:
+                self._refuse_in_block(flight, from_detail(detail))
+
+    def _refuse_in_block(self, flight: Flight, error: ConveyorError) -> None:
+        if isinstance(error, InvalidRequest):
+            # There may be too many together, or this one may not go with the others: that is no word on the chunk. It
+            # is sent again, and told by itself.
+            flight.alone = True
+            self._outbox.append(flight)
+            self._wake.set()
+        else:
+            self._refuse(flight, error)
 
     def _end(self, flight: Flight, results: Results, place: int) -> None:
         self._heard = True
@@ -279,14 +281,15 @@ class ChunkStream:
             self._fail_all(error)
 
 
-def _go_together(flights: list[Flight], flight: Flight) -> bool:
+def _go_together(flights: list[Flight], flight: Flight, limit_bytes: int) -> bool:
     """Whether a chunk goes into one block with others; those of one call that are not abandoned have one deadline."""
     first = flights[0]
     return (
         flight.chunks is first.chunks
         and flight.abandoned == first.abandoned
         and not flight.alone
-        and len(flights) < first.chunks.block_size
+        and not first.alone
+        and len(flights) < first.chunks.block_size(limit_bytes)
     )
 
 

@@ -30,6 +30,10 @@ from service.stepping import RowByRow, StepByStep
 log = structlog.get_logger()
 
 
+class TooLong(LoadError):
+    """A model took too long."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A graph that is ready to run.
@@ -127,7 +131,7 @@ def no_longer_than(seconds: float, interrupt: Callable[[], object]) -> Iterator[
     """Interrupt what runs within, once it has taken too long.
 
     Raises:
-        LoadError: if it has, instead of what was raised within because of that.
+        TooLong: if it has, instead of what was raised within because of that.
     """
     ended = threading.Event()
 
@@ -147,7 +151,7 @@ def no_longer_than(seconds: float, interrupt: Callable[[], object]) -> Iterator[
         timer.cancel()
         timer.join()
     if ended.is_set():
-        raise LoadError(too_long(seconds))
+        raise TooLong(too_long(seconds))
 
 
 def too_long(seconds: float) -> str:

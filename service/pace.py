@@ -9,6 +9,8 @@ _WEIGHT = 0.2
 """Of the newest tick: some ten ticks forget what was before them."""
 _NEARLY = 0.85
 """Share of the highest rate that counts as such."""
+_TRY = 32
+"""How often more rows are tried than are expected to be quick enough."""
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class Pace:
     def __init__(self) -> None:
         self.slowest_s = 0.0
         self._seen: dict[int, dict[int, _Seen]] = {}
+        self._asked = 0
 
     def learn(self, rows: int, steps: int, seconds: float) -> None:
         """Note what a tick took.
@@ -78,11 +81,15 @@ class Pace:
         return steps
 
     def rows_within(self, seconds: float, most: int) -> int:
-        """How many rows can run one step within some time; at least 1, at most ``most``."""
-        rows = most
+        """How many rows can run one step within some time; at least 1, at most ``most``.
+
+        Now and then twice as many: a number of rows that was seen at a bad moment would else never be seen again.
+        """
+        rows = most = max(1, most)
         while rows > 1 and self.step_s(rows, 1) > seconds:
             rows //= 2
-        return max(1, rows)
+        self._asked += 1
+        return rows if self._asked % _TRY else min(most, 2 * rows)
 
     def efficient_rows(self, most: int) -> int:
         """The fewest rows that run nearly as many steps a second as any number does; at most ``most``.

@@ -24,7 +24,7 @@ from service.metrics import Metrics
 from service.runner import Runner
 from service.scheduler import Limits
 from service.settings import Settings
-from service.tuner import tuned
+from service.tuner import loading, tuned
 from service.version import Version
 
 T = TypeVar("T")
@@ -433,7 +433,7 @@ class Repository(Catalogue):
                 loop,
                 pace=tuning.pace,
             )
-            with no_longer_than(settings.load_timeout_s, loaded.interrupt):
+            with loading(settings), no_longer_than(settings.load_timeout_s, loaded.interrupt):
                 runner.warm_up()
         except LoadError:
             raise

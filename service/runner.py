@@ -196,15 +196,17 @@ class Runner:
         return ended
 
     async def stop(self, timeout_s: float) -> bool:
-        """Refuse what waits, finish the tick that runs, and end the thread.
+        """Refuse what waits, finish the tick that runs, and end the thread. What has steps left then is refused too.
 
         Returns:
             False if the run did not end in time: it cannot be stopped from outside, and goes on.
         """
         with self._wake:
             self._stopping = True
-            refused = self._scheduler.clear(Draining("the server is stopping"))
+            refused = self._scheduler.clear(_draining())
             self._wake.notify()
+        for block in refused:
+            self._release(block)
         self._deliver(refused)
         # From here on nothing but whoever asks holds this runner.
         self._metrics.hide(self.name, str(self.version), self._queue_length)
@@ -246,15 +248,25 @@ class Runner:
         began = self._clock()
         with self._wake:
             while True:
-                delay_s = 0.0 if self._stopping else self._scheduler.delay_s(self._clock())
+                if self._stopping:
+                    # What the last tick left over.
+                    refused = self._scheduler.clear(_draining())
+                    return (None, refused, began) if refused else None
+                delay_s = self._scheduler.delay_s(self._clock())
                 if not delay_s:
-                    tick, refused = self._scheduler.cut(self._clock())
+                    tick, refused = self._cut()
                     if tick or refused:
                         return tick, refused, began
-                    if self._stopping:
-                        return None
                 self._wake.wait(delay_s or None)
                 began = self._clock()
+
+    def _cut(self) -> tuple[Tick | None, list[Block]]:
+        """Cut a tick, and refuse everything that waits if that fails: were the thread to die of it, nobody was told."""
+        try:
+            return self._scheduler.cut(self._clock())
+        except Exception:
+            log.exception("no tick could be cut", model=self.name, version=self.version)
+            return None, self._scheduler.clear(EngineFailed("the tick failed"))
 
     def _run_tick(self, tick: Tick, began: float) -> list[Block]:
         """Run a tick; the blocks that have ended by it.
@@ -267,14 +279,18 @@ class Runner:
         blocks = list(tick.blocks)
         rows, cells = tick.rows, tick.cells
         going_on: list[Block] = []
+        whole = False
         try:
-            self._run(tick, self._clock(), blocks, going_on)
+            whole = self._run(tick, self._clock(), blocks, going_on)
         except Exception:
             # Nothing in _run is expected to raise; were this thread to die of it, every later row would wait for ever.
             log.exception("tick failed", model=self.name, version=self.version)
             self._refuse([block for block in blocks if block.phase is Phase.RUNNING], EngineFailed("the tick failed"))
         seconds = self._clock() - began
-        self._scheduler.pace.learn(rows, tick.steps, seconds)
+        if whole:
+            # What failed, or ran in parts, says nothing of what others like it will take.
+            with self._wake:
+                self._scheduler.pace.learn(rows, tick.steps, seconds)
         self._tick_seconds.observe(seconds)
         self._tick_rows.observe(rows)
         self._padding.inc(rows * tick.steps - cells)
@@ -290,7 +306,7 @@ class Runner:
                     self.pool.free(slot)
             block.scratch = None
 
-    def _run(self, tick: Tick, cut_at: float, blocks: list[Block], going_on: list[Block]) -> None:
+    def _run(self, tick: Tick, cut_at: float, blocks: list[Block], going_on: list[Block]) -> bool:
         """Run a tick.
 
         Args:
@@ -298,19 +314,25 @@ class Runner:
             cut_at: when it was cut.
             blocks: blocks that are split off are added to them.
             going_on: blocks that have steps left are added to them.
+
+        Returns:
+            Whether it ran as a whole.
         """
+        spare: list[int] = []
         try:
             began = self._clock()
+            spare = self._spare_slots(tick)
             outputs, states = self._compute(tick)
             ran = self._clock()
             widths = [len(block.rows) for block in tick.blocks]
             unpacked = [
-                unpack(output, spec, widths, tick.lengths)
+                list(unpack(output, spec, widths, tick.lengths))
                 for output, spec in zip(outputs, self.manifest.outputs, strict=True)
             ]
             # Before anything moves: nothing may fail after that.
-            spare = self._spare_slots(tick)
+            self._join(tick, unpacked)
         except Exception as error:
+            self.pool.free_many(np.array(spare, np.intp))
             if tick.rows > 1:
                 # One row may be to blame. Nothing has moved, so each half can run again without the other.
                 with self._wake:
@@ -319,10 +341,12 @@ class Runner:
                     blocks += halves[1].blocks
                 for half in halves:
                     self._run(half, cut_at, blocks, going_on)
-                return
-            log.error("run failed", model=self.name, version=self.version, error=repr(error))
-            self._refuse(tick.blocks, EngineFailed("the model failed on this input; the state has not moved"))
-            return
+                return False
+            if not isinstance(error, ConveyorError):
+                log.error("run failed", model=self.name, version=self.version, error=repr(error))
+                error = EngineFailed("the model failed on this input; the state has not moved")
+            self._refuse(tick.blocks, error)
+            return False
         applied = self._keep(tick, widths, unpacked, states, spare, blocks, going_on)
         self.statistics.run(
             rows=sum(widths),
@@ -333,6 +357,7 @@ class Runner:
             output_s=self._clock() - ran,
             now_s=self._calendar(),
         )
+        return True
 
     def _keep(
         self,
@@ -365,8 +390,7 @@ class Runner:
         for index in sealed.applied:
             block = tick.blocks[index]
             applied += len(block.rows)
-            last = _of_block(outputs, index, sealed.kept.get(index))
-            block.outputs = self._join([*block.parts, last]) if block.parts else last
+            block.outputs = _of_block(outputs, index, sealed.kept.get(index))
             block.inputs = block.parts = []
             if block.scratch is not None:
                 # What the tracks had is given back when the block is released.
@@ -433,12 +457,14 @@ class Runner:
         if rows:
             self.pool.scatter(np.array(slots, np.intp), np.array(rows, np.intp), states)
 
-    def _join(self, parts: Sequence[Sequence[Array]]) -> list[Array]:
-        """The outputs of a block from those of its slices."""
-        return [
-            parts[-1][index] if spec.time_axis is None else np.concatenate([part[index] for part in parts], axis=1)
-            for index, spec in enumerate(self.manifest.outputs)
-        ]
+    def _join(self, tick: Tick, outputs: Sequence[list[Array]]) -> None:
+        """Put the outputs of its earlier slices before those of the last one, of each block that ends with a tick."""
+        for index, (block, length) in enumerate(zip(tick.blocks, tick.lengths, strict=True)):
+            if not block.parts or block.left > length:
+                continue
+            for n, (spec, arrays) in enumerate(zip(self.manifest.outputs, outputs, strict=True)):
+                if spec.time_axis is not None:
+                    arrays[index] = np.concatenate([*(part[n] for part in block.parts), arrays[index]], axis=1)
 
     def _refuse(self, blocks: Sequence[Block], error: ConveyorError) -> None:
         with self._wake:
@@ -467,6 +493,10 @@ def _of_block(outputs: Sequence[Sequence[Array]], index: int, kept: list[int] | 
     """The outputs of one block, of the rows of it that are left."""
     arrays = [blocks[index] for blocks in outputs]
     return arrays if kept is None else [array[kept] for array in arrays]
+
+
+def _draining() -> Draining:
+    return Draining("the server is stopping")
 
 
 def _ignore(block: Block) -> None:

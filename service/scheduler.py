@@ -125,7 +125,7 @@ class Scheduler:
         self._efficient_rows = limits.tick_rows if pace is None else pace.efficient_rows(limits.tick_rows)
         kinds = [(batch, priority) for batch in (False, True) for priority in PRIORITIES]
         self._queues: dict[Kind, Fair[Block]] = {kind: Fair() for kind in kinds}
-        # Of the rows that wait, the steps that they have left.
+        # Of the rows that wait, the steps that they have left; of those that run, what they have left after that.
         self._steps = dict.fromkeys(kinds, 0)
         # Blocks that were given up and still stand in the queue.
         self._stale = dict.fromkeys(kinds, 0)
@@ -135,15 +135,18 @@ class Scheduler:
         self._waiting = 0
         self._waiting_steps = 0
         self._bytes = 0
-        # The blocks that run, with the steps that their rows had left, and the sum of those.
-        self._running: dict[Block, int] = {}
+        # The blocks that run, with the steps of their rows that do and those that are left then; the sum of the former.
+        self._running: dict[Block, tuple[int, int]] = {}
         self._running_steps = 0
         self._caution = _CAUTION
         # Whether anything has been late since the last tick was sealed.
         self._late = False
         self._lively_until = float("-inf")
-        # When those came that have not been passed over by a tick.
+        # When those came that have not been passed over by a tick, and till when they may wait for others.
         self._first_at = float("-inf")
+        self._due = float("inf")
+        # Those that were refused since the last tick was cut, and have not been handed out.
+        self._refused: list[Block] = []
 
     @property
     def queued(self) -> int:
@@ -166,6 +169,9 @@ class Scheduler:
             self._first_at = now
         for block in blocks:
             block.queued_at = now
+            if block.deadline is not None:
+                # It needs some of its time to run.
+                self._due = min(self._due, now + (block.deadline - now) / 2)
             self._enter(block)
             behind = 0
             for row in block.rows:
@@ -271,9 +277,9 @@ class Scheduler:
     def _refuse_rows(self, block: Block, rows: Sequence[Row], error: ConveyorError) -> Block:
         """Refuse some rows of a block that waits, and return them in a block of their own."""
         behind = block.behind
-        self._leave(block)
-        part = block.split(_places(block, rows))
-        self._enter(block)
+        part = self._part(block, rows)
+        block.compact()
+        self._leave(part)
         if behind and not block.behind:
             self._queues[block.kind].push(block.caller, block)
         self._end(part, error)
@@ -291,7 +297,7 @@ class Scheduler:
         """How long to wait before the next cut, so that others may come: 0 where the tick is full or time is up."""
         if not self._limits.delay_s or self._waiting >= self._limits.tick_rows:
             return 0.0
-        return max(0.0, self._first_at + self._limits.delay_s - now)
+        return max(0.0, min(self._first_at + self._limits.delay_s, self._due) - now)
 
     def cut(self, now: float) -> tuple[Tick | None, list[Block]]:
         """Take the blocks of the next tick.
@@ -300,66 +306,83 @@ class Scheduler:
             The tick, if any block can run now, and the blocks that were refused because they are late, unwanted or
             their tracks are not where they begin.
         """
-        refused: list[Block] = []
+        blocks: list[Block] = []
+        rests: list[Block] = []
+        try:
+            tick = self._take_tick(now, blocks, rests)
+        except Exception:
+            # What was taken waits again, and those that were refused are handed out with what is cleared.
+            for block in reversed(blocks + rests):
+                if _waits(block):
+                    self._queues[block.kind].put_back(block.caller, block)
+            raise
+        refused, self._refused = self._refused, []
+        return tick, refused
+
+    def _take_tick(self, now: float, blocks: list[Block], rests: list[Block]) -> Tick | None:
+        """Take blocks from their queues, and the rests of those that are too wide, into lists; make a tick of them."""
+        limits = self._limits
         waiting = [kind for kind, queue in self._queues.items() if queue]
         if not waiting:
-            return None, refused
+            return None
         lead = self._lead(waiting)
         order = waiting if len(waiting) == 1 else sorted(waiting, key=lambda kind: (kind != lead, kind[0] != lead[0]))
-        blocks: list[Block] = []
         lengths: list[int] = []
-        rests: list[Block] = []
-        most, longest = self._size(lead, now)
-        soon = now + self.pace.step_s(min(self._waiting, most), 1)
+        most, expected, seconds = self._size(lead, now)
+        slice_steps = self._steps_of(expected, seconds)
+        soon = now + self.pace.step_at_best_s(min(self._waiting, most), 1)
+        taken = longest = 0
 
         def give(block: Block, room: int) -> tuple[int, int] | None:
+            nonlocal slice_steps, taken, longest
             if not _waits(block):
                 self._stale[block.kind] -= 1
                 return 0, 0
             # The first one is judged by the time it is, not by what the tick is expected to take: were that far too
             # much, nothing would run any more, and so nothing be learned.
-            if not self._fit(block, soon if blocks else now, refused):
+            if not self._fit(block, soon if blocks else now):
                 return 0, 0
-            length = min(block.left, longest) if self._limits.sliced else block.steps
-            if blocks and block.kind != lead:
+            width = len(block.rows)
+            if not blocks and limits.sliced and min(width, room) > expected:
+                # What stands in front is not looked at before it is taken, and this is wider than the others.
+                slice_steps = self._steps_of(min(width, room), seconds)
+            length = min(block.left, slice_steps) if limits.sliced else block.steps
+            if blocks:
+                rows = taken + width
                 # It may fill a tick of others, but not change its length much.
-                near = lengths[0] <= length <= 2 * lengths[0]
-                rows = sum(len(other.rows) for other in blocks) + len(block.rows)
-                if not near or rows * max(length, *lengths) > self._limits.tick_steps:
+                if block.kind != lead and not lengths[0] <= length <= 2 * lengths[0]:
                     return None
-            if blocks and length > 1 and not block.batch and self._limits.sliced:
+                if (limits.sliced or block.kind != lead) and rows * max(length, longest) > limits.tick_steps:
+                    return None
                 # Chunks that take several ticks: more at a time would not be done sooner, and the first of them later.
-                rows = sum(len(other.rows) for other in blocks) + len(block.rows)
-                if rows > self._efficient_rows:
+                if length > 1 and not block.batch and limits.sliced and rows > self._efficient_rows:
                     return None
-            if len(block.rows) > room:
+            if width > room:
                 if blocks:
                     return None
-                self._leave(block)
-                rest = block.split(range(room, len(block.rows)))
-                self._enter(block)
-                self._enter(rest)
-                rests.append(rest)
+                rests.append(self._part(block, block.rows[room:]))
             blocks.append(block)
             lengths.append(length)
+            taken += len(block.rows)
+            longest = max(longest, length)
             return len(block.rows), len(block.rows) * length
 
-        taken = 0
         for kind in order:
             # Chunks that wait run together, however many they are; batches must not keep new ones waiting.
-            room = most if kind[0] or lead[0] else self._limits.tick_rows
+            room = most if kind[0] or lead[0] else limits.tick_rows
             if taken < room:
                 self._queues[kind].take(give, room - taken)
-                taken = sum(len(block.rows) for block in blocks)
-        for rest in rests:
+        while rests:
+            rest = rests.pop()
             self._queues[rest.kind].put_back(rest.caller, rest)
         for kind in waiting:
             if kind[0] == lead[0]:
                 self._patience[kind] = _PATIENCE if kind == lead else self._patience[kind] - 1
         self._batch_led = lead[0]
-        self._first_at = now - self._limits.delay_s
+        self._first_at = now - limits.delay_s
+        self._due = float("inf")
         if not blocks:
-            return None, refused
+            return None
         steps, chosen = self._choose(blocks, lengths)
         if len(chosen) < len(blocks):
             kept = set(chosen)
@@ -367,32 +390,46 @@ class Scheduler:
                 if index not in kept:
                     block = blocks[index]
                     self._queues[block.kind].put_back(block.caller, block, len(block.rows) * lengths[index])
-            blocks = [blocks[index] for index in chosen]
-            lengths = [lengths[index] for index in chosen]
-        for block in blocks:
-            block.phase = Phase.RUNNING
-            self._leave(block)
-            self._running[block] = len(block.rows) * block.left
-            self._running_steps += self._running[block]
-        return Tick(blocks, [min(length, steps) for length in lengths]), refused
+        tick = Tick([blocks[index] for index in chosen], [min(lengths[index], steps) for index in chosen])
+        for block, length in zip(tick.blocks, tick.lengths, strict=True):
+            self._begin(block, length)
+        return tick
 
-    def _fit(self, block: Block, soon: float, refused: list[Block]) -> bool:
+    def _fit(self, block: Block, soon: float) -> bool:
         """Refuse a block, or rows of it, that are not to run in a tick that ends no earlier than ``soon``.
 
         Returns:
             Whether any of it is to run.
         """
         # The position first: a chunk that was applied already must not be told that the state has not moved.
-        for row in [row for row in block.rows if row.position != row.track.position]:
-            refused.append(self._take_out(block, [row], _conflict(row)))
-            if refused[-1] is block:
+        if conflicts := [row for row in block.rows if row.position != row.track.position]:
+            part = block if len(conflicts) == len(block.rows) else self._part(block, conflicts)
+            self._leave(part)
+            # Not needed any more, and to split them would take long.
+            part.inputs = part.parts = []
+            self._refuse_out_of_place(part)
+            if part is block:
                 return False
         if block.deadline is not None and soon >= block.deadline:
-            self._late = True
-            refused.append(self._take_out(block, block.rows, _late()))
+            # What came too late says nothing of how long the work takes.
+            self._late |= block.deadline > block.queued_at
+            self._refused.append(self._take_out(block, block.rows, _late()))
         elif block.unwanted:
-            refused.append(self._take_out(block, list(block.unwanted), _gone()))
-        return not refused or refused[-1] is not block
+            self._refused.append(self._take_out(block, list(block.unwanted), _gone()))
+        return _waits(block)
+
+    def _refuse_out_of_place(self, block: Block) -> None:
+        """Refuse rows that do not begin where their tracks are, each told where that is."""
+        places = sorted({_place(row) for row in block.rows})
+        if len(places) > 1:
+            # In halves: one after the other would take too long where there are a thousand.
+            middle = places[len(places) // 2]
+            part = block.split([index for index, row in enumerate(block.rows) if _place(row) >= middle])
+            self._refuse_out_of_place(block)
+            self._refuse_out_of_place(part)
+            return
+        self._end(block, _conflict(block.rows[0]))
+        self._refused.append(block)
 
     def _take_out(self, block: Block, rows: Sequence[Row], error: ConveyorError) -> Block:
         """Refuse rows of a block that has been taken from its queue; return their block."""
@@ -401,6 +438,14 @@ class Scheduler:
         self._leave(block)
         self._end(block, error)
         return block
+
+    def _part(self, block: Block, rows: Sequence[Row]) -> Block:
+        """Move some rows of a block that waits into a block of their own, and count both."""
+        self._leave(block)
+        part = block.split(_places(block, rows))
+        self._enter(block)
+        self._enter(part)
+        return part
 
     def _choose(self, blocks: Sequence[Block], lengths: Sequence[int]) -> tuple[int, list[int]]:
         """The steps of a tick, and which blocks are in it."""
@@ -417,8 +462,8 @@ class Scheduler:
         turn = [kind for kind in waiting if kind[0] is not self._batch_led] or waiting
         return next((kind for kind in reversed(turn) if self._patience[kind] <= 0), turn[0])
 
-    def _size(self, lead: Kind, now: float) -> tuple[int, int]:
-        """Most rows of a tick that has some of batches, and most steps."""
+    def _size(self, lead: Kind, now: float) -> tuple[int, int, float]:
+        """Most rows of a tick that has some of batches; how many it is expected to have, and how long it may take."""
         limits = self._limits
         lively = now < self._lively_until
         seconds = limits.short_tick_s if lively else limits.long_tick_s
@@ -429,7 +474,11 @@ class Scheduler:
         if not lead[0] and len(self._queues[lead]) > self._efficient_rows:
             # They are done one after the other in any case, and in longer slices all of them sooner.
             rows, seconds = min(rows, self._efficient_rows), _PATIENCE_OF_MANY * seconds
-        return most, self.pace.steps_within(rows, seconds, max(1, limits.tick_steps // rows))
+        return most, rows, seconds
+
+    def _steps_of(self, rows: int, seconds: float) -> int:
+        """Most steps of a tick of so many rows that is to take no longer."""
+        return self.pace.steps_within(rows, seconds, max(1, self._limits.tick_steps // rows))
 
     def seal(self, tick: Tick, now: float) -> Sealed:
         """End a tick whose run succeeded: the one moment in which positions move.
@@ -506,8 +555,8 @@ class Scheduler:
             self._end(block, error)
 
     def clear(self, error: ConveyorError) -> list[Block]:
-        """Refuse every block that still waits, and return them."""
-        blocks: list[Block] = []
+        """Refuse every block that still waits, and return them, with those that a cut that failed had refused."""
+        blocks, self._refused = self._refused, []
         while heads := [block for queue in self._queues.values() for block in queue.drain() if _waits(block)]:
             self._stale = dict.fromkeys(self._stale, 0)
             for block in heads:
@@ -517,9 +566,22 @@ class Scheduler:
         blocks.sort(key=lambda block: block.queued_at)
         return blocks
 
+    def _begin(self, block: Block, length: int) -> None:
+        """Count a block as one that runs, for so many steps; what it has left then waits for its turn as before."""
+        self._leave(block)
+        block.phase = Phase.RUNNING
+        running, rest = len(block.rows) * length, len(block.rows) * (block.left - length)
+        self._running[block] = running, rest
+        self._running_steps += running
+        self._waiting_steps += rest
+        self._steps[block.kind] += rest
+
     def _stop(self, block: Block) -> None:
         """Count a block as one that runs no more."""
-        self._running_steps -= self._running.pop(block, 0)
+        running, rest = self._running.pop(block, (0, 0))
+        self._running_steps -= running
+        self._waiting_steps -= rest
+        self._steps[block.kind] -= rest
 
     def _enter(self, block: Block) -> None:
         rows = len(block.rows)
@@ -556,6 +618,11 @@ class Scheduler:
                 after.behind -= 1
                 if not after.behind:
                     self._queues[after.kind].push(after.caller, after)
+
+
+def _place(row: Row) -> tuple[int, int]:
+    """Where a row begins, and where its track is."""
+    return row.position, row.track.position
 
 
 def _places(block: Block, rows: Sequence[Row] | set[Row]) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=threading.TIMEOUT_MAX)]
 Milliseconds = Annotated[float, Field(gt=0)]
 
 _PREFIX = "CONVEYOR_"
@@ -187,7 +188,10 @@ def load_tune(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings
     model = flags.pop("model")
     settings = _read(parser, flags, environ, defaults)
     if not settings.tune_s:
-        parser.error("--tune-s: in 0 seconds nothing is measured; expected more")
+        if flags["tune_s"] is not None:
+            parser.error("--tune-s: in 0 seconds nothing is measured; expected more")
+        # A server that is told to measure nothing is a reason to measure beforehand.
+        settings = settings.model_copy(update={"tune_s": defaults["tune_s"]})
     return settings, model
 
 

@@ -6,7 +6,6 @@ what follows from what it finds, nor what runs inside a graph.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from service.graph import Graph
 from service.manifest import Manifest, StateSpec, TensorSpec
-from service.tuning import Measurement, sizes, worth_it
+from service.tuning import WIDEST, Bounds, Measurement, sizes, worth_it
 
 Array = NDArray[np.generic]
 Clock = Callable[[], float]
@@ -24,9 +23,6 @@ _TURNS = 3
 _MOST_TURNS = 9
 _SHORT_S = 5e-3
 """Turns that are over so soon are repeated: more of them cost little."""
-_one_at_a_time = threading.Lock()
-_PATIENCE, _MOST_PATIENCE_S = 10, 60.0
-"""How many times its own seconds a model waits for others: one whose run never ends must not hold them up."""
 
 
 def measure(
@@ -35,10 +31,11 @@ def measure(
     seconds: float,
     start_s: float = 0.0,
     every: bool = False,
+    bounds: Bounds = WIDEST,
     clock: Clock = time.perf_counter,
     cpu_clock: Clock = time.process_time,
 ) -> tuple[Measurement, ...]:
-    """Measure runs of a model, as a rule one model at a time: two would measure each other.
+    """Measure runs of a model. Whoever calls sees to it that nothing else runs meanwhile.
 
     Thread counts are held against each other in turns, run by run, so that whatever else the machine does meets them
     alike. One that does not pay ends the search: those after it would pay less.
@@ -49,40 +46,42 @@ def measure(
         seconds: that all of it may take, but for a run that has begun, and for the first.
         start_s: what it takes to make another graph ready.
         every: measure each count, whether it pays or not.
+        bounds: of the ticks that are run.
         clock: tells the time, in seconds.
         cpu_clock: tells the CPU time of the process, in seconds.
 
     Raises:
         Exception: whatever the graph raises.
     """
-    alone = _one_at_a_time.acquire(timeout=min(_PATIENCE * seconds, _MOST_PATIENCE_S))
-    try:
-        end = clock() + seconds
-        if every or len(counts) == 1:
-            return tuple(_in_turns({count: graph_with(count) for count in counts}, end, clock, cpu_clock))
-        best = counts[0]
-        found: list[Measurement] = []
-        for number, count in enumerate(counts[1:], start=2):
-            left = end - clock()
-            if start_s >= left / 2:
-                break
-            until = end if number == len(counts) else clock() + left / 2
-            pair = {best: graph_with(best), count: graph_with(count)}
-            compared = _in_turns(pair, until, clock, cpu_clock)
-            found += [one for one in compared if one.threads == count or not found]
-            if not worth_it(compared, best, count):
-                break
-            best = count
-        return tuple(found or _in_turns({best: graph_with(best)}, end, clock, cpu_clock))
-    finally:
-        if alone:
-            _one_at_a_time.release()
+    end = clock() + seconds
+    if every or len(counts) == 1:
+        return tuple(_in_turns({count: graph_with(count) for count in counts}, end, bounds, clock, cpu_clock))
+    best = counts[0]
+    found: list[Measurement] = []
+    for number, count in enumerate(counts[1:], start=2):
+        left = end - clock()
+        if start_s >= left / 2:
+            break
+        until = end if number == len(counts) else clock() + left / 2
+        pair = {best: graph_with(best), count: graph_with(count)}
+        compared = _in_turns(pair, until, bounds, clock, cpu_clock)
+        # Only what was measured in turns can be compared, and the earlier pair has been: of it the winner's figures
+        # are kept, for the sizes that there was no time for again.
+        again = {(one.rows, one.steps) for one in compared}
+        found = compared + [one for one in found if one.threads == best and (one.rows, one.steps) not in again]
+        if not worth_it(compared, best, count):
+            break
+        best = count
+    return tuple(found or _in_turns({best: graph_with(best)}, end, bounds, clock, cpu_clock))
 
 
-def _in_turns(graphs: Mapping[int, Graph], until: float, clock: Clock, cpu_clock: Clock) -> list[Measurement]:
+def _in_turns(
+    graphs: Mapping[int, Graph], until: float, bounds: Bounds, clock: Clock, cpu_clock: Clock
+) -> list[Measurement]:
     found: list[Measurement] = []
     manifest = next(iter(graphs.values())).manifest
-    for rows, steps in sizes(all(spec.time_axis is not None for spec in manifest.inputs)):
+    timed = all(spec.time_axis is not None for spec in manifest.inputs)
+    for rows, steps in sizes(timed, bounds, manifest.step_bytes, manifest.state_bytes):
         # A cell costs less where there are more: the runs will not take longer, or not much.
         cell_s = min((one.seconds / (one.rows * one.steps) for one in found), default=0.0)
         if found and clock() + 2 * cell_s * rows * steps * len(graphs) > until:

@@ -6,11 +6,11 @@ Owns what is printed. Must not know how anything is measured, or what follows fr
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from service.description import Description
 from service.errors import LoadError
-from service.folder import Found, scan, wanted
+from service.folder import Found, ModelFolder, scan, wanted
 from service.loading import Loaded
 from service.settings import Settings
 from service.tuner import tuned
@@ -29,33 +29,41 @@ def tune(settings: Settings, model: str | None) -> int:
     """
     failed = False
     try:
-        versions = list(_versions(settings, model))
+        folders = {name: one for name, one in scan(settings.repository).items() if model is None or name == model}
     except LoadError as error:
         print(error, file=sys.stderr)
         return 1
-    if not versions:
+    if not folders:
         print(f"{settings.repository} has no model{'' if model is None else f' {model!r}'}", file=sys.stderr)
         return 1
-    for found in versions:
+    for name, folder in folders.items():
         try:
-            loaded, tuning = tuned(found.path, settings, anew=True)
+            versions = _versions(folder, settings)
         except LoadError as error:
             failed = True
-            print(f"{found.name} {found.version}: {error}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
             continue
-        print(f"{found.name} {found.version}: {_told(loaded)}")
-        print("\n".join(_table(tuning)))
-        print(_chosen(loaded.description, tuning, settings), end="\n\n", flush=True)
+        for found in versions:
+            try:
+                loaded, tuning = tuned(found.path, settings, anew=True)
+            except LoadError as error:
+                failed = True
+                print(f"{found.name} {found.version}: {error}", file=sys.stderr)
+                continue
+            print(f"{found.name} {found.version}: {_told(loaded)}")
+            print("\n".join(_table(tuning)))
+            print(_chosen(loaded.description, tuning, settings), end="\n\n", flush=True)
     return int(failed)
 
 
-def _versions(settings: Settings, model: str | None) -> Iterator[Found]:
-    for name, folder in scan(settings.repository).items():
-        if model is None or name == model:
-            if folder.trouble:
-                raise LoadError(f"{name}: {folder.trouble}")
-            candidates, count, _ = wanted(folder, settings.latest_versions)
-            yield from candidates[:count]
+def _versions(folder: ModelFolder, settings: Settings) -> Sequence[Found]:
+    """The versions that would be served."""
+    if folder.trouble:
+        raise LoadError(folder.trouble)
+    candidates, count, _ = wanted(folder, settings.latest_versions)
+    if not candidates:
+        raise LoadError("it has no version that would be served")
+    return candidates[:count]
 
 
 def _told(loaded: Loaded) -> str:

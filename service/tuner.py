@@ -6,20 +6,40 @@ Owns whether to measure, and with which thread counts. Must not know runners or 
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from service import tuning_file
 from service.engine import VERSION
+from service.errors import LoadError
 from service.graph import Graph
-from service.loading import Loaded, load_model, no_longer_than
+from service.loading import Loaded, TooLong, load_model, no_longer_than
+from service.quiet import Quiet
 from service.settings import Settings
 from service.trial import measure
-from service.tuning import Measurement, Tuning, choose, thread_counts
+from service.tuning import WIDEST, Bounds, Measurement, Tuning, choose, thread_counts
 from service.tuning_file import Subject, Unusable
 
 log = structlog.get_logger()
+
+_PATIENCE, _MOST_PATIENCE_S = 10, 60.0
+"""How many times the seconds of a measurement others are waited for: one that never ends must not hold them up."""
+_IN_HASTE = 0.5
+"""Share of the time for loading after which a model is not made ready once more."""
+_quiet = Quiet()
+
+
+def loading(settings: Settings) -> AbstractContextManager[None]:
+    """Within it a model is loaded, or warmed: none is measured meanwhile, as far as that can be waited for."""
+    return _quiet.loading(_patience_s(settings))
+
+
+def _patience_s(settings: Settings) -> float:
+    return min(_PATIENCE * settings.tune_s, _MOST_PATIENCE_S)
 
 
 def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, Tuning]:
@@ -36,9 +56,10 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
     Raises:
         LoadError: if it cannot be served; the text says why.
     """
-    began = time.perf_counter()
-    loaded = load_model(path, settings)
-    load_s = time.perf_counter() - began
+    with loading(settings):
+        began = time.perf_counter()
+        loaded = load_model(path, settings)
+        load_s = time.perf_counter() - began
     if not settings.tune_s:
         return loaded, Tuning(loaded.threads)
     fixed = loaded.description.threads or settings.threads or loaded.provider != "CPUExecutionProvider"
@@ -47,7 +68,6 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
     folder = path.parent if settings.cache_dir is None else settings.cache_dir / name / version
     file, subject = folder / tuning_file.NAME, _subject(loaded, counts)
     told = log.bind(model=name, version=version, file=str(file))
-    began = time.perf_counter()
     measured: tuple[Measurement, ...] = ()
     if not anew:
         try:
@@ -56,27 +76,55 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
             told.warning("what was measured before is not used", reason=str(error))
     known = bool(measured)
     if not known:
-        measured = _measured(path, settings, counts, loaded, load_s, anew)
+        with _quiet.measuring(_patience_s(settings)) as turn:
+            try:
+                measured = _measured(path, settings, counts, loaded, load_s, anew)
+            except TooLong:
+                raise
+            except Exception as error:
+                if anew:
+                    raise LoadError(f"it could not be measured: {error}") from error
+                told.warning("not measured, and served as though it were not to be", reason=str(error))
         try:
-            tuning_file.write(file, subject, measured)
+            if measured and not turn.alone:
+                raise Unusable("other models were loaded meanwhile, so that it may be wrong; the next start measures")
+            if measured:
+                tuning_file.write(file, subject, measured)
         except Unusable as error:
             told.info("what was measured is not kept", reason=str(error))
-    tuning = choose(measured)
-    # What was measured keeps the memory of its largest runs: another one is served.
-    best = loaded if known and tuning.threads == loaded.threads else load_model(path, settings, tuning.threads, loaded)
-    fastest = max((one for one in measured if one.threads == tuning.threads), key=lambda one: one.steps_per_s)
+    tuning = choose(measured) if measured else Tuning(loaded.threads)
+    # What was measured keeps the memory of its largest runs: another one is served, where there is time to load it.
+    in_haste = not anew and time.perf_counter() - began + load_s > _IN_HASTE * settings.load_timeout_s
+    best = loaded
+    if not in_haste and (not known or tuning.threads != loaded.threads):
+        with loading(settings):
+            best = load_model(path, settings, tuning.threads, loaded)
+    if measured:
+        _tell(told, "before" if known else "now", counts, tuning, round(time.perf_counter() - began, 3))
+    if best.threads != tuning.threads:
+        told.warning("not run with the threads that pay", reason="it takes long to load: say threads in model.yaml")
+    return best, replace(tuning, threads=best.threads)
+
+
+def _tell(told: Any, when: str, counts: tuple[int, ...], tuning: Tuning, seconds: float) -> None:
+    fastest = max((one for one in tuning.measured if one.threads == tuning.threads), key=lambda one: one.steps_per_s)
+    tried = sorted({one.threads for one in tuning.measured})
     told.info(
         "model tuned",
-        measured="before" if known else "now",
-        sizes=len(measured),
+        measured=when,
+        sizes=len(tuning.measured),
+        compared=tried,
         threads=tuning.threads,
         tick_rows=tuning.tick_rows,
         steps_per_s=round(fastest.steps_per_s),
         with_rows=fastest.rows,
         and_steps=fastest.steps,
-        seconds=round(time.perf_counter() - began, 3),
+        seconds=seconds,
     )
-    return best, tuning
+    if len(tried) == 1 < len(counts):
+        told.info(
+            "other numbers of threads were not tried", reason="it takes long to load; python -m service tune does"
+        )
 
 
 def _subject(loaded: Loaded, counts: tuple[int, ...]) -> Subject:
@@ -105,5 +153,10 @@ def _measured(
         for one in list(ready.values()):
             one.interrupt()
 
+    bounds = Bounds(
+        rows=loaded.description.max_tick_rows or settings.max_tick_rows or WIDEST.rows,
+        steps=settings.max_steps,
+        cells=settings.max_tick_steps,
+    )
     with no_longer_than(settings.load_timeout_s, interrupt):
-        return measure(graph_with, counts, settings.tune_s, load_s, every)
+        return measure(graph_with, counts, settings.tune_s, load_s, every, bounds)

@@ -21,6 +21,8 @@ _MOST_CELLS = 8192
 """Rows times steps of the largest tick that is looked at."""
 _LONG = 16
 """Steps of a tick that is not short: by then what a run costs once is a small part of it."""
+_MOST_BYTES = 64 * 2**20
+"""Of inputs and states, of the largest tick that is looked at."""
 _TELLING = (1, 16, 64, 256)
 """Rows that tell most."""
 _BUSY_ROWS = 16
@@ -52,7 +54,7 @@ class Measurement(BaseModel):
     threads: Count
     rows: Count
     steps: Count
-    seconds: Annotated[Time, Field(gt=0)]
+    seconds: Annotated[Time, Field(ge=1e-9, le=86_400)]
     cpu_s: Time
 
     @property
@@ -64,6 +66,24 @@ class Measurement(BaseModel):
     def cpu_us_per_step(self) -> float:
         """Microseconds of CPU for one step of one sequence."""
         return self.cpu_s / (self.rows * self.steps) * 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The largest tick that is looked at.
+
+    Attributes:
+        rows: side by side.
+        steps: of each row.
+        cells: rows times steps.
+    """
+
+    rows: int = _MOST_ROWS
+    steps: int = _LONG
+    cells: int = _MOST_CELLS
+
+
+WIDEST = Bounds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +115,27 @@ def thread_counts(cores: int) -> tuple[int, ...]:
     return (*(2**k for k in range(cores.bit_length()) if 2**k < cores), cores)
 
 
-def sizes(timed: bool) -> list[tuple[int, int]]:
-    """The rows and steps of the ticks worth a look, those first from which most follows.
+def sizes(timed: bool, bounds: Bounds = WIDEST, step_bytes: int = 0, state_bytes: int = 0) -> list[tuple[int, int]]:
+    """The rows and steps of the ticks worth a look, those first from which most follows; at least that of one step.
 
     Args:
         timed: whether a tick can have more than one step.
+        bounds: what the server's ticks do not exceed.
+        step_bytes: of the inputs of one step of one row.
+        state_bytes: of the states of one row.
     """
     every = [(2**k, steps) for k in range(_MOST_ROWS.bit_length()) for steps in ((1, _LONG) if timed else (1,))]
     every.sort(key=lambda size: (size[0] not in _TELLING, size[1], size[0]))
-    return [(rows, steps) for rows, steps in every if rows * steps <= _MOST_CELLS]
+
+    def fits(rows: int, steps: int) -> bool:
+        return (
+            rows <= bounds.rows
+            and steps <= bounds.steps
+            and rows * steps <= min(bounds.cells, _MOST_CELLS)
+            and rows * (steps * step_bytes + state_bytes) <= _MOST_BYTES
+        )
+
+    return [size for size in every if size == (1, 1) or fits(*size)]
 
 
 def choose(measured: Sequence[Measurement]) -> Tuning:
@@ -146,4 +178,4 @@ def _useful_rows(measured: Iterable[Measurement]) -> int:
     best = max(speeds.values())
     useful = max(_LEAST_TICK_ROWS, min(rows for rows, speed in speeds.items() if speed >= _ENOUGH * best))
     # Where the most that were tried are the best, more may be better still.
-    return useful if useful < max(speeds) else _MOST_ROWS
+    return min(useful, _MOST_ROWS) if useful < max(speeds) else _MOST_ROWS

@@ -10,9 +10,9 @@ import os
 import platform
 import secrets
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.tuning import Measurement
 
@@ -55,6 +55,12 @@ class Subject(_Part):
 class _Record(_Part):
     subject: Subject
     measured: Annotated[tuple[Measurement, ...], Field(min_length=1, max_length=4096)]
+
+    @model_validator(mode="after")
+    def _was_to_be_measured(self) -> Self:
+        if others := {one.threads for one in self.measured} - set(self.subject.counts):
+            raise ValueError(f"measured with {min(others)} threads; there were to be {list(self.subject.counts)}")
+        return self
 
 
 class _Content(_Part):

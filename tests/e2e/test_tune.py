@@ -46,9 +46,12 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
     """A model that does not load leaves the others; status 1, also where there is none, and 2 for a wrong flag."""
     write_broken(tmp_path, "broken", 1)
     write_lstm(tmp_path, "lstm")
+    write_lstm(tmp_path, "described")
+    (tmp_path / "described/model.yaml").write_text("threads: many")
     done = tune("--repository", str(tmp_path))
     assert done.returncode == 1
     assert "broken 1: onnxruntime cannot load model.onnx" in done.stderr
+    assert "\ndescribed: model.yaml" in "\n" + done.stderr
     assert "lstm 1: model.onnx, float32" in done.stdout
     done = tune("--repository", str(tmp_path), "--model", "gru")
     assert (done.returncode, done.stderr) == (1, f"{tmp_path} has no model 'gru'\n")

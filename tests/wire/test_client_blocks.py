@@ -15,10 +15,11 @@ from conveyor import AsyncClient, AsyncSession, InvalidRequest, PositionConflict
 from conveyor.tensors import Array
 from conveyor.v1 import conveyor_pb2 as pb
 from tests.conftest import running
-from tests.graphs import INPUT, expected
+from tests.graphs import INPUT, expected, replace_lstm, write_lstm
 from tests.wire.gate import until
 from tests.wire.test_cancellation import House, built
 from tests.wire.test_client_connection import Waiting, cable
+from tests.wire.test_switch import follow
 
 BOUND = 2e-6
 """Largest difference of float32 outputs from the float64 reference."""
@@ -93,6 +94,25 @@ async def test_what_is_refused_of_a_block(lstm_repository: Path) -> None:
         check(y[[0, 2]], 3, 5, slice(3, None, 2))
         check(y[[1]], 0, 2, slice(4, 5))
         assert not any(session.in_doubt for session in sessions)
+
+
+async def test_sessions_of_two_models_under_one_number(tmp_path: Path) -> None:
+    """A file was replaced between them, so that they share no block: each is stepped by its own model all the same."""
+    write_lstm(tmp_path, "lstm", 1, seed=1)
+    async with (
+        running(tmp_path, model_control="poll") as server,
+        AsyncClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        old = [await client.session("lstm") for _ in range(3)]
+        replace_lstm(tmp_path, "lstm", 1, seed=2)
+        await follow(server)
+        new = [await client.session("lstm") for _ in range(3)]
+        wanted = np.stack([expected(sequence, seed=1 if n < 3 else 2) for n, sequence in enumerate(x)])
+        y = await client.step_many(old + new, x[:, :5])
+        np.testing.assert_allclose(y, wanted[:, :5], rtol=0, atol=BOUND)
+        by_session = await client.step_many(dict(zip(old + new, x[:, 5:], strict=True)))
+        np.testing.assert_allclose(list(by_session.values()), wanted[:, 5:], rtol=0, atol=BOUND)
+        assert {session.position for session in old + new} == {40}
 
 
 @pytest.mark.parametrize("limit", [4, 6])

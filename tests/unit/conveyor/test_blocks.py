@@ -216,6 +216,21 @@ async def test_a_block_that_cannot_go_as_one_goes_as_chunks() -> None:
         assert list(server.applied.values()) == [1] * 3
 
 
+async def test_a_chunk_that_may_not_go_with_the_others_goes_alone() -> None:
+    """What is said of it within a block is no word on the chunk; what it is told alone is."""
+    async with sum_server() as server, AsyncClient(server.target) as client:
+        sessions = await opened(client, 4)
+        other = pb.ErrorDetail(code=3, reason="invalid_request", message="not with these")
+        nan = pb.ErrorDetail(code=3, reason="invalid_request", message="holds NaN")
+        server.refusals.extend([None, other, other, None, nan, None])
+        with pytest.raises(StepsFailed, match="1 of 4 chunks failed, the first one with: holds NaN") as failed:
+            await client.step_many(sessions, inputs(4))
+        assert list(failed.value.outputs) == [sessions[0], sessions[2], sessions[3]]
+        assert server.blocks == [4]
+        assert [chunk.session_id for chunk in server.chunks[4:]] == [sessions[n].session_id for n in (1, 2)]
+        assert list(server.applied.values()) == [1] * 3
+
+
 async def test_a_block_that_is_refused_as_a_whole() -> None:
     """Each chunk of it is, and no session is in doubt."""
     async with sum_server() as server, AsyncClient(server.target) as client:
@@ -284,6 +299,50 @@ async def test_no_answer_in_time_leaves_all_of_a_block_in_doubt(monkeypatch: pyt
         for session, x in zip(sessions, inputs(3), strict=True):
             np.testing.assert_array_equal(await session.settle(), x)
         assert not any(session.in_doubt for session in sessions)
+
+
+async def test_sessions_in_doubt_are_settled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And within the call's own time: all ask at once, and wait for a server that says nothing no longer than it."""
+    monkeypatch.setattr("conveyor.async_session._GRACE_S", 0.01)
+    async with sum_server() as server, AsyncClient(server.target) as client:
+        sessions = await opened(client, 4)
+        server.chunk_faults.append(Fault("held"))
+        with pytest.raises(StepsFailed):
+            await client.step_many(sessions, inputs(4), timeout_s=0.05)
+        assert all(session.in_doubt for session in sessions)
+        async with asyncio.timeout(5):
+            with pytest.raises(StepsFailed, match="4 of 4 chunks failed") as failed:
+                await client.step_many(sessions, inputs(4), timeout_s=0.05)
+        assert all(isinstance(error, TimedOut) for error in failed.value.errors.values())
+        server.released.set()
+        np.testing.assert_array_equal(await client.step_many(sessions, inputs(4)), 2 * inputs(4))
+
+
+async def test_what_the_stream_gave_up_is_asked_for_together() -> None:
+    """In one block, before the next chunks go."""
+    async with sum_server() as server, impatient(server, reconnect_timeout_s=0) as client:
+        sessions = await opened(client, 3)
+        server.chunk_faults.extend([None, Fault("after")])
+        with pytest.raises(StepsFailed):
+            await client.step_many(sessions, inputs(3))
+        assert all(session.in_doubt for session in sessions)
+        y = await client.step_many(sessions, inputs(3))
+        np.testing.assert_array_equal(y, np.array([[2], [2], [1]])[..., np.newaxis] * inputs(3))
+        assert server.blocks == [3, 3, 3]
+
+
+async def test_two_calls_with_two_handles_of_one_session() -> None:
+    """In whatever order each has them, neither holds what the other waits for."""
+    async with sum_server() as server, AsyncClient(server.target) as client:
+        (a,) = await opened(client, 1)
+        again = await client.attach(a.session_id)
+        # Both wait for a step that is under way with either handle, and go on in the order of their own.
+        async with a._lock, again._lock:
+            calls = [asyncio.create_task(client.step_many(handles, inputs(2))) for handles in ([a, again], [again, a])]
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            ended = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(each, StepsFailed) for each in ended)
 
 
 async def test_giving_up_leaves_all_of_a_block_in_doubt() -> None:

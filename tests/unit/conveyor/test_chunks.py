@@ -106,7 +106,13 @@ def test_a_chunk_takes_no_more_room_than_is_said() -> None:
 )
 def test_a_block_is_bounded(of: Model, x: Any, size: int) -> None:
     """By a mebibyte of inputs and of outputs, and in its chunks; of outputs of any size nothing is known."""
-    assert lay(of, x, x).block_size == size
+    assert lay(of, x, x).block_size(2**20) == size
+
+
+def test_a_block_is_bounded_by_what_a_message_may_have() -> None:
+    """Its outputs too, which come in one; a single chunk may go in any case."""
+    chunks = lay(VECTORS, np.zeros((100, 3)))
+    assert [chunks.block_size(limit) for limit in (100_000, 10_000, 100)] == [75, 7, 1]
 
 
 def test_outputs_are_taken_apart() -> None:

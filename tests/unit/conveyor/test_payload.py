@@ -88,7 +88,12 @@ def test_several_inputs_need_a_dict() -> None:
         (VECTORS, [[[1j, 0, 0]]], "has dtype complex128; expected float32"),
         (VECTORS, [[["a", "b", "c"]]], "has dtype"),
         (VECTORS, [[[None, 0, 0]]], "has dtype object"),
-        (VECTORS, [[1.0], [1.0, 2.0]], "is not an array"),
+        (
+            VECTORS,
+            [[1.0], [1.0, 2.0]],
+            r"is not an array: .*; expected one, or .* a list of NumPy arrays, each \[T, 3\]",
+        ),
+        (TOKENS, [], "is an empty list; expected at least one sequence"),
     ],
 )
 def test_values_that_the_model_cannot_hold_are_refused(of: Model, x: Any, message: str) -> None:

@@ -263,6 +263,99 @@ def test_what_runs_is_work_that_is_ahead() -> None:
         queue.submit([block([Track(10)], 9, deadline=NOW + 10)], NOW)
 
 
+def test_of_a_batch_only_the_slice_that_runs_is_ahead_of_a_chunk() -> None:
+    """However long the batch is: a chunk waits for one of its slices, not for all. Neither it nor its rest is lost."""
+    pace = Pace()
+    pace.learn(1, 1, 0.001)
+    queue = Scheduler(Limits(1000, 64, 8192), pace)
+    batch = block([Track(0)], 100_000)
+    batch.kind = (True, 2)
+    queue.submit([batch], NOW)
+    for _ in range(2):
+        tick, _ = queue.cut(NOW)
+        assert tick is not None
+        for state in ("runs", "is sealed", "waits"):
+            chunk = block([Track(1)], deadline=NOW + 1)
+            queue.submit([chunk], NOW)
+            queue.cancel(chunk.rows)
+            assert queue._running_steps + queue._waiting_steps == batch.rows[0].block.left
+            with pytest.raises(Full):
+                other = block([Track(2)], deadline=NOW + 1)
+                other.kind = (True, 2)
+                queue.submit([other], NOW)
+            if state == "runs":
+                sealed = queue.seal(tick, NOW)
+            elif state == "is sealed":
+                queue.resume(tick, sealed)
+
+
+def test_a_wide_block_in_front_gets_a_short_tick() -> None:
+    """Though the others are narrow: what a tick may hold, and how long it may take, is said of what is in it."""
+    pace = Pace()
+    for rows, seconds in ((1, 1e-4), (256, 256e-6)):
+        pace.learn(rows, 1, seconds)
+    for tick_steps, steps in ((1000, 5), (100_000, 15)):
+        queue = Scheduler(Limits(1000, 256, tick_steps, queued_s=1000), pace)
+        chain = Track(0)
+        queue.submit([block([Track(n) for n in range(200)], 500)], NOW)
+        queue.submit([block([chain], 500, [500 * n]) for n in range(99)], NOW)
+        tick, _ = queue.cut(NOW)
+        assert tick is not None
+        assert (len(tick.blocks[0].rows), tick.steps) == (200, steps)
+        assert tick.rows * tick.steps <= tick_steps
+
+
+def test_one_slow_tick_does_not_make_all_late() -> None:
+    """Of many that come together all were refused as late for ever after: so many were never seen again."""
+    pace = Pace()
+    for rows in (1, 2, 16):
+        pace.learn(rows, 1, 0.001 + rows * 1e-5)
+    pace.learn(200, 1, 3.0)
+    queue = Scheduler(Limits(1000, 256, 8192), pace)
+    blocks = [block([Track(n)], deadline=NOW + 0.05) for n in range(200)]
+    for one in blocks:
+        one.kind = (True, 2)
+    queue.submit(blocks, NOW)
+    assert cut(queue) == (blocks, [])
+
+
+def test_what_came_too_late_says_nothing_of_the_work() -> None:
+    """A client whose deadlines are past when they come does not make admission more careful for others."""
+    queue = scheduler()
+    for _ in range(10):
+        queue.submit([block([Track(0)], deadline=NOW - 1), block([Track(1)])], NOW)
+        tick, (late,) = queue.cut(NOW)
+        assert tick is not None
+        assert isinstance(late.error, Late)
+        finish(queue, tick)
+    assert queue._caution == 1.25
+
+
+def test_rows_out_of_place_are_not_split_off_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are at one place go together, and others in halves; each is told its own place."""
+    moved = 0
+    split = Block.split
+
+    def counted(self: Block, rows: Sequence[int]) -> Block:
+        nonlocal moved
+        moved += len(self.rows)
+        return split(self, rows)
+
+    monkeypatch.setattr(Block, "split", counted)
+    for places, most in ((1, 256), (256, 256 * 9)):
+        moved = 0
+        queue = Scheduler(Limits(1000, 512, 8192))
+        tracks = [Track(n, position=n % places) for n in range(256)]
+        wide = block([*tracks, Track(256)], 1, [1000] * 256 + [0])
+        queue.submit([wide], NOW)
+        (rest,), refused = cut(queue)
+        assert (rest, len(rest.rows), len(refused), queue.queued, queue._bytes) == (wide, 1, places, 0, 0)
+        assert moved <= most + 257
+        for one in refused:
+            assert isinstance(one.error, PositionConflict)
+            assert {row.track.position for row in one.rows} == {one.error.position}
+
+
 def test_the_margin_follows_what_becomes_of_the_rows() -> None:
     """Late rows make admission more careful, up to a bound, and rows in time less; it never locks itself shut."""
     queue = Scheduler(Limits(1000, 8, 8192), Pace())
@@ -292,6 +385,11 @@ def test_an_optional_delay_lets_others_come() -> None:
     assert queue.delay_s(NOW + 0.4) == 0
     queue.cut(NOW + 0.4)
     assert (queue.queued, queue.delay_s(NOW + 0.4)) == (2, 0)
+    cut(queue)
+    queue.submit([block([Track(4)], deadline=NOW + 0.8)], NOW + 0.6)
+    # Of the time that a deadline leaves, no more than half.
+    assert queue.delay_s(NOW + 0.6) == pytest.approx(0.1)
+    assert queue.delay_s(NOW + 0.75) == 0
 
 
 @given(st.data())

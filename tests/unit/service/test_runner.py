@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from service.errors import Cancelled, Draining, EngineFailed, Full, Late
 from service.metrics import Metrics
 from service.row import Block, Phase, Row, Track
 from service.runner import Runner
-from service.scheduler import Limits
+from service.scheduler import Limits, Tick
 from service.statistics import Spent
 from tests.clock import Clock
 from tests.sums import POISON, Sums
@@ -339,11 +339,93 @@ async def test_a_slice_without_room_for_its_states_fails_alone() -> None:
     bench.runner.submit([long, short])
     bench.runner.start()
     await bench.all_ended(2)
-    assert isinstance(long.error, EngineFailed)
+    assert isinstance(long.error, Full)
+    assert len(bench.graph.runs) == 1
     assert (long.rows[0].track.position, bench.state(long)) == (0, 0)
     assert (outputs(short), short.rows[0].track.position, bench.state(short)) == ([5, 11], 2, 11)
     assert bench.runner.pool.taken == 2
     assert await bench.runner.stop(30)
+
+
+async def test_outputs_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for all of a long chunk's outputs is an engine failure: nothing has moved, and no slot is lost."""
+    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=2))
+
+    def fail(runner: Runner, tick: Tick, outputs: object) -> None:
+        if any(block.parts for block in tick.blocks):
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(Runner, "_join", fail)
+    long = bench.row(1, 2, 3, 4)
+    bench.runner.start()
+    await bench.run(long)
+    assert isinstance(long.error, EngineFailed)
+    assert (long.rows[0].track.position, bench.state(long), bench.runner.pool.taken) == (0, 0, 1)
+    assert await bench.runner.stop(30)
+
+
+async def test_stop_does_not_go_on_with_slices() -> None:
+    """Only the slice that runs is finished; what is left then, and what waits, is told, and no slot is lost."""
+    bench = Bench(Limits(queued_rows=2000, tick_rows=1, tick_steps=2))
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(x: Array) -> None:
+        if len(bench.graph.runs) == 4:
+            inside.set()
+            assert go_on.wait(30)
+
+    bench.graph.before = hold
+    one, other = bench.row(*[1] * 100), bench.row(*[1] * 100)
+    other.caller = "other"
+    bench.runner.submit([one, other, bench.row(1, track=one.rows[0].track, position=100)])
+    bench.runner.start()
+    assert await asyncio.to_thread(inside.wait, 30)
+    assert bench.runner.pool.taken == 4
+    runs = len(bench.graph.runs)
+    stop = asyncio.create_task(bench.runner.stop(30))
+    await bench.all_ended(1)
+    go_on.set()
+    assert await stop
+    await bench.all_ended(3)
+    assert [type(row.error) for row in bench.ended] == [Draining] * 3
+    assert len(bench.graph.runs) - runs <= 1
+    assert bench.runner.pool.taken == 2
+
+
+async def test_only_what_ran_as_a_whole_teaches_the_pace(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick that failed and ran again in halves does not; and nobody reads the pace while it learns."""
+    learned: list[tuple[int, bool]] = []
+    held: Callable[[], bool] = bench.runner._wake._is_owned  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        bench.runner._scheduler.pace, "learn", lambda rows, steps, seconds: learned.append((rows, held()))
+    )
+
+    def refuse(x: Array) -> None:
+        if (x == POISON).any():
+            raise RuntimeError("no")
+
+    bench.graph.before = refuse
+    await bench.run(bench.row(1), bench.row(POISON))
+    assert learned == []
+    await bench.run(bench.row(1), bench.row(2))
+    assert learned == [(2, True)]
+
+
+async def test_a_tick_that_cannot_be_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits is told, also what was refused or taken by then, and the runner lives."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    late, first, second = bench.row(1, deadline=bench.clock.now), bench.row(1, 2), bench.row(3)
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.runner._scheduler, "_choose", fail)
+        await bench.run(late, first, second)
+    assert [type(row.error) for row in (late, first, second)] == [Late, EngineFailed, EngineFailed]
+    assert bench.runner.queued == 0
+    again = bench.row(2, track=first.rows[0].track)
+    await bench.run(again)
+    assert outputs(again) == [2]
 
 
 async def test_what_is_counted(bench: Bench) -> None:

@@ -108,7 +108,8 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
         ("max_steps", "0", "greater than or equal to 1"),
         ("max_sessions", "1.5", "valid integer"),
         ("idle_timeout_s", "0", "greater than 0"),
-        ("idle_timeout_s", "nan", "greater than 0"),
+        ("idle_timeout_s", "nan", "less than or equal to 9223372036"),
+        ("load_timeout_s", "inf", "less than or equal to 9223372036"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
         ("non_finite", "perhaps", "'reject' or 'accept'"),
         ("load_models", "lstm", "with --model-control explicit alone"),
@@ -195,6 +196,15 @@ def test_what_is_to_be_tuned() -> None:
     environ = {"CONVEYOR_THREADS": "2", "CONVEYOR_TUNE_S": "9"}
     settings, model = load_tune(["--model", "lstm", "--tune-s", "1", "--log-level", "info"], environ)
     assert (settings, model) == (Settings(threads=2, tune_s=1.0), "lstm")
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_a_server_that_measures_nothing_may_be_tuned(tmp_path: Path, source: str) -> None:
+    """What it is told of its loads is no word on what is asked for here."""
+    (tmp_path / "server.toml").write_text("tune_s = 0")
+    argv = ["--config", str(tmp_path / "server.toml")] if source == "file" else []
+    settings, _ = load_tune(argv, {} if source == "file" else {"CONVEYOR_TUNE_S": "0"})
+    assert settings.tune_s == 5.0
 
 
 def test_the_help_of_tune(capsys: pytest.CaptureFixture[str]) -> None:

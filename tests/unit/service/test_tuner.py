@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 
 from service import tuner, tuning_file
+from service.errors import LoadError
+from service.loading import Loaded, load_model
 from service.settings import Settings
 from service.trial import measure
 from service.tuner import tuned
-from service.tuning import Measurement
+from service.tuning import Measurement, Tuning
 from tests.any_graphs import CASES, Case
 from tests.graphs import replace_lstm, write_lstm
 
@@ -157,6 +160,75 @@ def test_nothing_is_measured_unless_wanted(tmp_path: Path, measured: list[tuple[
     assert (loaded.threads, tuning.threads, tuning.tick_rows, tuning.measured) == (1, 1, 512, ())
     assert measured == []
     assert (path.parent / "tuning.json").read_text() == "nothing of use"
+
+
+def test_a_measurement_that_fails_is_no_failure_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is served as though nothing were to be measured, and nothing is kept; who asks to measure is told."""
+
+    def fail(*given: Any) -> tuple[Measurement, ...]:
+        raise RuntimeError("a table has 64 rows")
+
+    path = write_lstm(tmp_path)
+    monkeypatch.setattr(tuner, "measure", fail)
+    loaded, tuning = tuned(path, SETTINGS)
+    assert (loaded.threads, tuning) == (1, Tuning(1))
+    assert "a table has 64 rows" in capsys.readouterr().out
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    with pytest.raises(LoadError, match="could not be measured: a table has 64 rows"):
+        tuned(path, SETTINGS, anew=True)
+
+
+def test_what_is_measured_is_within_the_servers_ticks(tmp_path: Path) -> None:
+    """Rows as the model or the settings say, and steps as a chunk may have."""
+    path = write_lstm(tmp_path)
+    (tmp_path / "lstm/model.yaml").write_text("max_tick_rows: 4")
+    _, tuning = tuned(path, SETTINGS.model_copy(update={"max_steps": 8, "max_tick_rows": 16}))
+    assert max(one.rows for one in tuning.measured) <= 4
+    assert {one.steps for one in tuning.measured} == {1}
+
+
+def test_what_was_measured_beside_a_load_is_not_kept(
+    tmp_path: Path, measured: list[tuple[int, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It serves until the next start, which measures again."""
+    path = write_lstm(tmp_path)
+    settings = SETTINGS.model_copy(update={"tune_s": 0.01})
+    with tuner.loading(settings):
+        assert tuned(path, settings)[1].measured
+    assert "other models were loaded meanwhile" in capsys.readouterr().out
+    assert not (path.parent / "tuning.json").exists()
+    tuned(path, settings)
+    assert (path.parent / "tuning.json").exists()
+    assert len(measured) == 2
+
+
+def test_a_model_that_takes_long_to_load_is_not_loaded_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would miss its time for loading otherwise; that other numbers of threads were not tried is told."""
+    path = write_lstm(tmp_path)
+    loads = []
+
+    def counted(*given: Any) -> Loaded:
+        loads.append(given)
+        return load_model(*given)
+
+    now = itertools.count(step=20)
+    monkeypatch.setattr(tuner, "load_model", counted)
+    monkeypatch.setattr("service.tuner.time.perf_counter", lambda: next(now))
+    settings = SETTINGS.model_copy(update={"load_timeout_s": 50})
+    assert tuned(path, settings)[0].threads == 1
+    assert len(loads) == 1
+    assert "other numbers of threads were not tried" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "measure", paying(2))
+        assert tuned(path, settings, anew=True)[1].threads == 2
+    loads.clear()
+    loaded, tuning = tuned(path, settings)
+    assert (loaded.threads, tuning.threads, len(loads)) == (1, 1, 1)
+    assert "not run with the threads that pay" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.tuning import Measurement, Tuning, choose, sizes, thread_counts, worth_it
+from service.tuning import Bounds, Measurement, Tuning, choose, sizes, thread_counts, worth_it
 
 
 def took(threads: int, rows: int, steps: int, seconds: float) -> Measurement:
@@ -52,6 +52,7 @@ def test_threads_are_judged_by_busy_ticks() -> None:
         ({rows: 1e-2 * max(rows, 128) for rows in (1, 64, 128, 256, 512)}, 128),  # no better from 128 on
         ({rows: 1e-2 * rows for rows in (1, 64, 128, 256, 512)}, 64),  # one by one: as good as any, and 64 at least
         ({rows: 1e-6 * rows for rows in (1, 64, 128, 256, 512)}, 512),  # so fast that the tick itself is what costs
+        ({rows: 1e-3 * max(rows, 4096) for rows in (1, 4096, 8192)}, 512),  # from elsewhere: never more than are tried
         ({1: 1.0}, 512),  # not enough seen to tell
     ],
 )
@@ -85,3 +86,13 @@ def test_sizes() -> None:
     assert len(set(every)) == len(every) == 20
     assert max(rows * steps for rows, steps in every) == 8192
     assert {steps for _, steps in sizes(timed=False)} == {1}
+
+
+def test_sizes_have_bounds() -> None:
+    """Those of the server's ticks, and 64 MiB of inputs and states; one step of one row is looked at in any case."""
+    assert max(sizes(True, Bounds(rows=64))) == (64, 16)
+    assert max(sizes(True, Bounds(steps=4))) == (512, 1)
+    assert max(sizes(True, Bounds(cells=40))) == (32, 1)
+    assert max(sizes(True, step_bytes=2**20)) == (64, 1)
+    assert max(sizes(True, step_bytes=1, state_bytes=2**21)) == (16, 16)
+    assert sizes(True, Bounds(1, 1, 1), step_bytes=2**30) == [(1, 1)]
