@@ -66,7 +66,7 @@ async def test_results_that_are_large_go_alone(house: tuple[Server, Caller]) -> 
     asked = pb.StreamRequest(blocks=[block(sessions[:200], 0, 200, 1), block(sessions[200:], 0, 200, 2)])
     for _ in range(2):
         await caller.call.write(asked)
-        tags = []
+        tags: list[int] = []
         while len(tags) < 2:
             response = await caller.call.read()
             assert isinstance(response, pb.StreamResponse)
