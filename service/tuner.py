@@ -100,7 +100,7 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
         with loading(settings):
             best = load_model(path, settings, tuning.threads, loaded)
     if measured:
-        _tell(told, "before" if known else "now", counts, tuning, round(time.perf_counter() - began, 3))
+        _tell(told, "before" if known else "now", counts, tuning, round(time.perf_counter() - began - load_s, 3))
     if best.threads != tuning.threads:
         told.warning("not run with the threads that pay", reason="it takes long to load: say threads in model.yaml")
     return best, replace(tuning, threads=best.threads)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 from itertools import chain
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from bench import __main__ as program
 from bench import plots, report
 from bench.cases import CURVES, GROUPS
 from bench.measure import Measured, Point, expected_s
@@ -115,3 +118,14 @@ def test_pictures_are_the_same_for_the_same_figures(results: Results, tmp_path: 
     assert sorted(first) == ["cost.svg", "latency.svg", "rows.svg"]
     assert {path.name: path.read_bytes() for path in plots.draw(results, tmp_path)} == first
     assert plots.draw(Results({}, {}), tmp_path) == []
+
+
+@pytest.mark.parametrize("judge", [True, False])
+def test_a_quick_benchmark_judges_no_target(results: Results, tmp_path: Path, judge: bool) -> None:
+    """Its figures are written, and neither the terminal nor a page says what they reach."""
+    page = tmp_path / "performance.md"
+    page.write_text("<!-- generated: targets -->\n<!-- end -->\n")
+    console = Console(record=True, quiet=False, width=140, file=io.StringIO())
+    program._write(results, tmp_path / "performance", console, judge)
+    assert ("falls short" in console.export_text()) == ("falls short" in page.read_text()) == judge
+    assert (tmp_path / "performance/results.json").is_file()
