@@ -109,7 +109,7 @@ class Engine:
         self._wide_lengths = manifest.lengths if manifest.lengths_dtype == "int64" else None
         self._bound = None
         # On other devices what is bound is copied there once, when it is bound.
-        if self.provider == "CPUExecutionProvider" and bindable(manifest) and _open_sizes(signature, self._results):
+        if self.provider == "CPUExecutionProvider" and bindable(manifest) and signature.leaves_sizes_open(manifest):
             bind = partial(_bind, self._session, self._options, self._constants)
             self._bound = BoundWorkspaces(manifest, bind)
 
@@ -166,16 +166,6 @@ def _bind(
     for name, array in results.items():
         binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
     return partial(session.run_with_iobinding, binding, options)
-
-
-def _open_sizes(signature: Signature, results: Sequence[TensorSpec | StateSpec]) -> bool:
-    """Whether a graph's file leaves the sizes of rows and steps open in its results, as what is bound has to be."""
-    for spec in results:
-        name = spec.name if isinstance(spec, TensorSpec) else spec.output
-        shape = signature.outputs[name].shape
-        if any(want is None and have is not None for want, have in zip(spec.shape, shape, strict=False)):
-            return False
-    return True
 
 
 def _check_result(spec: TensorSpec | StateSpec, array: Array, rows: int, steps: int) -> None:

@@ -63,6 +63,14 @@ class Signature:
     outputs: Mapping[str, Port]
     optional: Mapping[str, Port] = field(default_factory=dict)
 
+    def leaves_sizes_open(self, manifest: Manifest) -> bool:
+        """Whether no result has a size in the file where the manifest lets it vary, as what is bound has to be."""
+        for name, spec in _results(manifest):
+            shapes = zip(_port(spec, manifest).shape, self.outputs[name].shape, strict=False)
+            if any(want is None and have is not None for want, have in shapes):
+                return False
+        return True
+
     def check(self, manifest: Manifest) -> None:
         """Hold a manifest against it: same names, dtypes and fixed sizes.
 
@@ -74,8 +82,7 @@ class Signature:
         inputs |= {one.name: Port(one.dtype, one.shape) for one in manifest.constants}
         if manifest.lengths is not None:
             inputs[manifest.lengths] = Port(manifest.lengths_dtype, (manifest.rows_per_run,))
-        outputs = [(spec.name, _port(spec, manifest)) for spec in manifest.outputs]
-        outputs += [(spec.output, _port(spec, manifest)) for spec in manifest.states]
+        outputs = [(name, _port(spec, manifest)) for name, spec in _results(manifest)]
         if missing := sorted(self.inputs.keys() - inputs.keys()):
             raise LoadError(f"the graph's inputs {missing} are not in its manifest")
         takes = {**self.optional, **self.inputs}
@@ -95,6 +102,11 @@ class Signature:
                     for a, b in zip(shape, port.shape, strict=True)
                 ):
                     raise LoadError(f"{kind} {name!r} has shape {port.shape} in the manifest and {shape} in the graph")
+
+
+def _results(manifest: Manifest) -> list[tuple[str, TensorSpec | StateSpec]]:
+    """What a graph gives, by its own names."""
+    return [*((y.name, y) for y in manifest.outputs), *((state.output, state) for state in manifest.states)]
 
 
 def _port(spec: TensorSpec | StateSpec, manifest: Manifest) -> Port:

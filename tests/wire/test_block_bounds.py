@@ -134,9 +134,11 @@ async def test_an_engine_that_rests_holds_nothing(house: tuple[Server, Caller]) 
     await caller.call.write(pb.StreamRequest(blocks=[block(sessions, 0)]))
     await caller.call.read()
     await until(lambda: all(server.operations.sessions.find(b"", one).at_rest for one in sessions))
+    tracks = {server.operations.sessions.find(b"", one).track for one in sessions}
     gc.collect()
 
     def held() -> list[Block]:
-        return [one for one in gc.get_objects() if isinstance(one, Block) and one.rows]
+        blocks = [one for one in gc.get_objects() if isinstance(one, Block)]
+        return [one for one in blocks if any(row.track in tracks for row in one.rows)]
 
     await until(lambda: not held())
