@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--event-loop", choices=("asyncio", "uvloop"), default="asyncio")
     factory = None
     if parser.parse_args().event_loop == "uvloop":
-        import uvloop  # type: ignore[import-not-found, unused-ignore]
+        import uvloop
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:

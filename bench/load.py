@@ -276,7 +276,7 @@ def main() -> int:
     """Run each load that standard input names; print what came of it."""
     factory = None
     if event_loop() == "uvloop":
-        import uvloop  # type: ignore[import-not-found, unused-ignore]
+        import uvloop
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
