@@ -1,7 +1,7 @@
 """One onnxruntime session: a graph, loaded and ready to run.
 
-Owns the session, its device and its threads, and the way between the manifest's axes and the graph's own; the only room
-that imports onnxruntime. Must not know sessions or grpc. Whoever calls ``run`` does so from one thread at a time.
+Owns the session and the way between the manifest's axes and the graph's own. Must not know sessions or grpc. Whoever
+calls ``run`` does so from one thread at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from service.errors import LoadError
 from service.graph import Port, Signature
 from service.manifest import METADATA_KEY, Manifest, StateSpec, TensorSpec
+from service.provider import start
 from service.values import from_text
 from service.workspace import BoundWorkspaces, FedWorkspace, Results, Workspace, bindable
 
@@ -34,10 +35,6 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
-
-
-VERSION: str = onnxruntime.__version__
-"""Of onnxruntime: another one may be faster or slower."""
 
 
 class NoManifest(LoadError):
@@ -78,7 +75,7 @@ class Engine:
     ) -> None:
         digests = list(file_digests) or [_digest(file) for file in (path, *external)]
         self.file_digests = tuple(digests)
-        self._session = _start(path, device, threads)
+        self._session = start(path, device, threads)
         self.provider: str = self._session.get_providers()[0]
         signature = Signature(
             _ports(self._session.get_inputs()),
@@ -187,41 +184,6 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise LoadError(f"cannot read {path.name}: {error.strerror}") from error
-
-
-def _start(path: Path, device: str, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    # Threads that spin between ticks take the cores from the event loop and from other models.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # What fails is raised, and said once by whoever asked for it.
-    options.log_severity_level = 4
-    cuda = "CUDAExecutionProvider"
-    failure = f"this onnxruntime ({onnxruntime.__version__}) is built without CUDA"
-    if device != "cpu" and cuda in onnxruntime.get_available_providers():
-        try:
-            return _start_cuda(path, options)
-        except Exception as error:  # onnxruntime's errors share no base below Exception
-            failure = str(error)
-    if device == "cuda":
-        raise LoadError(f"CUDA was asked for and does not run {path.name}: {failure}")
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise LoadError(f"onnxruntime cannot load {path.name}: {error}") from error
-
-
-def _start_cuda(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    onnxruntime.preload_dlls()
-    # A node that CUDA does not have fails the load, and so does CUDA itself where it does not start: by default
-    # onnxruntime would go on with the CPU and say so in a warning.
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CUDAExecutionProvider"], enable_fallback=0)
-    finally:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
 
 
 def _manifest(session: onnxruntime.InferenceSession) -> Manifest:

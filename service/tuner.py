@@ -14,10 +14,10 @@ from typing import Any
 import structlog
 
 from service import tuning_file
-from service.engine import VERSION
 from service.errors import LoadError
 from service.graph import Graph
 from service.loading import Loaded, TooLong, load_model, no_longer_than
+from service.provider import VERSION
 from service.quiet import Quiet
 from service.settings import Settings
 from service.trial import measure
