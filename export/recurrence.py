@@ -17,7 +17,7 @@ from onnxscript import evaluator
 from torch import Tensor
 
 from export.scan import ACTIVATIONS, Ops, State, scan_direction
-from export.stored import stored_layer
+from export.stored import scan_parts
 from models.spec import PREFIXES, Layer
 
 OPERATORS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "lstm_peephole": "LSTM", "lstm_coupled": "LSTM"}
@@ -112,11 +112,12 @@ def write_scan(
     op: Ops, name: str, layer: Layer, weights: Sequence[ir.Value], x: ir.Value, lengths: ir.Value, state: State
 ) -> list[ir.Value]:
     """A Scan for each direction."""
-    names = list(replace(stored_layer(layer, "scan"), bidirectional=False).weight_shapes)
+    names = list(scan_parts(replace(layer, bidirectional=False)))
+    parts = [op.split(part, layer.directions, axis=0) if layer.bidirectional else [part] for part in state]
     outputs, final = [], []
     for direction in range(layer.directions):
         here = dict(zip(names, weights[direction * len(names) : (direction + 1) * len(names)], strict=True))
-        before = tuple(op("Gather", part, op("Constant", value_int=direction), axis=0) for part in state)
+        before = tuple(op("Squeeze", part[direction], op.integers(0)) for part in parts)
         prefix = name + PREFIXES[direction]
         y, after = scan_direction(op, prefix, layer, here, x, lengths, before, backward=direction == 1)
         outputs.append(y)

@@ -62,10 +62,9 @@ def _spec(manifest: Manifest, arrays: Weights) -> ModelSpec:
     layers = tuple(
         Layer(
             **layer.model_dump(exclude={"lowering"}),
-            bias=layer.lowering == "operator" or f"layers.{index}.b" in arrays,
             learned_initial_state=learned,
         )
-        for index, layer in enumerate(manifest.layers)
+        for layer in manifest.layers
     )
     return ModelSpec(
         layers,

@@ -3,8 +3,15 @@
 Owns the equations as a graph has them. Must not know torch or whole models. The equations and their sources stand in
 ``models/reference/cells.py``; verification holds every graph against those.
 
-Steps take ``a[N, G*H]``, the input product of all gates, and the state before the step, and give the state after it.
-``1 - sigmoid(a)`` is written as ``sigmoid(-a)``, which needs no constant of the graph's dtype.
+A loop costs its nodes once a step, on a GPU mostly for launching them, whatever their size. So all that does not depend
+on the state is done before it, for all steps at once: the input products, and which rows have a step; and what may come
+later, after it: zeros past the rows' lengths. Inside stand the recurrent products, which add the input product as they
+go (``Gemm``), and few other nodes. None of them needs the host: there is nothing to work out about shapes, weights
+stand as they are used, and what is cut is cut into equal parts, because onnxruntime's CUDA ``Split`` copies a table of
+unequal ones to the device every time (its core/providers/cuda/tensor/split.cc).
+
+Steps take the input products of all gates, ``[N, G*H]`` or for a GRU ``[N, 2H]`` and ``[N, H]``, and the state before
+the step, and give the state after it.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from models.spec import Layer
 
 State = tuple[ir.Value, ...]
 Weights = Mapping[str, ir.Value]
-Step = Callable[["Ops", Layer, Weights, ir.Value, State], State]
+Step = Callable[["Ops", Layer, Weights, Sequence[ir.Value], State], State]
 
 ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu"}
 
@@ -52,48 +59,41 @@ class Ops:
         return self("Constant", value_ints=values)
 
 
-def rnn(op: Ops, layer: Layer, weights: Weights, a: ir.Value, state: State) -> State:
+def rnn(op: Ops, layer: Layer, weights: Weights, a: Sequence[ir.Value], state: State) -> State:
     """The simple recurrence: h = tanh(a + W_h h), or relu."""
-    (h,) = state
-    return (op(ACTIVATIONS[layer.activation], op("Add", a, op("MatMul", h, weights["W_h"]))),)
+    (a_t,), (h,) = a, state
+    return (op(ACTIVATIONS[layer.activation], op("Gemm", h, weights["W_h_transposed"], a_t)),)
 
 
-def lstm(op: Ops, layer: Layer, weights: Weights, a: ir.Value, state: State) -> State:
+def lstm(op: Ops, layer: Layer, weights: Weights, a: Sequence[ir.Value], state: State) -> State:
     """The LSTM, its input gate coupled or its own, with or without peepholes."""
-    h, c = state
+    (a_t,), (h, c) = a, state
     coupled = layer.cell == "lstm_coupled"
-    *i, f, candidate, o = op.split(op("Add", a, op("MatMul", h, weights["W_h"])), 3 if coupled else 4)
-    if layer.has_peepholes:
-        *V_i, V_f, V_o = op.split(weights["V"], 2 if coupled else 3)
-        i = [op("Add", gate, op("Mul", V, c)) for gate, V in zip(i, V_i, strict=True)]
-        f = op("Add", f, op("Mul", V_f, c))
-    (i_gate,) = i if i else (op("Neg", f),)
-    written = op("Mul", op("Sigmoid", i_gate), op(ACTIVATIONS[layer.activation], candidate))
-    c = op("Add", op("Mul", op("Sigmoid", f), c), written)
-    if layer.has_peepholes:
-        o = op("Add", o, op("Mul", V_o, c))
-    return op("Mul", op("Sigmoid", o), op("Tanh", c)), c
+    *i, f, candidate, o = op.split(op("Gemm", h, weights["W_h_transposed"], a_t), 3 if coupled else 4)
+
+    def gate(name: str, x: ir.Value) -> ir.Value:
+        sees = weights.get(f"V_{name}")
+        return op("Sigmoid", x if sees is None else op("Add", x, op("Mul", sees, c)))
+
+    f = gate("f", f)
+    written = op("Sub", weights["one"], f) if coupled else gate("i", i[0])
+    written = op("Mul", written, op(ACTIVATIONS[layer.activation], candidate))
+    c = op("Add", op("Mul", f, c), written)
+    return op("Mul", gate("o", o), op("Tanh", c)), c
 
 
-def gru(op: Ops, layer: Layer, weights: Weights, a: ir.Value, state: State) -> State:
+def gru(op: Ops, layer: Layer, weights: Weights, a: Sequence[ir.Value], state: State) -> State:
     """The GRU, its reset before or after the recurrent product."""
-    (h,) = state
-    H = layer.hidden_size
-    sizes = op.integers(2 * H, H)
-    a_gates, a_candidate = op.many("Split", 2, a, sizes, axis=-1)
-    W_gates, W_candidate = op.many("Split", 2, weights["W_h"], sizes, axis=-1)
-    gates = op("Sigmoid", z_and_r := op("Add", a_gates, op("MatMul", h, W_gates)))
-    r, z = op.split(gates, 2)
+    (a_gates, a_candidate), (h,) = a, state
+    W_gates, W_candidate = weights["W_h_gates_transposed"], weights["W_h_candidate_transposed"]
+    r, z = op.split(op("Sigmoid", op("Gemm", h, W_gates, a_gates)), 2)
     if layer.reset == "before":
-        recurrent = op("MatMul", op("Mul", r, h), W_candidate)
+        candidate = op("Gemm", op("Mul", r, h), W_candidate, a_candidate)
     else:
-        recurrent = op("MatMul", h, W_candidate)
-        if "b_h" in weights:
-            recurrent = op("Add", recurrent, weights["b_h"])
-        recurrent = op("Mul", r, recurrent)
-    candidate = op(ACTIVATIONS[layer.activation], op("Add", a_candidate, recurrent))
-    _, minus_z = op.split(op("Neg", z_and_r), 2)
-    return (op("Add", op("Mul", z, h), op("Mul", op("Sigmoid", minus_z), candidate)),)
+        candidate = op("Add", a_candidate, op("Mul", r, op("Gemm", h, W_candidate, weights.get("b_h"))))
+    candidate = op(ACTIVATIONS[layer.activation], candidate)
+    kept, written = op("Mul", z, h), op("Mul", op("Sub", weights["one"], z), candidate)
+    return (op("Add", kept, written),)
 
 
 STEPS: dict[str, Step] = {"rnn": rnn, "lstm": lstm, "lstm_peephole": lstm, "lstm_coupled": lstm, "gru": gru}
@@ -108,7 +108,7 @@ def scan_direction(
         op: where the operators go.
         name: what the names of the values inside the loop start with; ONNX wants every name in a file once.
         layer: the layer.
-        weights: this direction's canonical weights, ``W_x[I, G*H]`` and ``W_h[H, G*H]`` transposed.
+        weights: this direction's, as ``export.stored`` names them.
         x: ``[T, N, I]``.
         lengths: int32 ``[N]``; past it a row keeps its state and gives 0.
         state: ``[N, H]`` each.
@@ -117,37 +117,47 @@ def scan_direction(
     Returns:
         The outputs ``[T, N, H]`` and the state after the last step read.
     """
-    a = op("MatMul", x, weights["W_x"])
-    if "b" in weights:
-        a = op("Add", a, weights["b"])
-    T = op("Squeeze", op("Shape", x, start=0, end=1))
-    steps = op("Range", op("Constant", value_int=0), T, op("Constant", value_int=1))
-    steps = op("Cast", steps, to=ir.DataType.INT32)
-
-    dtype = weights["W_h"].dtype
+    dtype = next(iter(weights.values())).dtype
     assert dtype is not None
-    before = tuple(ir.val(name, dtype, ("N", layer.hidden_size)) for name in ("h", "c")[: len(state)])
-    a_t, t = ir.val("a_t", dtype, ("N", None)), ir.val("t", ir.DataType.INT32, ())
-    body = Ops()
-    valid = body("Unsqueeze", body("Less", t, lengths), body.integers(1))
-    after = STEPS[layer.cell](body, layer, weights, a_t, before)
-    kept = [body("Where", valid, new, old) for new, old in zip(after, before, strict=True)]
-    zero = body("Constant", value=ir.tensor(np.zeros((), dtype.numpy())))
-    output = body("Where", valid, after[0], zero)
+    a = [input_product(op, weights, x, name) for name in weights if name.startswith("W_x")]
+    valid = valid_steps(op, x, lengths)
+    one, zero = (op("Constant", value=ir.tensor(np.full((), number, dtype.numpy()))) for number in (1, 0))
 
-    step = ir.Graph([*before, a_t, t], [*kept, output], nodes=body.tape.nodes, name=f"{name}step")
+    body = Ops()
+    before = tuple(ir.val(part, dtype, ("N", layer.hidden_size)) for part in ("h", "c")[: len(state)])
+    a_t = [ir.val(f"a_{i}", dtype, ("N", None)) for i in range(len(a))]
+    valid_t = ir.val("valid", ir.DataType.BOOL, ("N", 1))
+    after = STEPS[layer.cell](body, layer, {**weights, "one": one}, a_t, before)
+    kept = [body("Where", valid_t, new, old) for new, old in zip(after, before, strict=True)]
+
+    step = ir.Graph([*before, *a_t, valid_t], [*kept, after[0]], nodes=body.tape.nodes, name=f"{name}step")
     for value in [*step.inputs, *(value for node in step for value in node.outputs)]:
         value.name = f"{name}{value.name}"
 
+    scanned = [*a, valid]
     *final, outputs = op.many(
         "Scan",
         len(state) + 1,
         *state,
-        a,
-        steps,
+        *scanned,
         body=step,
-        num_scan_inputs=2,
-        scan_input_directions=[int(backward)] * 2,
+        num_scan_inputs=len(scanned),
+        scan_input_directions=[int(backward)] * len(scanned),
         scan_output_directions=[int(backward)],
     )
-    return outputs, tuple(final)
+    return op("Where", valid, outputs, zero), tuple(final)
+
+
+def input_product(op: Ops, weights: Weights, x: ir.Value, kernel: str) -> ir.Value:
+    """What the input alone gives to the gates, for all steps at once: ``[T, N, G*H]``."""
+    a = op("MatMul", x, weights[kernel])
+    bias = weights.get(kernel.replace("W_x", "b").removesuffix("_transposed"))
+    return a if bias is None else op("Add", a, bias)
+
+
+def valid_steps(op: Ops, x: ir.Value, lengths: ir.Value) -> ir.Value:
+    """Which rows have which steps: bool ``[T, N, 1]``."""
+    T = op("Squeeze", op("Shape", x, start=0, end=1))
+    steps = op("Range", op("Constant", value_int=0), T, op("Constant", value_int=1))
+    steps = op("Unsqueeze", op("Cast", steps, to=ir.DataType.INT32), op.integers(1, 2))
+    return op("Less", steps, op("Unsqueeze", lengths, op.integers(1)))

@@ -6,7 +6,9 @@ Owns the names and layouts of the file's initializers. Must not know torch or ho
 lowering      arrays of a layer
 ============  ========================================================================================================
 ``operator``  ``layers.0.W``, ``.R``, ``.B`` and ``.P``, both directions together, as ONNX's operator wants them
-``scan``      the canonical weights, the kernels transposed for ``x @ W``: ``layers.0.W_x_transposed``, ``layers.0.b``
+``scan``      the canonical weights, the kernels transposed for ``x @ W``: ``layers.0.W_x_transposed``, ``layers.0.b``.
+              What a step takes in parts stands in parts, so that no step has to cut it: peepholes by gate, ``.V_f``;
+              a GRU's gates and its candidate apart, ``.W_h_gates_transposed`` and ``.W_h_candidate_transposed``
 ============  ========================================================================================================
 
 ``embedding``, ``head.W`` and ``head.b`` stand as they are. Initial states are not there: they are inputs of the graph.
@@ -15,20 +17,19 @@ lowering      arrays of a layer
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from models.layouts import LayoutName, array_shapes, convert
-from models.spec import Layer, ModelSpec
+from models.spec import PEEPHOLES, Layer, ModelSpec
 from models.weights import Array, Weights, select
 
 Lowering = Literal["operator", "scan"]
 
 OUTSIDE = ("embedding", "head.W", "head.b")
-TRANSPOSED = {"W_x": "W_x_transposed", "W_h": "W_h_transposed"}
 
 
 def stored_layer(layer: Layer, lowering: Lowering) -> Layer:
@@ -41,7 +42,7 @@ def to_stored(layer: Layer, weights: Weights, lowering: Lowering) -> dict[str, A
 
     Args:
         layer: the layer.
-        weights: its canonical weights, all directions; biases that it does not have become zeros.
+        weights: its canonical weights, all directions; biases that an operator needs and it has not become zeros.
         lowering: the form of its node.
     """
     stored = stored_layer(layer, lowering)
@@ -50,15 +51,41 @@ def to_stored(layer: Layer, weights: Weights, lowering: Lowering) -> dict[str, A
     if lowering == "operator":
         arrays = convert(own, stored, source="fused", target="onnx")
         return {name: arrays[name] for name in "WRBP" if name in arrays}
-    return {_swap_kernel(name, TRANSPOSED): array.T for name, array in own.items()}
+    return {part: own[name][rows].T for part, (name, rows) in scan_parts(layer).items()}
 
 
 def from_stored(layer: Layer, arrays: Weights, lowering: Lowering) -> dict[str, Array]:
-    """One layer's canonical weights, without an initial state, from its arrays in the file."""
+    """One layer's canonical weights, without an initial state, from its arrays in the file.
+
+    Whatever the lowering, there are biases: those that a Scan does without are zeros. So the weights are the same, and
+    have the same digest, in whichever form they were written.
+    """
+    full = stored_layer(layer, "operator")
     if lowering == "operator":
-        return convert(arrays, stored_layer(layer, lowering), source="onnx", target="fused")
-    canonical = {stored: name for name, stored in TRANSPOSED.items()}
-    return {_swap_kernel(name, canonical): np.ascontiguousarray(array.T) for name, array in arrays.items()}
+        return convert(arrays, full, source="onnx", target="fused")
+    weights = {name: np.zeros(shape, next(iter(arrays.values())).dtype) for name, shape in full.weight_shapes.items()}
+    for part, (name, rows) in scan_parts(full).items():
+        if part in arrays:
+            weights[name][rows] = arrays[part].T
+        elif not name.endswith(("b", "b_h")):
+            raise ValueError(f"there is no {part}")
+    return weights
+
+
+def scan_parts(layer: Layer) -> dict[str, tuple[str, slice]]:
+    """What a Scan's arrays are of the canonical ones: for each its canonical name, and which rows of it."""
+    H = layer.hidden_size
+    of_gru = {"_gates": slice(0, 2 * H), "_candidate": slice(2 * H, 3 * H)}
+    parts: dict[str, tuple[str, slice]] = {}
+    for name in stored_layer(layer, "scan").weight_shapes:
+        prefix, dot, last = name.rpartition(".")
+        if last == "V":
+            cut = {f"_{gate}": slice(i * H, (i + 1) * H) for i, gate in enumerate(PEEPHOLES[layer.cell])}
+        else:
+            cut = of_gru if layer.cell == "gru" and last != "b_h" else {"": slice(None)}
+        kernel = "_transposed" if last in ("W_x", "W_h") else ""
+        parts |= {f"{prefix}{dot}{last}{part}{kernel}": (name, rows) for part, rows in cut.items()}
+    return parts
 
 
 def stored_weights(spec: ModelSpec, weights: Weights, lowerings: Sequence[Lowering]) -> dict[str, Array]:
@@ -87,8 +114,3 @@ def canonical_weights(spec: ModelSpec, arrays: Weights, lowerings: Sequence[Lowe
         here = f"layers.{index}."
         weights |= {here + name: array for name, array in from_stored(layer, select(arrays, here), lowering).items()}
     return weights
-
-
-def _swap_kernel(name: str, names: Mapping[str, str]) -> str:
-    prefix, dot, last = name.rpartition(".")
-    return prefix + dot + names.get(last, last)

@@ -12,6 +12,7 @@ from export.signature import pack_states, state_tensors, unpack_states
 from export.stored import Lowering, canonical_weights, stored_weights
 from models.reference import initial_states
 from models.spec import Layer, ModelSpec
+from models.weights import digest
 from service.manifest import Manifest
 from tests.unit.models.drawn import LAYERS, draw, draw_weights
 
@@ -59,7 +60,7 @@ def test_states_there_and_back(spec: ModelSpec) -> None:
 @pytest.mark.parametrize("lowering", ["operator", "scan"])
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 def test_weights_there_and_back(layer: Layer, lowering: Lowering) -> None:
-    """Weights come back from the file's layout bit for bit; biases that an operator must have come back as zeros."""
+    """Weights come back from the file's layout bit for bit; biases that there are none of come back as zeros."""
     both = replace(layer, bidirectional=True)
     spec = ModelSpec((both, replace(both, input_size=8)), vocabulary_size=5, head_size=2)
     weights = draw_weights(spec.weight_shapes)
@@ -67,7 +68,26 @@ def test_weights_there_and_back(layer: Layer, lowering: Lowering) -> None:
     for name, array in weights.items():
         np.testing.assert_array_equal(back.pop(name), array)
     assert all(name.rsplit(".", 1)[1] in ("b", "b_h") and not array.any() for name, array in back.items())
-    assert not back or (lowering == "operator" and not layer.bias)
+    assert not back or not layer.bias
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_either_form_holds_the_same_weights(layer: Layer) -> None:
+    """A model's weights have one digest, in whichever form its layers are written."""
+    spec = ModelSpec((replace(layer, bidirectional=True),))
+    weights = draw_weights(spec.weight_shapes)
+    forms: list[list[Lowering]] = [["operator"], ["scan"]]
+    digests = {digest(canonical_weights(spec, stored_weights(spec, weights, form), form)) for form in forms}
+    assert len(digests) == 1
+
+
+def test_a_missing_part_is_told() -> None:
+    """A Scan can do without biases, and without nothing else."""
+    spec = ModelSpec((Layer("lstm_peephole", 3, 4),))
+    arrays = stored_weights(spec, draw_weights(spec.weight_shapes), ["scan"])
+    for name in ("W_h_transposed", "V_f"):
+        with pytest.raises(ValueError, match=f"there is no {name}"):
+            canonical_weights(spec, {key: value for key, value in arrays.items() if not key.endswith(name)}, ["scan"])
 
 
 def test_the_manifest_of_a_model() -> None:
