@@ -158,7 +158,10 @@ class Description(Section):
         tolerance: largest difference that the audit lets pass, as a share where values are beyond 1.
         versions: which to serve; null for what the server's settings say.
         precision: of the file to serve, of those that a version has; null for that of its model.onnx.
-        threads: inside one run. This and what follows: null for what the server's settings say.
+        device: that runs it. This and what follows: null for what the server's settings say.
+        fallback: what to do where CUDA was asked for and does not run it.
+        tf32: whether CUDA may multiply in TF32.
+        threads: inside one run.
         max_tick_rows: most rows in one run.
         short_tick_ms: milliseconds that a run should take while chunks come.
         long_tick_ms: the same while there are only batches.
@@ -174,6 +177,9 @@ class Description(Section):
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     versions: Versions | None = None
     precision: Precision | None = None
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    fallback: Literal["refuse", "allow"] | None = None
+    tf32: StrictBool | None = None
     threads: Annotated[int, Field(ge=1, le=1024, strict=True)] | None = None
     max_tick_rows: Annotated[int, Field(ge=1, le=65_536, strict=True)] | None = None
     short_tick_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

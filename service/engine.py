@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from service.errors import LoadError
 from service.graph import Port, Signature
 from service.manifest import METADATA_KEY, Manifest, StateSpec, TensorSpec
-from service.provider import start
+from service.placement import Device
+from service.provider import CPU, CudaOptions, start
 from service.values import from_text
 from service.workspace import BoundWorkspaces, FedWorkspace, Results, Workspace, bindable
 
@@ -52,12 +53,12 @@ class Engine:
 
     Args:
         path: the .onnx file.
-        device: ``cuda`` fails where CUDA does not start or any node would run elsewhere; ``auto`` falls to the
-            CPU then.
+        device: that runs it; ``cuda`` fails where CUDA does not start, or would leave some of it to the CPU.
         threads: inside one run.
         describe: gives the manifest of a graph that has none inside, from its signature.
         external: files beside it that hold its data.
         file_digests: where they are known already.
+        cuda: what was chosen of CUDA; None for what it is by default.
 
     Raises:
         LoadError: if the file cannot be read, is no model, has no manifest, disagrees with it, or the device does not
@@ -67,28 +68,23 @@ class Engine:
     def __init__(
         self,
         path: Path,
-        device: Literal["auto", "cpu", "cuda"] = "cpu",
+        device: Device = "cpu",
         threads: int = 1,
         describe: Callable[[Signature], Manifest] | None = None,
         external: Sequence[Path] = (),
         file_digests: Sequence[str] = (),
+        cuda: CudaOptions | None = None,
     ) -> None:
-        digests = list(file_digests) or [_digest(file) for file in (path, *external)]
-        self.file_digests = tuple(digests)
-        self._session = start(path, device, threads)
+        self.file_digests = tuple(file_digests) or tuple(digest(file) for file in (path, *external))
+        self._session = start(path, device, threads, cuda or CudaOptions())
         self.provider: str = self._session.get_providers()[0]
         signature = Signature(
             _ports(self._session.get_inputs()),
             _ports(self._session.get_outputs()),
             _ports(self._session.get_overridable_initializers()),
         )
-        if describe is None:
-            self.manifest = _manifest(self._session)
-        else:
-            self.manifest = describe(signature)
-            # Without defaults, so that a field that is added to manifests some day changes no digest.
-            digests.append(self.manifest.model_dump_json(exclude_defaults=True))
-        self.digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.manifest, self.digest = identify(metadata, signature, describe, self.file_digests)
         signature.check(self.manifest)
         manifest = self.manifest
         self._results: list[TensorSpec | StateSpec] = [*manifest.outputs, *manifest.states]
@@ -96,9 +92,7 @@ class Engine:
         # A state that is served as an output too is fetched once.
         self._outputs = list(dict.fromkeys(results))
         self._places = None if results == self._outputs else [self._outputs.index(name) for name in results]
-        self._options = onnxruntime.RunOptions()
-        # What it is without, which onnxruntime would find out anew at each bound run, from an error: 50 us.
-        self._options.add_run_config_entry("gpu_graph_id", "-1")
+        self._options = run_options()
         self._constants = {one.name: from_text(one.value, one.dtype, one.shape) for one in manifest.constants}
         self._absent = {spec.name: spec.absent for spec in manifest.inputs if spec.absent}
         self._absent |= {spec.input: spec.absent for spec in manifest.states if spec.absent}
@@ -106,7 +100,7 @@ class Engine:
         self._wide_lengths = manifest.lengths if manifest.lengths_dtype == "int64" else None
         self._bound = None
         # On other devices what is bound is copied there once, when it is bound.
-        if self.provider == "CPUExecutionProvider" and bindable(manifest) and signature.leaves_sizes_open(manifest):
+        if self.provider == CPU and bindable(manifest) and signature.leaves_sizes_open(manifest):
             bind = partial(_bind, self._session, self._options, self._constants)
             self._bound = BoundWorkspaces(manifest, bind)
 
@@ -178,7 +172,12 @@ def _check_result(spec: TensorSpec | StateSpec, array: Array, rows: int, steps: 
         raise ValueError(f"{spec.name!r} came out as {have} for {rows} rows and {steps} steps; expected {expected}")
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        LoadError: if it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -186,8 +185,49 @@ def _digest(path: Path) -> str:
         raise LoadError(f"cannot read {path.name}: {error.strerror}") from error
 
 
-def _manifest(session: onnxruntime.InferenceSession) -> Manifest:
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+def identify(
+    metadata: Mapping[str, str],
+    signature: Signature,
+    describe: Callable[[Signature], Manifest] | None,
+    file_digests: Sequence[str],
+) -> tuple[Manifest, str]:
+    """Tell what a graph is served as, and its digest.
+
+    Args:
+        metadata: of its file, by key.
+        signature: its inputs and outputs.
+        describe: gives the manifest of a graph that has none inside.
+        file_digests: of the file and of those beside it.
+
+    Raises:
+        NoManifest: if neither the file nor ``describe`` gives one.
+        LoadError: if it is not valid.
+    """
+    digests = list(file_digests)
+    if describe is None:
+        manifest = _manifest(metadata.get(METADATA_KEY))
+    else:
+        manifest = describe(signature)
+        # Without defaults, so that a field that is added to manifests some day changes no digest.
+        digests.append(manifest.model_dump_json(exclude_defaults=True))
+    return manifest, digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def run_options(waits: bool = True) -> onnxruntime.RunOptions:
+    """Options of runs.
+
+    Args:
+        waits: whether a run is over when it returns; elsewhere it goes on in its stream.
+    """
+    options = onnxruntime.RunOptions()
+    # What it is without, which onnxruntime would find out anew at each bound run, from an error: 50 us.
+    options.add_run_config_entry("gpu_graph_id", "-1")
+    if not waits:
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
+
+
+def _manifest(text: str | None) -> Manifest:
     if text is None:
         raise NoManifest(
             f"the file has no manifest (metadata entry {METADATA_KEY!r}), and no model.yaml beside its versions "

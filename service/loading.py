@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,16 +18,23 @@ import structlog
 
 from service.audit import Audit, audit
 from service.description import NAME, Description, read
-from service.engine import Engine, NoManifest
+from service.engine import Engine, NoManifest, digest
 from service.errors import LoadError
 from service.graph import Graph, Signature
 from service.manifest import METADATA_KEY, Manifest
 from service.onnx_file import OnnxFile, check_size, may_have_external_data
+from service.placement import Choice, Device, choose
 from service.presented import present
+from service.provider import CudaOptions, NotOnCuda, why_no_cuda
+from service.recurrent_path import obstacles, told
 from service.settings import Settings
 from service.stepping import RowByRow, StepByStep
 
 log = structlog.get_logger()
+
+_EXPORT = "python -m export writes model.cuda.onnx beside it, in a form that CUDA runs"
+_MAY_DIFFER = {"layers", "weights_digest", "parity", "made_with"}
+"""What of the manifest may differ between the forms of a model for different devices."""
 
 
 class TooLong(LoadError):
@@ -40,16 +47,18 @@ class Loaded:
 
     Attributes:
         graph: to be run.
+        choice: the device that runs it, and why.
         provider: the onnxruntime execution provider that runs it.
         threads: inside one run.
         warnings: what its operator should know, a sentence each.
         interrupt: ends a run of it that is under way, from another thread; none can follow.
-        path: the file that was loaded.
-        file_digests: of the file and those beside it that hold its data.
+        path: the file of the model; the device may run another, in a form of its own.
+        file_digests: of that file and those beside it that hold its data.
         description: what its model.yaml says.
     """
 
     graph: Graph
+    choice: Choice
     provider: str
     threads: int
     warnings: tuple[str, ...]
@@ -59,7 +68,13 @@ class Loaded:
     description: Description
 
 
-def load_model(path: Path, settings: Settings, threads: int = 0, before: Loaded | None = None) -> Loaded:
+def load_model(
+    path: Path,
+    settings: Settings,
+    threads: int = 0,
+    before: Loaded | None = None,
+    choice: Choice | None = None,
+) -> Loaded:
     """Load a model file, and hold it against what the server relies on.
 
     Args:
@@ -67,6 +82,7 @@ def load_model(path: Path, settings: Settings, threads: int = 0, before: Loaded 
         settings: of the server.
         threads: inside one run; 0 for what the description says, or else the settings, or else 1.
         before: the same model with other threads, whose file need not be read again to be known, nor warned of.
+        choice: the device that is to run it, where that was chosen already.
 
     Raises:
         LoadError: if it cannot be served; the text says why.
@@ -74,36 +90,24 @@ def load_model(path: Path, settings: Settings, threads: int = 0, before: Loaded 
     folder = path.parent.parent
     description = read(folder) or Description()
     path = _chosen(path, description.precision)
-    check_size([path], settings.max_model_bytes)
-    external: list[Path] = []
-    describe: Callable[[Signature], Manifest] | None = None
-    # A file that was exported here holds all that it needs, and is not worth the time that onnx takes to import.
-    if description.of_graph or may_have_external_data(path):
-        file = OnnxFile(path)
-        file.check(settings.max_model_bytes)
-        external = file.external_files()
-        if description.of_graph:
-            if METADATA_KEY in file.metadata:
-                raise LoadError("the file has a manifest inside, and model.yaml describes its graph too: remove one")
-            describe = partial(
-                present, description, folder=folder, initializer=file.initializer, precision=file.precision
-            )
     threads = threads or description.threads or settings.threads or 1
-    file_digests = () if before is None else before.file_digests
-    try:
-        engine = Engine(path, settings.device, threads, describe, external, file_digests)
-    except NoManifest as error:
-        raise LoadError(f"{error}{_near_misses(folder, path)}") from error
+    opening = _Opening(path, settings, description, threads, () if before is None else before.file_digests)
+    if choice is None and before is not None:
+        choice = before.choice
+    if choice is None:
+        choice, engine = _on_its_device(opening)
+    else:
+        engine = opening.on_cuda() if choice.device == "cuda" else opening.on_cpu()
     _check_precision(path, engine.manifest.precision, description.precision)
     _check_sizes(engine.manifest, settings.max_message_bytes)
     with no_longer_than(settings.load_timeout_s, engine.interrupt):
         found = _audited(path, engine, description, threads)
     if before is None:
         for warning in found.warnings:
-            name, version = path.parent.parent.name, path.parent.name
-            log.warning("model served with a reservation", model=name, version=version, reason=warning)
+            log.warning("model served with a reservation", **_named(path), reason=warning)
     return Loaded(
         found.graph,
+        choice,
         engine.provider,
         threads,
         found.warnings,
@@ -112,6 +116,124 @@ def load_model(path: Path, settings: Settings, threads: int = 0, before: Loaded 
         engine.file_digests,
         description,
     )
+
+
+class _Opening:
+    """How a model's file becomes an engine, on one device or another."""
+
+    def __init__(
+        self, path: Path, settings: Settings, description: Description, threads: int, file_digests: Sequence[str]
+    ) -> None:
+        self.path = path
+        self.settings = settings
+        self.description = description
+        self.threads = threads
+        self._file_digests = file_digests
+
+    @property
+    def tf32(self) -> bool:
+        """Whether CUDA may multiply in TF32."""
+        asked = self.description.tf32
+        return self.settings.tf32 == "on" if asked is None else asked
+
+    @property
+    def for_cuda(self) -> Path:
+        """The file that CUDA runs: the one that was exported for it, where there is one."""
+        own = self.path.with_name(f"{self.path.stem}.cuda{self.path.suffix}")
+        return own if own.is_file() else self.path
+
+    def on_cpu(self) -> Engine:
+        """Open it on the CPU."""
+        return self._open(self.path, "cpu", self._file_digests)
+
+    def on_cuda(self, tf32: bool | None = None) -> Engine:
+        """Open it on CUDA.
+
+        Args:
+            tf32: other than what was asked for.
+
+        Raises:
+            NotOnCuda: if CUDA does not run all of its recurrent path.
+        """
+        path = self.for_cuda
+        if reason := why_no_cuda(self.settings.gpu_id):
+            raise NotOnCuda(path.name, reason)
+        check_size([path], self.settings.max_model_bytes)
+        file = OnnxFile(path)
+        if against := obstacles(file.model):
+            hint = "" if path != self.path or METADATA_KEY not in file.metadata else f"; {_EXPORT}"
+            raise NotOnCuda(path.name, told(against) + hint)
+        if path != self.path:
+            own = OnnxFile(self.path)
+            _check_twins(own, file)
+            # By whatever file it is run, it is one model, and its sessions go from one to the other.
+            self._file_digests = self._file_digests or [digest(each) for each in (self.path, *own.external_files())]
+        return self._open(path, "cuda", self._file_digests, self.tf32 if tf32 is None else tf32)
+
+    def _open(self, path: Path, device: Device, file_digests: Sequence[str], tf32: bool = False) -> Engine:
+        settings, description = self.settings, self.description
+        folder = path.parent.parent
+        check_size([path], settings.max_model_bytes)
+        external: list[Path] = []
+        describe: Callable[[Signature], Manifest] | None = None
+        # A file that was exported here holds all that it needs, and is not worth the time that onnx takes to import.
+        if description.of_graph or may_have_external_data(path):
+            file = OnnxFile(path)
+            file.check(settings.max_model_bytes)
+            external = file.external_files()
+            if description.of_graph:
+                if METADATA_KEY in file.metadata:
+                    raise LoadError(
+                        "the file has a manifest inside, and model.yaml describes its graph too: remove one"
+                    )
+                describe = partial(
+                    present, description, folder=folder, initializer=file.initializer, precision=file.precision
+                )
+        cuda = CudaOptions(settings.gpu_id, settings.gpu_memory_limit_bytes, settings.arena_extend, tf32)
+        try:
+            return Engine(path, device, self.threads, describe, external, file_digests, cuda)
+        except NoManifest as error:
+            raise LoadError(f"{error}{_near_misses(folder, path)}") from error
+
+
+def _on_its_device(opening: _Opening) -> tuple[Choice, Engine]:
+    """Choose a model's device, say so, and open it there."""
+    asked = opening.description.device or opening.settings.device
+    engine, against = None, None
+    if asked != "cpu":
+        try:
+            engine = opening.on_cuda()
+        except NotOnCuda as error:
+            against = error.reason
+    choice = choose(asked, against, opening.description.fallback or opening.settings.fallback)
+    if engine is None:
+        engine = opening.on_cpu()
+    else:
+        choice = replace(choice, tf32=opening.tf32, file=opening.for_cuda.name)
+        if opening.for_cuda != opening.path:
+            choice = replace(choice, digest=digest(opening.for_cuda))
+    told_as = log.warning if choice.fallback else log.info
+    what = "CUDA was asked for, and the CPU runs the model" if choice.fallback else "device chosen"
+    told_as(what, **_named(opening.path), asked=asked, device=choice.device, file=choice.file, reason=choice.reason)
+    return choice, engine
+
+
+def _check_twins(own: OnnxFile, other: OnnxFile) -> None:
+    """Refuse two files that are not one model: a session goes from one to the other."""
+    texts = [file.metadata.get(METADATA_KEY) for file in (own, other)]
+    if None in texts:
+        return
+    manifests = [Manifest.model_validate_json(str(text)).model_dump(exclude=_MAY_DIFFER) for text in texts]
+    wrong = sorted(name for name, value in manifests[0].items() if manifests[1][name] != value)
+    if wrong:
+        raise LoadError(
+            f"{other.path.name} is not of the same model as {own.path.name}: they differ in {', '.join(wrong)}; "
+            "export both anew, or remove the first"
+        )
+
+
+def _named(path: Path) -> dict[str, str]:
+    return {"model": path.parent.parent.name, "version": path.parent.name}
 
 
 def _chosen(path: Path, precision: str | None) -> Path:
@@ -182,14 +304,12 @@ def _audited(path: Path, engine: Engine, description: Description, threads: int)
         graph = StepByStep(graph)
     if graph.manifest.rows_per_run == 1 or description.row_by_row:
         graph = RowByRow(graph)
-    name, version = path.parent.parent.name, path.parent.name
     # A model whose run does not end is known by this line being its last.
-    log.info("model to be audited", model=name, version=version)
+    log.info("model to be audited", **_named(path))
     found = audit(graph, description.strict, description.tolerance, description.of_graph)
     log.info(
         "model audited",
-        model=name,
-        version=version,
+        **_named(path),
         provider=engine.provider,
         threads=threads,
         rows=found.rows,

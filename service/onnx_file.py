@@ -101,8 +101,8 @@ class OnnxFile:
         return required, optional if self.model.ir_version >= 4 else []
 
     def nodes(self) -> Iterator[Node]:
-        """Every node: of the graph, of the bodies of If, Loop and Scan, and of the file's own functions."""
-        yield from _all_nodes(self.model)
+        """Every node, wherever it stands."""
+        yield from nodes_of(self.model)
 
     def tensors(self) -> Iterator[Any]:
         """Every TensorProto of the file: initializers and attributes, wherever they stand."""
@@ -234,7 +234,7 @@ def tensors_of(model: Any) -> Iterator[Any]:
     yield from _initializers(model.graph)
     # A function's attributes have defaults, which are attributes themselves.
     holders = [
-        *(node.proto.attribute for node in _all_nodes(model)),
+        *(node.proto.attribute for node in nodes_of(model)),
         *(function.attribute_proto for function in model.functions),
     ]
     for attribute in chain.from_iterable(holders):
@@ -243,6 +243,13 @@ def tensors_of(model: Any) -> Iterator[Any]:
             yield from (sparse.values, sparse.indices)
         for graph in (attribute.g, *attribute.graphs):
             yield from _initializers(graph)
+
+
+def nodes_of(model: Any) -> Iterator[Node]:
+    """Every node of an onnx ModelProto: of the graph, of the bodies of If, Loop and Scan, and of its own functions."""
+    yield from _nodes(model.graph, "")
+    for function in model.functions:
+        yield from _nodes(function, f"{function.domain}.{function.name}/")
 
 
 def port(value: Any) -> Port:
@@ -261,12 +268,6 @@ def port(value: Any) -> Port:
         dtype,
         tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in tensor.shape.dim),
     )
-
-
-def _all_nodes(model: Any) -> Iterator[Node]:
-    yield from _nodes(model.graph, "")
-    for function in model.functions:
-        yield from _nodes(function, f"{function.domain}.{function.name}/")
 
 
 def _nodes(graph: Any, before: str) -> Iterator[Node]:

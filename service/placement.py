@@ -1,9 +1,8 @@
-"""Where onnxruntime runs a node, told from the graph alone: on CUDA, on the CPU, or nowhere.
+"""Where onnxruntime runs a node, told from the graph alone: on CUDA, on the CPU, or nowhere; and a model, for it.
 
 Owns what is known of the recurrent operators and of control flow; every other operator has a kernel on both, as far
-as this room knows. Must not know how a node was read. The rules are those of onnxruntime 1.31, and of cuDNN behind its
-CUDA provider; a run on the machine itself has the last word. So far ``python -m export inspect`` alone asks: the server
-will, to name the attribute for which onnxruntime does not run a node on CUDA.
+as this room knows. Owns too what follows from it for a model: pure. Must not know how a node was read. The rules are
+those of onnxruntime 1.31, and of cuDNN behind its CUDA provider; its own record of a session has the last word.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from service.errors import LoadError
+
 RECURRENT = ("LSTM", "GRU", "RNN")
 CONTROL_FLOW = ("If", "Loop", "Scan")
 CPU_ONLY = ("DynamicQuantizeLSTM", "AttnLSTM")
@@ -19,6 +20,8 @@ CPU_ONLY = ("DynamicQuantizeLSTM", "AttnLSTM")
 
 Device = Literal["cpu", "cuda"]
 Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | None
+
+Asked = Literal["auto", "cpu", "cuda"]
 
 _ACTIVATIONS = {"LSTM": ["sigmoid", "tanh", "tanh"], "GRU": ["sigmoid", "tanh"], "RNN": ["tanh"]}
 _CPU_DTYPES = ("float32", "float16")
@@ -36,6 +39,55 @@ class Placement:
 
     runs_on: Device | None
     reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """On which device a model runs, and why.
+
+    Attributes:
+        device: that runs it.
+        reason: why that one, for people.
+        fallback: whether CUDA was asked for, and the CPU runs it.
+        file: the name of the file that runs.
+        digest: SHA-256 of it, in hexadecimal; empty where that is the model's own file.
+        tf32: whether products may round their factors to TF32.
+        tf32_difference: how far outputs and states were from those without TF32 when it was loaded; None where that
+            was not compared.
+    """
+
+    device: Device
+    reason: str
+    fallback: bool = False
+    file: str = "model.onnx"
+    digest: str = ""
+    tf32: bool = False
+    tf32_difference: float | None = None
+
+
+def choose(asked: Asked, against_cuda: str | None, fallback: Literal["refuse", "allow"] = "refuse") -> Choice:
+    """Choose the device of a model.
+
+    Args:
+        asked: by its model.yaml, or by the server's settings.
+        against_cuda: why CUDA does not run it; None where it does.
+        fallback: what to do where CUDA was asked for and does not run it.
+
+    Raises:
+        LoadError: if CUDA was asked for, does not run it, and nothing else may.
+    """
+    if asked == "cpu":
+        return Choice("cpu", "asked for")
+    if against_cuda is None:
+        return Choice("cuda", "asked for" if asked == "cuda" else "CUDA runs all of its recurrent path")
+    if asked == "auto":
+        return Choice("cpu", against_cuda)
+    if fallback == "allow":
+        return Choice("cpu", against_cuda, fallback=True)
+    raise LoadError(
+        f"CUDA was asked for and does not run it: {against_cuda}. To run it on the CPU instead, say device: auto or "
+        "fallback: allow in model.yaml, or --device auto or --fallback allow"
+    )
 
 
 def place(

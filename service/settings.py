@@ -72,8 +72,21 @@ class Settings(BaseModel):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port for Prometheus metrics over HTTP, on the same address; 0 picks a free one; left out, there are none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run. cuda fails where CUDA does not start; auto takes CUDA where it starts, and says what it chose.
-    """
+    """Where models run. cuda: a model that CUDA does not run whole is not served; auto: each where it runs quicker, and
+    the log says which that is and why. A model's own model.yaml goes before this."""
+    fallback: Literal["refuse", "allow"] = "refuse"
+    """What to do where cuda was asked for and does not run a model: refuse to load it, or allow the CPU to run it,
+    which the log, the model's metadata and the metrics tell. A model's own model.yaml goes before this."""
+    gpu_id: Annotated[int, Field(ge=0, le=255)] = 0
+    """Which CUDA device, counted from 0."""
+    gpu_memory_limit_bytes: Positive | None = None
+    """Most memory of the device that runs of one model take, weights included, states not; left out, what there is."""
+    arena_extend: Literal["same", "double"] = "double"
+    """By how much that memory grows: same: by what is asked for; double: to twice as much, which asks the device less
+    often."""
+    tf32: Literal["off", "on"] = "off"
+    """Whether CUDA may multiply in TF32, with 10 bits behind the point instead of 23. How far results are from those
+    without it is measured when a model is loaded. A model's own model.yaml goes before this."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads inside one run of a model; 0 takes as many as pay by what is measured when it is loaded, or 1 where
     nothing is. A model's own model.yaml goes before this, and before the lengths of ticks."""
@@ -274,6 +287,7 @@ _METAVARS = {
     "max_queue_delay_us": "US",
     "max_message_bytes": "BYTES",
     "max_queued_bytes": "BYTES",
+    "gpu_memory_limit_bytes": "BYTES",
     "max_reply_bytes": "BYTES",
     "max_model_bytes": "BYTES",
     "config": "FILE",

@@ -62,7 +62,7 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
         load_s = time.perf_counter() - began
     if not settings.tune_s:
         return loaded, Tuning(loaded.threads)
-    fixed = loaded.description.threads or settings.threads or loaded.provider != "CPUExecutionProvider"
+    fixed = loaded.description.threads or settings.threads or loaded.choice.device != "cpu"
     counts = (loaded.threads,) if fixed else thread_counts(tuning_file.cores())
     name, version = path.parent.parent.name, path.parent.name
     folder = path.parent if settings.cache_dir is None else settings.cache_dir / name / version

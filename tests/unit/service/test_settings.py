@@ -174,7 +174,7 @@ def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture
         load(["--help"], {})
     assert ended.value.code == 0
     page = capsys.readouterr().out
-    entries = dict(re.findall(r"^  (--[a-z-]+) (.*?)(?=^  --|^\S|\Z)", page, re.MULTILINE | re.DOTALL))
+    entries = dict(re.findall(r"^  (--[a-z0-9-]+) (.*?)(?=^  --|^\S|\Z)", page, re.MULTILINE | re.DOTALL))
     assert entries.keys() == {flag(name) for name in Settings.model_fields}
     for name, field in Settings.model_fields.items():
         entry = " ".join(entries[flag(name)].split())

@@ -1,0 +1,187 @@
+"""Which device a model is loaded on: what is chosen, why, by which file, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from structlog.testing import capture_logs
+
+from service import loading
+from service.engine import Engine
+from service.errors import LoadError
+from service.loading import load_model
+from service.placement import Choice, choose
+from service.provider import NotOnCuda, why_no_cuda
+from service.settings import Settings
+from tests.graphs import HIDDEN, write_lstm
+
+NO_CUDA = why_no_cuda()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """CUDA starts, and what is to run there is run by the CPU; the files that were."""
+    opened: list[Path] = []
+
+    def open_engine(path: Path, device: str, *given: Any) -> Engine:
+        if device == "cuda":
+            opened.append(path)
+        return Engine(path, "cpu", *given)
+
+    monkeypatch.setattr(loading, "why_no_cuda", lambda gpu_id: None)
+    monkeypatch.setattr(loading, "Engine", open_engine)
+    return opened
+
+
+def peephole(path: Path) -> Path:
+    """Give the LSTM of a file peepholes of zeros, which change nothing but where it runs."""
+    model = onnx.load(path)
+    (lstm,) = (node for node in model.graph.node if node.op_type == "LSTM")
+    lstm.name = "lstm/peeping"
+    lstm.input.append("P")
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 3 * HIDDEN), np.float32), "P"))
+    onnx.save(model, path)
+    return path
+
+
+def rewritten(path: Path, name: str, change: Callable[[Any], None] = lambda model: None) -> Path:
+    """A copy of a model's file beside it, changed."""
+    model = onnx.load(path)
+    model.producer_name = name
+    change(model)
+    written = path.with_name(name)
+    onnx.save(model, written)
+    return written
+
+
+@pytest.mark.parametrize(
+    ("asked", "against", "fallback", "chosen"),
+    [
+        ("cpu", None, "refuse", Choice("cpu", "asked for")),
+        ("auto", None, "refuse", Choice("cuda", "CUDA runs all of its recurrent path")),
+        ("auto", "no driver", "refuse", Choice("cpu", "no driver")),
+        ("auto", "no driver", "allow", Choice("cpu", "no driver")),
+        ("cuda", None, "allow", Choice("cuda", "asked for")),
+        ("cuda", "no driver", "allow", Choice("cpu", "no driver", fallback=True)),
+    ],
+)
+def test_choices(asked: Any, against: str | None, fallback: Any, chosen: Choice) -> None:
+    """What is asked for and what CUDA cannot make the choice; only where CUDA was asked for is the CPU a fallback."""
+    assert choose(asked, against, fallback) == chosen
+
+
+def test_no_choice_is_left() -> None:
+    """CUDA by name, and it does not run: refused, with the reason and what would let it run."""
+    with pytest.raises(LoadError, match=r"does not run it: no driver\. .*device: auto or fallback: allow"):
+        choose("cuda", "no driver")
+
+
+@pytest.mark.skipif(NO_CUDA is None, reason="CUDA starts here")
+@pytest.mark.parametrize(
+    ("flags", "yaml", "says"),
+    [
+        ({}, "", Choice("cpu", str(NO_CUDA))),
+        ({"device": "cuda"}, "device: cpu", Choice("cpu", "asked for")),
+        ({"device": "cuda"}, "device: auto", Choice("cpu", str(NO_CUDA))),
+        ({"device": "cuda", "fallback": "allow"}, "", Choice("cpu", str(NO_CUDA), fallback=True)),
+        ({"device": "cuda"}, "fallback: allow", Choice("cpu", str(NO_CUDA), fallback=True)),
+        ({"device": "cpu"}, "{device: cuda, fallback: allow}", Choice("cpu", str(NO_CUDA), fallback=True)),
+        ({"device": "cuda"}, "", None),
+        ({"device": "cpu"}, "device: cuda", None),
+        ({"device": "cuda", "fallback": "allow"}, "fallback: refuse", None),
+    ],
+)
+def test_without_cuda(tmp_path: Path, flags: dict[str, Any], yaml: str, says: Choice | None) -> None:
+    """A model's own word goes before the server's; what is chosen is said once, and a fallback loudly."""
+    path = write_lstm(tmp_path)
+    (path.parent.parent / "model.yaml").write_text(yaml)
+    settings = Settings(threads=1, **flags)
+    if says is None:
+        with pytest.raises(LoadError, match="CUDA was asked for and does not run it: this onnxruntime"):
+            load_model(path, settings)
+        return
+    with capture_logs() as logs:
+        loaded = load_model(path, settings)
+        load_model(path, settings, threads=2, before=loaded)
+    assert (loaded.choice, loaded.provider) == (says, "CPUExecutionProvider")
+    (line,) = [one for one in logs if "device" in one]
+    assert (line["log_level"], line["reason"]) == ("warning" if says.fallback else "info", says.reason)
+
+
+def test_an_obstacle(tmp_path: Path, cuda: list[Path]) -> None:
+    """A node that cuDNN does not run is named, with the attribute, before anything is started."""
+    path = peephole(write_lstm(tmp_path))
+    names = r"node 'lstm/peeping' \(LSTM\) would run on the CPU: peepholes \(input P\): cuDNN has none"
+    with pytest.raises(LoadError, match=rf"does not run it: {names}; python -m export writes model\.cuda\.onnx"):
+        load_model(path, Settings(device="cuda"))
+    choice = load_model(path, Settings(device="auto")).choice
+    assert (choice.device, choice.fallback) == ("cpu", False)
+    assert "peepholes (input P)" in choice.reason
+    assert cuda == []
+
+
+def test_what_onnxruntime_finds(tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file shows nothing and the session does not start on CUDA, that is the reason."""
+
+    def refuse(path: Path, device: str, *given: Any) -> Engine:
+        if device == "cuda":
+            raise NotOnCuda(path.name, "node 'a' (Tanh) is run by CPUExecutionProvider")
+        return Engine(path, "cpu", *given)
+
+    monkeypatch.setattr(loading, "Engine", refuse)
+    path = write_lstm(tmp_path)
+    with pytest.raises(LoadError, match=r"does not run it: node 'a' \(Tanh\) is run by"):
+        load_model(path, Settings(device="cuda"))
+    assert load_model(path, Settings()).choice == Choice("cpu", "node 'a' (Tanh) is run by CPUExecutionProvider")
+
+
+def test_the_file_for_cuda(tmp_path: Path, cuda: list[Path]) -> None:
+    """On CUDA the file that was exported for it runs, as the same model; on the CPU the model's own."""
+    path = write_lstm(tmp_path)
+    own = load_model(path, Settings(device="cpu"))
+    plain = load_model(path, Settings(device="cuda"))
+    assert (plain.choice.file, plain.choice.digest, cuda) == ("model.onnx", "", [path])
+    peephole(path)
+    other = rewritten(plain.path, "model.cuda.onnx", lambda model: model.graph.node[0].input.pop())
+    on_cpu = load_model(path, Settings(device="cpu"))
+    on_cuda = load_model(path, Settings(device="auto"))
+    assert cuda == [path, other]
+    assert (on_cuda.choice.device, on_cuda.choice.file) == ("cuda", "model.cuda.onnx")
+    assert on_cpu.choice.file == own.choice.file == "model.onnx"
+    # Its sessions are those of the model, whichever file runs; but another file is something else to run.
+    assert on_cuda.graph.digest == on_cpu.graph.digest != own.graph.digest
+    rewritten(other, other.name, lambda model: model.metadata_props.add(key="again"))
+    changed = load_model(path, Settings(device="auto"))
+    assert changed.graph.digest == on_cuda.graph.digest
+    assert changed.choice.digest != on_cuda.choice.digest
+
+
+def test_the_file_for_cuda_is_of_another_model(tmp_path: Path, cuda: list[Path]) -> None:
+    """Refused, and what they differ in is named."""
+    path = write_lstm(tmp_path)
+
+    def widen(model: Any) -> None:
+        (entry,) = model.metadata_props
+        entry.value = entry.value.replace('"name":"h"', '"name":"hidden"')
+
+    rewritten(path, "model.cuda.onnx", widen)
+    with pytest.raises(LoadError, match=r"model\.cuda\.onnx is not of the same model as model\.onnx: .* in states"):
+        load_model(path, Settings(device="auto"))
+
+
+def test_the_file_for_cuda_of_a_precision(tmp_path: Path, cuda: list[Path]) -> None:
+    """Each precision has its own; without one, CUDA runs the precision's file."""
+    path = write_lstm(tmp_path)
+    rewritten(path, "model.cuda.onnx")
+    exact = rewritten(path, "model.float32.onnx")
+    (tmp_path / "lstm/model.yaml").write_text("precision: float32")
+    load_model(path, Settings(device="cuda"))
+    own = rewritten(exact, "model.float32.cuda.onnx")
+    load_model(path, Settings(device="cuda"))
+    assert cuda == [exact, own]
