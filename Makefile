@@ -30,10 +30,10 @@ proto: venv  ## the stubs of the wire contracts, from proto/
 bench: venv  ## throughput and latency, beside ceilings and peers: under ten minutes on two cores; into docs/performance
 	$(RUN) -m bench --write docs/performance
 
-test-gpu: venv  ## the tests that need one; see CONTRIBUTING.md (not in this version yet)
-	@test -d tests/gpu || { echo "There are no GPU tests in this version." >&2; exit 2; }
+test-gpu: venv  ## the tests that need a GPU; skipped, with the reason, where there is none
+	@sh scripts/gpu.sh
 	$(RUN) -m pytest -m gpu tests/gpu
 
-bench-gpu: venv  ## the benchmarks on CUDA (not in this version yet)
-	@test -f bench/gpu.py || { echo "There are no benchmarks on CUDA in this version." >&2; exit 2; }
-	$(RUN) -m bench.gpu
+bench-gpu: venv  ## speed on CUDA beside cuDNN and the device's floor; into docs/performance/gpu
+	@sh scripts/gpu.sh
+	$(RUN) -m bench.gpu --write docs/performance/gpu

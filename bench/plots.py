@@ -19,7 +19,7 @@ _COLOURS = {
     "echo": "#b9b4c7",
     "compute": "#5c5470",
 }
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -45,7 +45,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     files = []
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         for name, figure in (("latency", _latency(results)), ("rows", _rows(results)), ("cost", _cost(results))):
             if figure is not None:
                 files.append(folder / f"{name}.svg")
@@ -66,8 +66,8 @@ def _latency(results: Results) -> Any:
     for axes, (curve, points) in zip(panels[0], results.curves, strict=True):
         for subject in curve.subjects:
             _line(axes, subject, [point for point in points if point.subject == subject])
-        _logarithmic(axes.xaxis)
-        _logarithmic(axes.yaxis)
+        logarithmic(axes.xaxis)
+        logarithmic(axes.yaxis)
         axes.set_xlabel("steps that fall due in a second")
         axes.set_title(_curve_title(curve), loc="left", fontsize=10)
         handles, names = axes.get_legend_handles_labels()
@@ -96,7 +96,7 @@ def _curve_title(curve: Curve) -> str:
     return f"{curve.model.title}\n{curve.sessions} sessions, {chunks}"
 
 
-def _logarithmic(axis: Any) -> None:
+def logarithmic(axis: Any) -> None:
     """A logarithmic axis with plain numbers at 1, 2 and 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -120,7 +120,7 @@ def _rows(results: Results) -> Any:
         return None
     figure, axes = pyplot.subplots(figsize=(11, 0.36 * len(found) + 1.5), layout="constrained")
     _across(axes, found, [_COLOURS["conveyor"]] * len(found), "{:.1f}")
-    _logarithmic(axes.xaxis)
+    logarithmic(axes.xaxis)
     axes.set_xlabel("rows that one run of the model answered, on average")
     axes.set_title("Rows per tick", loc="left", weight="bold")
     return figure

@@ -85,24 +85,24 @@ def situation_lines(results: Results, name: str) -> list[list[str]]:
 
 def case_table(case: Case, measured: Iterable[Measured]) -> Table:
     """One case, for a terminal."""
-    return _terminal(case.title, ("", *_CASE), case_lines(measured))
+    return terminal(case.title, ("", *_CASE), case_lines(measured))
 
 
 def curve_table(curve: Curve, points: Sequence[Point]) -> Table:
     """One curve, for a terminal."""
-    return _terminal(curve.title, ("", *_CURVE), curve_lines(points))
+    return terminal(curve.title, ("", *_CURVE), curve_lines(points))
 
 
 def situation_table(results: Results, name: str) -> Table:
     """One situation, for a terminal."""
-    return _terminal(name, ("", "median", "rounds"), situation_lines(results, name))
+    return terminal(name, ("", "median", "rounds"), situation_lines(results, name))
 
 
 def target_table(results: Results) -> Table:
     """What was to be reached, as far as it was measured, for a terminal."""
     found = [target for target in TARGETS if not math.isnan(target.find(results))]
     title = f"What was to be reached: {len(found)} of {len(TARGETS)} measured"
-    return _terminal(title, _TARGET, [target.line(results) for target in found])
+    return terminal(title, _TARGET, [target.line(results) for target in found])
 
 
 def tables(results: Results) -> str:
@@ -115,12 +115,12 @@ def tables(results: Results) -> str:
     ]
     text += [_circumstances(results), ""]
     for case, measured in results.cases:
-        text += [f"## {case.title}", "", *_markdown(["", *_CASE], case_lines(measured)), ""]
+        text += [f"## {case.title}", "", *markdown(["", *_CASE], case_lines(measured)), ""]
     for curve, points in results.curves:
-        text += [f"## {curve.title}", "", *_markdown(["", *_CURVE], curve_lines(points)), ""]
+        text += [f"## {curve.title}", "", *markdown(["", *_CURVE], curve_lines(points)), ""]
     for name in [*results.situations, *results.missing]:
         title = name[0].upper() + name[1:]
-        text += [f"## {title}", "", *_markdown(["", "median", "rounds"], situation_lines(results, name)), ""]
+        text += [f"## {title}", "", *markdown(["", "median", "rounds"], situation_lines(results, name)), ""]
     text += [
         "## Parity",
         "",
@@ -128,7 +128,7 @@ def tables(results: Results) -> str:
         "",
     ]
     errors = [[name, f"{loss['outputs']:.1e}", f"{loss['states']:.1e}"] for name, loss in results.parity.items()]
-    text += [*_markdown(["model", "outputs", "final states"], errors), ""]
+    text += [*markdown(["model", "outputs", "final states"], errors), ""]
     return "\n".join(text)
 
 
@@ -148,7 +148,7 @@ def fill(page: str, results: Results, folder: str, pictures: Iterable[str]) -> s
     links = [f"[{folder}/{name}]({folder}/{name})" for name in ("tables.md", "results.json")]
     parts = {
         "circumstances": [_circumstances(results)],
-        "targets": _markdown(_TARGET, [target.line(results) for target in TARGETS]),
+        "targets": markdown(_TARGET, [target.line(results) for target in TARGETS]),
         "pictures": [*shown, f"All figures: {links[0]}, and as data {links[1]}."],
     }
 
@@ -176,7 +176,8 @@ def _show(value: float, form: str) -> str:
     return "" if math.isnan(value) else form.format(value)
 
 
-def _terminal(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+def terminal(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+    """A table, for a terminal: what is in the first column on the left, figures on the right."""
     drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="left" if number == 0 or columns is _TARGET else "right")
@@ -185,7 +186,8 @@ def _terminal(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]
     return drawn
 
 
-def _markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """A table's lines, for a page."""
     text = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for line in lines:
         padded = [*line, *[""] * (len(columns) - len(line))]

@@ -19,7 +19,7 @@ from bench.measure import Measured, Point
 from bench.models import Model
 from bench.servers import Settings
 
-_LIBRARIES = ("grpcio", "numpy", "onnxruntime", "protobuf", "uvloop")
+_LIBRARIES = ("cupy-cuda13x", "grpcio", "numpy", "onnxruntime", "onnxruntime-gpu", "protobuf", "uvloop")
 
 
 @dataclass(slots=True)
