@@ -38,7 +38,7 @@ _DESCRIPTION = """\
 Measure the engine on CUDA beside torch's LSTM and GRU (cuDNN), beside the least that the device could take, and
 through the whole service; in one run on one machine.
 
-  python -m bench.gpu                                 everything; about a quarter of an hour
+  python -m bench.gpu                                 everything; planned for twenty minutes
   python -m bench.gpu --quick                         a few shapes for a moment each: whether it works, not how well
   python -m bench.gpu --quick --device cpu            the same code where there is no GPU; no target is judged
   python -m bench.gpu --only "LSTM 128->512 x 2"      what has this in its title
