@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from export.describe import Precision
     from export.model_file import Progress
     from models.weights import Array
+    from service.placement import Device
 
 __all__ = ["ExportError", "VerificationFailed", "export_model"]
 
@@ -30,6 +31,7 @@ def export_model(
     overwrite: bool = False,
     lowering: Literal["auto", "operator", "scan"] = "auto",
     precision: Precision | Sequence[Precision] = "float32",
+    devices: Sequence[Device] = ("cpu", "cuda"),
     data: Mapping[str, Array] | None = None,
     max_error: float | None = None,
     progress: Progress = lambda _: None,
@@ -42,9 +44,11 @@ def export_model(
         name: the model's name.
         version: a positive integer; None for the one after the last.
         overwrite: whether a version that is there may be replaced.
-        lowering: the form of every recurrence; "auto" for the one that serves best on the CPU.
+        lowering: the form of every recurrence, on every device; "auto" for the one that a device runs best.
         precision: of the weights in the file. Of several the first is that of model.onnx, and each other has a file
             beside it, as ``model.int8.onnx``.
+        devices: what is to run it. With both there is a ``model.cuda.onnx`` beside model.onnx where CUDA takes another
+            form of a layer than the CPU; of the first precision, unless that is int8. With one model.onnx is for it.
         data: sequences to verify with beside the random ones: ``x[N, T, I]`` (or ids ``x[N, T]``) and ``lengths[N]``.
         max_error: what the graph's largest error must stay within, above 0 and up to 1; None for 2e-6, with float16
             5e-3, with int8 5e-2.
@@ -59,12 +63,13 @@ def export_model(
             is written.
     """
     # torch takes seconds to import, and this package's command line has things to say without it.
-    from export.model_file import make_model_file
+    from export.model_file import make_model_files
     from export.versions import choose_version, write_version
 
     repository = Path(repository)
     version = choose_version(repository, name, version, overwrite)
     precisions: Sequence[Precision] = [precision] if isinstance(precision, str) else precision
-    first, *others = [make_model_file(model, lowering, one, data, max_error, progress).content for one in precisions]
+    first, others = make_model_files(model, lowering, precisions, devices, data, max_error, progress)
     progress("writing")
-    return write_version(repository, name, version, first, overwrite, dict(zip(precisions[1:], others, strict=True)))
+    contents = {what: other.content for what, other in others.items()}
+    return write_version(repository, name, version, first.content, overwrite, contents)

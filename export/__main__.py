@@ -94,9 +94,9 @@ def _make(
     if options.output is not None and (options.name is not None or options.version is not None):
         raise ExportError("--name and --version go with --repository, not with --output")
     if options.output is not None and len(options.precision) > 1:
-        raise ExportError("--output is one file: give one --precision, or --repository for several")
+        raise ExportError("--output is one model file: give one --precision, or --repository for several")
     with console.status("importing") as status:
-        from export.versions import check_file, choose_version, file_name, write_file, write_version
+        from export.versions import check_file, choose_version, file_beside, write_files, write_version
 
         if options.output is None:
             version = choose_version(options.repository, options.name, options.version, options.overwrite)
@@ -105,33 +105,36 @@ def _make(
         data = _load_data(options.data)
         model = load(data)
 
-        from export.model_file import make_model_file
+        from export.model_file import make_model_files
 
-        made = {
-            precision: make_model_file(model, options.lowering, precision, data, options.max_error, status.update)
-            for precision in options.precision
-        }
+        first, others = make_model_files(
+            model, options.lowering, options.precision, options.devices, data, options.max_error, status.update
+        )
         status.update("writing")
-        (_, first), *rest = made.items()
-        others = {precision: one.content for precision, one in rest}
+        contents = {what: made.content for what, made in others.items()}
         if options.output is None:
-            path = write_version(options.repository, options.name, version, first.content, options.overwrite, others)
+            path = write_version(options.repository, options.name, version, first.content, options.overwrite, contents)
         else:
-            path = write_file(options.output, first.content)
-    paths = [path, *(path.with_name(file_name(precision)) for precision in others)]
-    for one, written in zip(made.values(), paths, strict=True):
-        _print_made(one, written, console)
+            path = write_files(options.output, first.content, contents)
+    _print_made(first, path, console)
+    for what, made in others.items():
+        _print_made(made, file_beside(path, what), console)
 
 
 def verify(options: argparse.Namespace, console: Console) -> None:
-    """Verify a file, and print what was compared."""
-    with console.status("importing") as status:
+    """Verify a file, and the one for CUDA beside it, and print what was compared."""
+    with console.status("importing"):
         from export.model_file import verify_file
         from export.show import parity_table, print_written
+        from export.versions import file_beside
 
-        parity = verify_file(options.file, _load_data(options.data), options.max_error, status.update)
-    console.print(parity_table(parity))
-    print_written(options.file, console, "verified")
+        data = _load_data(options.data)
+    for_cuda = file_beside(options.file, "cuda")
+    for file in (options.file, for_cuda) if for_cuda.is_file() else (options.file,):
+        with console.status("verifying") as status:
+            parity = verify_file(file, data, options.max_error, status.update)
+        console.print(parity_table(parity))
+        print_written(file, console, "verified")
 
 
 def inspect(options: argparse.Namespace, console: Console) -> int:

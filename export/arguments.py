@@ -6,6 +6,7 @@ Owns what can be said on the command line. Must not know what comes of it; impor
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import indent
 
@@ -39,6 +40,7 @@ exit codes: 0 done; 1 verification failed; 2 it could not be done as asked
 """
 
 PRECISIONS = ("float32", "float16", "int8")
+DEVICES = ("cpu", "cuda")
 BOUNDS = "float32 2e-6, float16 5e-3, int8 5e-2"
 
 FROM_WEIGHTS = """\
@@ -100,7 +102,8 @@ def verify_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export verify",
         description="Verify an exported file again, by itself: its manifest against what it holds, its weights against "
-        "their sha256, its graph against the reference.",
+        "their sha256, its graph against the reference. A file for CUDA, FILE.cuda.onnx, is verified with the one that "
+        "it lies beside, and held against it.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="an .onnx file that was exported here")
     _add_verification(parser, "its precision's, or what the file was exported with where that is tighter")
@@ -127,7 +130,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where to")
     place = where.add_mutually_exclusive_group(required=True)
     place.add_argument("--repository", type=Path, metavar="DIR", help="write DIR/NAME/VERSION/model.onnx")
-    place.add_argument("--output", type=Path, metavar="FILE", help="write one .onnx file")
+    place.add_argument("--output", type=Path, metavar="FILE.onnx", help="write FILE.onnx")
     where.add_argument("--name", help="the model's name in the repository")
     where.add_argument("--version", type=int, metavar="N", help="its version (default: the one after the last)")
     where.add_argument("--overwrite", action="store_true", help="replace a version or a file that is there")
@@ -139,11 +142,22 @@ def _add_form(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--lowering",
         choices=("auto", "operator", "scan"),
         default="auto",
-        help="recurrences as ONNX's LSTM, GRU and RNN operators, or as Scan (default: auto, the best on the CPU)",
+        help="recurrences as ONNX's LSTM, GRU and RNN operators, or as Scan, on every device (default: auto, what the "
+        "device runs best)",
+    )
+    how.add_argument(
+        "--devices",
+        type=_one_or_more(DEVICES),
+        default=DEVICES,
+        metavar="D[,D]",
+        help="what is to run the model: cpu, cuda. With both, a file for CUDA lies beside model.onnx, as "
+        "model.cuda.onnx (or FILE.cuda.onnx), where CUDA takes another form of a layer than the CPU. It has the first "
+        "precision, and there is none for int8, which is for the CPU alone. With one device model.onnx is in the form "
+        "for it. All are verified on the CPU (default: cpu,cuda)",
     )
     how.add_argument(
         "--precision",
-        type=_precisions,
+        type=_one_or_more(PRECISIONS),
         default=("float32",),
         metavar="P[,P...]",
         help="float32, float16 or int8; float16 makes inputs, outputs and states float16 too; int8 is for LSTMs. Of "
@@ -153,15 +167,19 @@ def _add_form(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return how
 
 
-def _precisions(text: str) -> tuple[str, ...]:
-    """Read one precision or several, with commas between them."""
-    named = tuple(text.split(","))
-    for one in named:
-        if one not in PRECISIONS:
-            raise argparse.ArgumentTypeError(f"{one!r} is none of {', '.join(PRECISIONS)}")
-        if named.count(one) > 1:
-            raise argparse.ArgumentTypeError(f"{one} stands twice")
-    return named
+def _one_or_more(choices: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """Read one word or several, with commas between them."""
+
+    def read(text: str) -> tuple[str, ...]:
+        named = tuple(text.split(","))
+        for one in named:
+            if one not in choices:
+                raise argparse.ArgumentTypeError(f"{one!r} is none of {', '.join(choices)}")
+            if named.count(one) > 1:
+                raise argparse.ArgumentTypeError(f"{one} stands twice")
+        return named
+
+    return read
 
 
 def _add_verification(parser: argparse.ArgumentParser, default: str, more: str = "") -> None:

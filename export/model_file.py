@@ -1,12 +1,12 @@
-"""A model made into a file, and a file held against what it was made from.
+"""A model made into its files, and a file held against what it was made from.
 
-Owns the order of the work: read the module and run it, choose the lowerings, trace, quantise, describe, verify. What
-fails verification does not leave here.
+Owns which files there are, and the order of the work: read the module and run it, choose the lowerings, trace,
+quantise, describe, verify. What fails verification does not leave here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,17 +18,20 @@ from torch import nn
 
 from export.data import check_sequences
 from export.describe import Precision, check_manifest, describe, put_manifest, read_manifest
-from export.errors import ExportError
+from export.errors import ExportError, VerificationFailed
 from export.graph import build_graph
+from export.lowerings import choose_lowerings
 from export.module import read_module, verify_module
 from export.quantize import check_quantizable, quantize
 from export.restore import restore, stored_precision
 from export.runtime import Graph
-from export.stored import Lowering, stored_size
+from export.stored import stored_size
 from export.verify import Verification, check_bound, judge
+from export.versions import Beside, file_for_cpu
 from models.spec import ModelSpec
 from models.weights import Array, digest
 from service.manifest import Manifest, Parity, ParityRow
+from service.placement import Device
 
 MAX_ERROR: dict[Precision, float] = {"float32": 2e-6, "float16": 5e-3, "int8": 5e-2}
 """What the largest error must stay within, where the caller names no bound.
@@ -60,6 +63,41 @@ class ModelFile:
     notes: tuple[str, ...]
 
 
+def make_model_files(
+    model: nn.Module,
+    lowering: Literal["auto", "operator", "scan"] = "auto",
+    precisions: Sequence[Precision] = ("float32",),
+    devices: Sequence[Device] = ("cpu", "cuda"),
+    data: Mapping[str, Array] | None = None,
+    max_error: float | None = None,
+    progress: Progress = lambda _: None,
+) -> tuple[ModelFile, dict[Beside, ModelFile]]:
+    """Make a model's files: its own, and those that lie beside it.
+
+    Args:
+        model: a ``SequenceModel``, or a torch.nn.LSTM, GRU or RNN.
+        lowering: the form of every recurrence; "auto" for the one that a device runs best.
+        precisions: the first is that of the model's own file, each other has a file beside it.
+        devices: what is to run it. With both there is a file for CUDA, of the first precision, where that takes
+            another form of a layer than the CPU; int8 is for the CPU alone.
+        data: sequences to verify with beside the random ones: ``x[N, T, I]`` (or ids ``x[N, T]``) and ``lengths[N]``.
+        max_error: what the largest error must stay within; None for ``MAX_ERROR``.
+        progress: told what is being done.
+
+    Raises:
+        ExportError: the model, the data or a precision cannot be exported so.
+        VerificationFailed: the module or a graph is not within the bound of the reference.
+    """
+    of = devices[0] if len(devices) == 1 else "cpu"
+    first, *rest = [make_model_file(model, lowering, each, data, max_error, progress, of) for each in precisions]
+    others: dict[Beside, ModelFile] = dict(zip(precisions[1:], rest, strict=True))
+    if len(devices) > 1 and precisions[0] != "int8":
+        spec, _ = read_module(model)
+        if choose_lowerings(spec, lowering, "cuda")[0] != choose_lowerings(spec, lowering, "cpu")[0]:
+            others["cuda"] = make_model_file(model, lowering, precisions[0], data, max_error, progress, "cuda", first)
+    return first, others
+
+
 def make_model_file(
     model: nn.Module,
     lowering: Literal["auto", "operator", "scan"] = "auto",
@@ -67,16 +105,20 @@ def make_model_file(
     data: Mapping[str, Array] | None = None,
     max_error: float | None = None,
     progress: Progress = lambda _: None,
+    device: Device = "cpu",
+    beside: ModelFile | None = None,
 ) -> ModelFile:
-    """Trace, lower and verify a model.
+    """Trace, lower and verify a model. Whatever the device, it is verified on the CPU.
 
     Args:
         model: a ``SequenceModel``, or a torch.nn.LSTM, GRU or RNN.
-        lowering: the form of every recurrence; "auto" for the one that serves best on the CPU.
+        lowering: the form of every recurrence; "auto" for the one that the device runs best.
         precision: of the weights in the file.
         data: sequences to verify with beside the random ones: ``x[N, T, I]`` (or ids ``x[N, T]``) and ``lengths[N]``.
         max_error: what the largest error must stay within; None for ``MAX_ERROR``.
         progress: told what is being done.
+        device: what is to run the file.
+        beside: the same model for the CPU, which it is held against too.
 
     Raises:
         ExportError: the model, the data or the precision cannot be exported so.
@@ -85,11 +127,11 @@ def make_model_file(
     bound = MAX_ERROR[precision] if max_error is None else max_error
     check_bound(bound)
     spec, weights = read_module(model)
-    lowerings, notes = choose_lowerings(spec, lowering)
+    lowerings, notes = choose_lowerings(spec, lowering, device)
     if (size := 4 * stored_size(spec, lowerings)) > MAX_BYTES:
         raise ExportError(f"the weights take {size} bytes in float32, one .onnx file holds {MAX_BYTES}")
     if precision == "int8":
-        check_quantizable(spec, lowerings)
+        check_quantizable(spec, lowerings, device)
     sequences = None if data is None else check_sequences(data, spec)
 
     progress("running the module")
@@ -110,7 +152,8 @@ def make_model_file(
     manifest = manifest.model_copy(update={"weights_digest": digest(stored)})
     check_manifest(manifest, found, stored, stored_precision(graph))
     verification = Verification(Graph(graph.SerializeToString(), manifest, spec), spec, exact, bound)
-    parity = judge([module, *_run(verification, sequences, progress)])
+    on_cpu = None if beside is None else Graph(beside.content, beside.manifest, spec)
+    parity = judge([module, *_run(verification, sequences, progress, on_cpu)])
     manifest = manifest.model_copy(update={"parity": parity})
     put_manifest(graph, manifest)
     put_manifest(baseline, manifest)  # so that the files' sizes compare
@@ -126,7 +169,8 @@ def verify_file(
     """Repeat the verification of a file, from the file alone.
 
     The reference gets the weights as the file holds them, found by their names, which are those of the export by their
-    digest; for float16 and int8 that leaves out the loss of rounding them.
+    digest; for float16 and int8 that leaves out the loss of rounding them. A file for CUDA is held against the one for
+    the CPU too, where that lies beside it.
 
     Args:
         path: the .onnx file.
@@ -140,36 +184,41 @@ def verify_file(
         VerificationFailed: the manifest does not fit the graph, the weights are others than those that were exported,
             or the graph is not within the bound.
     """
-    try:
-        content = path.read_bytes()
-        model = onnx.load_from_string(content)
-    except OSError as error:
-        raise ExportError(f"{path}: {error.strerror}") from error
-    except DecodeError as error:
-        raise ExportError(f"{path} is not an ONNX file: {error}") from error
+    content, model = _read(path)
     manifest = read_manifest(model)
     bound = _bound(manifest) if max_error is None else max_error
     check_bound(bound)
     spec, weights = restore(model, manifest)
     sequences = None if data is None else check_sequences(data, spec)
     check_manifest(manifest, spec, weights, stored_precision(model))
-    return judge([*_run(Verification(Graph(content, manifest, spec), spec, weights, bound), sequences, progress)])
+    beside = file_for_cpu(path)
+    on_cpu = None if beside is None or not beside.is_file() else _same_model(beside, manifest, spec)
+    verification = Verification(Graph(content, manifest, spec), spec, weights, bound)
+    return judge([*_run(verification, sequences, progress, on_cpu)])
 
 
-def choose_lowerings(
-    spec: ModelSpec, lowering: Literal["auto", "operator", "scan"]
-) -> tuple[list[Lowering], tuple[str, ...]]:
-    """The form of each layer, and what to tell the user of it.
+def _same_model(path: Path, manifest: Manifest, spec: ModelSpec) -> Graph:
+    """The graph in a file that has to hold the same model as this manifest's.
 
-    The CPU's RNN operator gives a row other last bits in one batch or cut than in another (up to 1e-6 measured, half of
-    the bound); LSTM, GRU and Scan do not. So "auto" takes Scan for an ``rnn``, and the operator for every other cell.
+    Raises:
+        VerificationFailed: it holds other weights, or has another precision.
     """
-    if lowering != "auto":
-        return [lowering] * len(spec.layers), ()
-    lowerings: list[Lowering] = ["scan" if layer.cell == "rnn" else "operator" for layer in spec.layers]
-    reason = "onnxruntime's RNN operator gives a row other last bits alone than in a batch"
-    notes = [f"layer {i} (rnn) is lowered to Scan: {reason}" for i, form in enumerate(lowerings, 1) if form == "scan"]
-    return lowerings, tuple(notes)
+    content, model = _read(path)
+    other = read_manifest(model)
+    for what in ("precision", "weights_digest"):
+        if (theirs := getattr(other, what)) != (ours := getattr(manifest, what)):
+            raise VerificationFailed(f"{path.name}, beside it, is not the same model: {what} is {theirs}, here {ours}")
+    return Graph(content, other, spec)
+
+
+def _read(path: Path) -> tuple[bytes, onnx.ModelProto]:
+    try:
+        content = path.read_bytes()
+        return content, onnx.load_from_string(content)
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}") from error
+    except DecodeError as error:
+        raise ExportError(f"{path} is not an ONNX file: {error}") from error
 
 
 def _bound(manifest: Manifest) -> float:
@@ -184,7 +233,9 @@ def _bound(manifest: Manifest) -> float:
     return min(usual, max(row.bound for row in manifest.parity.rows))
 
 
-def _run(verification: Verification, sequences: tuple[Array, Array] | None, progress: Progress) -> Iterator[ParityRow]:
-    for row in verification.rows(sequences):
+def _run(
+    verification: Verification, sequences: tuple[Array, Array] | None, progress: Progress, on_cpu: Graph | None
+) -> Iterator[ParityRow]:
+    for row in verification.rows(sequences, on_cpu):
         progress(f"verifying: {row.case}, batch {row.batch}, {row.steps} steps")
         yield row

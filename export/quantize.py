@@ -19,14 +19,17 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from export.errors import ExportError
 from export.stored import Lowering
 from models.spec import ModelSpec
+from service.placement import Device
 
 
-def check_quantizable(spec: ModelSpec, lowerings: list[Lowering]) -> None:
+def check_quantizable(spec: ModelSpec, lowerings: list[Lowering], device: Device = "cpu") -> None:
     """See whether onnxruntime has an int8 form of every layer.
 
     Raises:
         ExportError: it has not; with the layer and the reason.
     """
+    if device == "cuda":
+        raise ExportError("int8 is for the CPU: CUDA has no kernel for DynamicQuantizeLSTM")
     for number, (layer, lowering) in enumerate(zip(spec.layers, lowerings, strict=True), start=1):
         if not layer.has_cell_state:
             raise ExportError(f"layer {number} is a {layer.cell}: onnxruntime has an int8 form of LSTM operators alone")

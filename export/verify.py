@@ -49,15 +49,18 @@ class Verification:
     weights: Weights
     bound: float
 
-    def rows(self, data: tuple[Array, Array] | None = None) -> Iterator[ParityRow]:
+    def rows(self, data: tuple[Array, Array] | None = None, other: Graph | None = None) -> Iterator[ParityRow]:
         """Run everything there is to compare, one row after the other.
 
         Args:
             data: given sequences, ``x[N, T, ...]`` and their lengths, beside the random ones.
+            other: the same model in the form for the CPU.
         """
         for N in BATCHES:
             for T in STEPS:
                 yield from self._random(N, T, np.random.default_rng([N, T]))
+                if other is not None:
+                    yield self._against(other, N, T, np.random.default_rng([N, T]))
         if data is not None:
             yield from self._given(*data)
 
@@ -77,6 +80,11 @@ class Verification:
         yield self._row("random, ragged", x, batched, self._reference(x, ragged, states))
         if N > 1:
             yield self._row("alone against batched", x, self._in_pieces(x, ragged, states, rows(ragged)), batched)
+
+    def _against(self, other: Graph, N: int, T: int, random: np.random.Generator) -> ParityRow:
+        x, lengths, states = self._inputs(N, T, random), random.integers(1, T + 1, N), self._states(N, random)
+        result, expected = self.graph.run(x, lengths, states), other.run(x, lengths, states)
+        return self._row("against the CPU's form, ragged", x, result, expected)
 
     def _given(self, x: Array, lengths: Array) -> Iterator[ParityRow]:
         x, states = x.astype(self.graph.manifest.inputs[0].dtype), self.graph.initial_states(len(x))

@@ -1,6 +1,7 @@
 """Model versions on disk: ``DIR/NAME/VERSION/model.onnx``, each there as a whole or not at all.
 
-A version may hold its model in other precisions too, as ``model.int8.onnx`` beside it.
+A version may hold its model in other precisions too, as ``model.int8.onnx`` beside it, and in the form that CUDA runs,
+as ``model.cuda.onnx``.
 
 Owns the layout and the order of writing. Must not know what is in a file.
 
@@ -16,11 +17,11 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import get_args
+from typing import Literal, TypeAlias, get_args
 
 from export.errors import ExportError
 from service.description import NAME as DESCRIPTION
@@ -30,12 +31,22 @@ from service.manifest import Precision
 
 FILE = "model.onnx"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NO_OTHERS: Mapping[Precision, bytes] = MappingProxyType({})
+Beside: TypeAlias = Precision | Literal["cuda"]
+"""What a file beside the model's own is for: another precision, or CUDA."""
+_BESIDE: tuple[Beside, ...] = (*get_args(Precision), "cuda")
+_NO_OTHERS: Mapping[Beside, bytes] = MappingProxyType({})
+_FOR_CUDA = ".cuda.onnx"
 
 
-def file_name(precision: Precision) -> str:
-    """The file of a precision beside that of the first."""
-    return f"model.{precision}.onnx"
+def file_beside(path: Path, what: Beside) -> Path:
+    """The file beside a model's own: ``model.int8.onnx``, ``model.cuda.onnx``."""
+    return path.with_name(f"{path.stem}.{what}.onnx")
+
+
+def file_for_cpu(path: Path) -> Path | None:
+    """The model's own file beside the one for CUDA; None where this is none for CUDA."""
+    name = path.name
+    return path.with_name(f"{name.removesuffix(_FOR_CUDA)}.onnx") if name.endswith(_FOR_CUDA) else None
 
 
 def choose_version(repository: Path, name: str, version: int | None, overwrite: bool) -> int:
@@ -63,17 +74,13 @@ def choose_version(repository: Path, name: str, version: int | None, overwrite: 
 
 
 def check_file(path: Path, overwrite: bool) -> None:
-    """See whether one file can be written.
+    """See whether one file can be written, and one for CUDA beside it.
 
     Raises:
-        ExportError: it is there and may not be overwritten, or its place cannot be written to.
+        ExportError: one is there and may not be overwritten, or its place cannot be written to.
     """
-    with _told(path):
-        if path.is_dir():
-            raise ExportError(f"{path} is a folder, expected a file")
-        if path.exists() and not overwrite:
-            raise ExportError(f"{path} is there already: choose another file, or --overwrite it")
-        _check_writable(path.parent)
+    _check_file(path, overwrite)
+    _check_file(file_beside(path, "cuda"), overwrite)
 
 
 def write_version(
@@ -82,7 +89,7 @@ def write_version(
     version: int,
     content: bytes,
     overwrite: bool,
-    others: Mapping[Precision, bytes] = _NO_OTHERS,
+    others: Mapping[Beside, bytes] = _NO_OTHERS,
 ) -> Path:
     """Write a model's files to its version's folder.
 
@@ -91,8 +98,8 @@ def write_version(
         name: the model's name.
         version: of it.
         content: of its model.onnx.
-        overwrite: whether a version that is there may be replaced. Its other precisions are, or else they go.
-        others: the same model in other precisions.
+        overwrite: whether a version that is there may be replaced. What else it has of the model is, or else it goes.
+        others: the same model in other precisions, and for CUDA.
 
     Returns:
         The path of model.onnx.
@@ -102,15 +109,9 @@ def write_version(
     """
     choose_version(repository, name, version, overwrite)
     target = repository / name / str(version)
-    files = {file_name(precision): other for precision, other in others.items()} | {FILE: content}
     if target.exists():
-        for file, each in files.items():
-            write_file(target / file, each)
-        with _told(target):
-            for precision in get_args(Precision):
-                if precision not in others:
-                    (target / file_name(precision)).unlink(missing_ok=True)
-        return target / FILE
+        return write_files(target / FILE, content, others, _BESIDE)
+    files = {file_beside(Path(FILE), what).name: other for what, other in others.items()} | {FILE: content}
     whole = target.with_name(f".{version}.{secrets.token_hex(4)}")
     with _told(target), _made(target.parent):
         try:
@@ -128,6 +129,30 @@ def write_version(
         finally:
             shutil.rmtree(whole, ignore_errors=True)
     return target / FILE
+
+
+def write_files(
+    path: Path, content: bytes, others: Mapping[Beside, bytes], replaced: Iterable[Beside] = ("cuda",)
+) -> Path:
+    """Write or replace a model's own file and those beside it, each in one step.
+
+    Args:
+        path: of the model's own file.
+        content: of it.
+        others: what lies beside it.
+        replaced: what of an earlier model goes where it is not among the others.
+
+    Raises:
+        ExportError: they cannot be written.
+    """
+    for what, other in others.items():
+        write_file(file_beside(path, what), other)
+    write_file(path, content)
+    with _told(path):
+        for what in replaced:
+            if what not in others:
+                file_beside(path, what).unlink(missing_ok=True)
+    return path
 
 
 def write_file(path: Path, content: bytes) -> Path:
@@ -181,6 +206,15 @@ def _check_description(folder: Path) -> None:
             f"{folder / DESCRIPTION} describes a graph, and the server would refuse one that was exported here: choose "
             "another name, or take its inputs, states, outputs and streamable out"
         )
+
+
+def _check_file(path: Path, overwrite: bool) -> None:
+    with _told(path):
+        if path.is_dir():
+            raise ExportError(f"{path} is a folder, expected a file")
+        if path.exists() and not overwrite:
+            raise ExportError(f"{path} is there already: choose another file, or --overwrite it")
+        _check_writable(path.parent)
 
 
 def _check_writable(folder: Path) -> None:

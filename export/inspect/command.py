@@ -20,7 +20,7 @@ from export.inspect.anatomy import dissect
 from export.inspect.printing import print_anatomy, print_lines, print_own, print_proposal
 from export.inspect.proposal import Proposal, propose
 from export.show import print_written
-from export.versions import write_file
+from export.versions import file_beside, write_file
 from service.description import NAME, Description, parse, read
 from service.errors import LoadError
 from service.manifest import METADATA_KEY
@@ -73,6 +73,8 @@ def inspect(path: Path, write: bool, console: Console) -> bool:
         print_lines([f"The server refuses the file, whatever a {NAME} says: {error}"], console)
         return False
     if manifest is not None:
+        if (for_cuda := file_beside(path, "cuda")).is_file():
+            print_lines([f"On CUDA {for_cuda.name} is run, which lies beside it."], console)
         return _verdict_on_own(place, console)
     proposal = propose(anatomy)
     print_proposal(proposal, console)

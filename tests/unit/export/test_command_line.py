@@ -15,7 +15,7 @@ from export.__main__ import main
 from export.describe import read_manifest
 from export.restore import restore
 from models.spec import Layer, ModelSpec
-from tests.unit.export.sabotage import nudge_a_weight
+from tests.unit.export.sabotage import nudge_a_weight, scan_past_lengths
 from tests.unit.models.drawn import draw_weights
 
 MODULE = """
@@ -132,6 +132,41 @@ def test_several_precisions(
     assert errors["float32"] < 2e-6 < errors["int8"]
 
 
+def test_a_file_for_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is written beside the file, with errors and reason of its own; verified with it; and inspect tells of it."""
+    arguments = ["user_models:gru", "--output", "out.onnx"]
+    assert main(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "written out.onnx" in printed
+    assert "written out.cuda.onnx" in printed
+    assert "layer 1 (gru) is lowered to Scan for CUDA: linear_before_reset=0" in printed
+    assert main(["verify", "out.onnx"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "verified out.onnx" in printed
+    assert "verified out.cuda.onnx" in printed
+    assert "against the CPU's form, ragged" in printed
+    assert main(["inspect", "out.onnx"]) == 0
+    printed = capsys.readouterr().out
+    assert "falls back to the CPU" in printed
+    assert "On CUDA out.cuda.onnx is run, which lies beside it." in printed
+
+    assert main([*arguments, "--overwrite", "--devices", "cpu"]) == 0
+    assert not Path("out.cuda.onnx").exists()
+    assert main([*arguments, "--overwrite", "--devices", "cuda"]) == 0
+    assert not Path("out.cuda.onnx").exists()
+    assert [layer.lowering for layer in read_manifest(onnx.load("out.onnx")).layers] == ["scan"]
+
+
+def test_a_wrong_file_for_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    """It fails with the file it lies beside."""
+    assert main(["user_models:gru", "--output", "out.onnx"]) == 0
+    file = onnx.load("out.cuda.onnx")
+    scan_past_lengths(file)
+    onnx.save(file, "out.cuda.onnx")
+    assert main(["verify", "out.onnx"]) == 1
+    assert "verification failed" in capsys.readouterr().out
+
+
 def test_several_precisions_where_one_does_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """None of them is written, be it that it cannot be made or that it is not within its bound."""
     place = ["--repository", "models", "--name", "speech", "--precision", "float32,int8"]
@@ -139,21 +174,22 @@ def test_several_precisions_where_one_does_not_do(tmp_path: Path, capsys: pytest
     assert main(["user_models:lstm", *place, "--max-error", "3e-6"]) == 1
     assert not Path("models").exists()
     assert main(["user_models:lstm", "--output", "out.onnx", "--precision", "float32,int8"]) == 2
-    assert "--output is one file" in capsys.readouterr().err
+    assert "--output is one model file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("int4", "'int4' is none of float32, float16, int8"),
-        ("float32,", "'' is none of"),
-        ("int8,int8", "int8 stands twice"),
+        (["--precision", "int4"], "'int4' is none of float32, float16, int8"),
+        (["--precision", "float32,"], "'' is none of"),
+        (["--precision", "int8,int8"], "int8 stands twice"),
+        (["--devices", "cpu,tpu"], "'tpu' is none of cpu, cuda"),
     ],
 )
-def test_precisions_that_there_are_not(given: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_that_there_are_not(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A sentence, and status 2."""
     with pytest.raises(SystemExit) as ended:
-        main(["user_models:lstm", "--output", "out.onnx", "--precision", given])
+        main(["user_models:lstm", "--output", "out.onnx", *given])
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
 
@@ -290,6 +326,7 @@ def test_help_tells_all(capsys: pytest.CaptureFixture[str]) -> None:
         "--repository",
         "--lowering",
         "--precision",
+        "--devices",
         "--data",
         "--max-error",
         "exit codes",

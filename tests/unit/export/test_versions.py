@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from export.errors import ExportError
-from export.versions import check_file, choose_version, write_file, write_version
+from export.versions import (
+    check_file,
+    choose_version,
+    file_beside,
+    file_for_cpu,
+    write_file,
+    write_files,
+    write_version,
+)
 
 
 def everything(folder: Path) -> list[str]:
@@ -39,6 +47,43 @@ def test_other_precisions_lie_beside_the_first(tmp_path: Path) -> None:
     assert everything(folder) == ["model.int8.onnx", "model.onnx", "tuning.json"]
     assert (folder / "model.int8.onnx").read_bytes() == b"e"
     assert everything(tmp_path) == ["digits", "digits/1", *(f"digits/1/{name}" for name in everything(folder))]
+
+
+def test_a_file_for_cuda_goes_with_its_model(tmp_path: Path) -> None:
+    """In a version, and beside a single file, it is replaced with the model, and goes where there is none any more."""
+    path = write_version(tmp_path, "digits", 1, b"a", False, {"cuda": b"b", "int8": b"c"})
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == {
+        "model.onnx": b"a",
+        "model.cuda.onnx": b"b",
+        "model.int8.onnx": b"c",
+    }
+    write_version(tmp_path, "digits", 1, b"d", True, {"cuda": b"e"})
+    assert everything(path.parent) == ["model.cuda.onnx", "model.onnx"]
+    assert path.with_name("model.cuda.onnx").read_bytes() == b"e"
+    write_version(tmp_path, "digits", 1, b"f", True)
+    assert everything(path.parent) == ["model.onnx"]
+
+    alone = tmp_path / "alone" / "out.onnx"
+    write_files(alone, b"a", {"cuda": b"b"})
+    alone.with_name("out.int8.onnx").touch()  # somebody's own, of which no more was asked than that it is there
+    write_files(alone, b"c", {})
+    assert everything(alone.parent) == ["out.int8.onnx", "out.onnx"]
+
+
+def test_a_file_for_cuda_is_not_replaced_unasked(tmp_path: Path) -> None:
+    """A single file is refused for what would lie beside it, too."""
+    (tmp_path / "out.cuda.onnx").touch()
+    with pytest.raises(ExportError, match=r"out\.cuda\.onnx is there already"):
+        check_file(tmp_path / "out.onnx", overwrite=False)
+    check_file(tmp_path / "out.onnx", overwrite=True)
+
+
+def test_which_file_it_lies_beside() -> None:
+    """A file for CUDA is known by its name, and the model's own by that."""
+    path = Path("models/digits/1/model.onnx")
+    assert file_for_cpu(file_beside(path, "cuda")) == path
+    assert file_for_cpu(path) is None
+    assert file_for_cpu(file_beside(path, "int8")) is None
 
 
 def test_the_next_version_is_the_one_after_the_last(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""What is exported for CUDA: which models have a file for it, and that it computes what the CPU's does.
+
+Both are run on the CPU here; tests/gpu runs them on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from export import ExportError, VerificationFailed, export_model
+from export.describe import read_manifest
+from export.inspect.anatomy import dissect
+from export.model_file import make_model_files, verify_file
+from models.fused import SequenceModel
+from models.spec import Layer, ModelSpec
+from service.manifest import Manifest
+from service.onnx_file import OnnxFile
+from tests.unit.models.drawn import LAYERS, draw_weights
+
+ONE_FORM = {"lstm", "lstm_coupled", "gru, reset after", "rnn, relu"}
+"""The layers that are written for either device alike: as an operator, the last as a Scan."""
+
+PEEPHOLES = Layer("lstm_coupled", 3, 4, peepholes=True)
+MODELS = {name: (layer,) for name, layer in LAYERS.items() if layer.bias} | {
+    "gru, both ways": (replace(LAYERS["gru, reset before"], bidirectional=True),),
+    "coupled with peepholes, both ways": (replace(PEEPHOLES, bidirectional=True),),
+    "gru, learned": (replace(LAYERS["gru, reset before"], learned_initial_state=True),),
+    "coupled with peepholes, learned": (replace(PEEPHOLES, learned_initial_state=True),),
+    "gru, no bias": (Layer("gru", 3, 4, bias=False),),
+    "one of each": (Layer("rnn", 3, 4), Layer("lstm", 4, 5), Layer("gru", 5, 4), Layer("gru", 4, 4, reset="after")),
+}
+
+
+def model(*layers: Layer) -> SequenceModel:
+    """A model with random weights and a head."""
+    spec = ModelSpec(layers, head_size=2)
+    return SequenceModel.from_weights(spec, draw_weights(spec.weight_shapes, dtype=np.float32))
+
+
+def run(path: Path, manifest: Manifest) -> list[Any]:
+    """Outputs and final states of 3 rows of 1 to 9 steps, from random states."""
+    random, dtype = np.random.default_rng(0), manifest.states[0].dtype
+    feeds = {"x": random.standard_normal((9, 3, 3)).astype(dtype), "lengths": np.array([9, 1, 4], np.int32)}
+    for state in manifest.states:
+        feeds[state.input] = random.uniform(-1, 1, [size or 3 for size in state.shape]).astype(dtype)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    results: list[Any] = session.run(["y", *(state.output for state in manifest.states)], feeds)
+    return results
+
+
+@pytest.mark.parametrize(("name", "layers"), MODELS.items(), ids=MODELS.keys())
+def test_a_file_for_cuda(name: str, layers: tuple[Layer, ...], tmp_path: Path) -> None:
+    """It is there where a device takes another form; of the same contract, weights and results, states too."""
+    path = export_model(model(*layers), tmp_path, "model")
+    for_cuda = path.with_name("model.cuda.onnx")
+    assert {file.name for file in path.parent.iterdir()} == (
+        {"model.onnx"} if name in ONE_FORM else {"model.onnx", "model.cuda.onnx"}
+    )
+    anatomy = dissect(OnnxFile(path if name in ONE_FORM else for_cuda))
+    assert [(each.path, each.cuda.reason) for each in anatomy.recurrences if each.cuda.runs_on != "cuda"] == []
+    if name in ONE_FORM:
+        return
+    ours, theirs = read_manifest(onnx.load(for_cuda)), read_manifest(onnx.load(path))
+    apart = {"layers", "parity"}
+    assert ours.model_dump(exclude=apart) == theirs.model_dump(exclude=apart)
+    assert ours.weights_digest is not None
+
+    assert ours.parity is not None
+    against = [row for row in ours.parity.rows if row.case == "against the CPU's form, ragged"]
+    assert {(row.batch, row.steps) for row in against} == {(N, T) for N in (1, 2, 7) for T in (1, 2, 33)}
+    assert all(row.bound == 2e-6 and row.within for row in ours.parity.rows)
+    assert verify_file(for_cuda).rows == ours.parity.rows[1:]
+    for got, expected in zip(run(for_cuda, ours), run(path, theirs), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
+
+
+def test_layers_that_cudnn_has_stay_operators() -> None:
+    """Of a stack only those it lacks are loops, and the user is told which, and why."""
+    _, others = make_model_files(model(*MODELS["one of each"]))
+    made = others["cuda"]
+    assert [layer.lowering for layer in made.manifest.layers] == ["operator", "operator", "scan", "operator"]
+    assert made.notes == (
+        "layer 3 (gru) is lowered to Scan for CUDA: linear_before_reset=0: cuDNN resets after the recurrent product",
+    )
+
+
+def test_float16() -> None:
+    """The file for CUDA has the first precision, in all that goes in and comes out, and stays within its bound."""
+    first, others = make_model_files(model(PEEPHOLES), precisions=("float16", "float32"))
+    assert others.keys() == {"float32", "cuda"}
+    manifest = others["cuda"].manifest
+    assert (manifest.precision, manifest.states) == ("float16", first.manifest.states)
+    assert manifest.parity is not None
+    assert {row.bound for row in manifest.parity.rows[1:]} == {5e-3}
+    assert 2e-6 < manifest.parity.max_error <= 5e-3
+    body = next(node for node in onnx.load_from_string(others["cuda"].content).graph.node if node.op_type == "Scan")
+    assert {value.type.tensor_type.elem_type for value in body.attribute[0].g.input} == {
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.BOOL,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "lowerings"),
+    [
+        ({"devices": ("cpu",)}, ["operator"]),
+        ({"devices": ("cuda",)}, ["scan"]),
+        ({"lowering": "operator"}, ["operator"]),
+        ({"lowering": "scan"}, ["scan"]),
+        ({"precisions": ("int8",)}, ["operator"]),
+    ],
+    ids=["for the CPU", "for CUDA", "operators everywhere", "Scan everywhere", "int8"],
+)
+def test_one_file_alone(options: dict[str, Any], lowerings: list[str]) -> None:
+    """For one device, in a form that is asked for outright, or in int8, the model has no file for CUDA."""
+    first, others = make_model_files(model(LAYERS["lstm_peephole"]), **options)
+    assert ([layer.lowering for layer in first.manifest.layers], others) == (lowerings, {})
+
+
+def test_int8_for_cuda_is_refused() -> None:
+    """CUDA has no int8 kernel for a recurrence, and export says so."""
+    with pytest.raises(ExportError, match="int8 is for the CPU: CUDA has no kernel for DynamicQuantizeLSTM"):
+        make_model_files(model(LAYERS["lstm"]), precisions=("int8",), devices=("cuda",))
+
+
+def test_a_file_for_cuda_beside_another_model(tmp_path: Path) -> None:
+    """One that was left behind is found out when it is verified, though it is right in itself."""
+    path = export_model(model(LAYERS["gru, reset before"]), tmp_path, "model")
+    left = path.with_name("model.cuda.onnx").read_bytes()
+    wider = model(Layer("gru", 3, 5))
+    export_model(wider, tmp_path, "model", version=1, overwrite=True)
+    path.with_name("model.cuda.onnx").write_bytes(left)
+    with pytest.raises(VerificationFailed, match=r"model.onnx, beside it, is not the same model: weights_digest is"):
+        verify_file(path.with_name("model.cuda.onnx"))
