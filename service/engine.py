@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from service.errors import LoadError
-from service.graph import Port, Signature
+from service.graph import Port, Signature, StatePool
 from service.manifest import METADATA_KEY, Manifest, StateSpec, TensorSpec
 from service.placement import Device
+from service.pool import Pool
 from service.provider import CPU, CudaOptions, start
 from service.values import from_text
 from service.workspace import BoundWorkspaces, FedWorkspace, Results, Workspace, bindable
@@ -108,6 +109,10 @@ class Engine:
         """Return the arrays of a run of so many rows and steps; valid until the next call."""
         bound = self._bound.get(rows, steps) if self._bound is not None else None
         return bound or FedWorkspace(self.manifest, rows, steps, self.run)
+
+    def pool(self, slots: int, tick_rows: int, count: Callable[[str, int], None]) -> StatePool:
+        """Return a pool in this machine's memory; see ``Graph``. Nothing is ever copied to a device from there."""
+        return Pool(self.manifest.states, slots)
 
     def run(self, feeds: Mapping[str, Array]) -> Results:
         """Run the graph once.

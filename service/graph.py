@@ -1,10 +1,13 @@
-"""What runs a model: a graph that takes arrays by name and gives arrays back. Must not know what is behind it."""
+"""What runs a model: a graph that takes arrays by name and gives arrays back, and the pool that its states live in.
+
+Must not know what is behind either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +17,62 @@ from service.manifest import Manifest, StateSpec, TensorSpec
 from service.workspace import Results, Workspace
 
 Array = NDArray[np.generic]
+
+
+class StatePool(Protocol):
+    """Slots for the states of rows. A slot belongs to one caller at a time; taking and giving back is for any thread.
+
+    Attributes:
+        in_flight: how many ticks may be under way at once, between their ``gather`` and their ``scatter``.
+        taken: how many slots are in use.
+    """
+
+    in_flight: int
+
+    @property
+    def taken(self) -> int:
+        """How many slots are in use."""
+
+    def allocate(self, states: Sequence[Array] | None = None) -> int:
+        """Take a slot, with the states that are given, or the initial ones.
+
+        Raises:
+            Full: if too many are taken.
+        """
+
+    def allocate_many(self, count: int) -> NDArray[np.intp]:
+        """Take slots with the initial states, all or none.
+
+        Raises:
+            Full: if too many would be taken.
+        """
+
+    def free(self, slot: int) -> None:
+        """Give a slot back."""
+
+    def free_many(self, slots: NDArray[np.intp]) -> None:
+        """Give slots back."""
+
+    def read(self, slot: int) -> list[Array]:
+        """Copy a slot's states out, each without the batch axis."""
+
+    def write(self, slot: int, states: Sequence[Array]) -> None:
+        """Set a slot's states, each given without the batch axis."""
+
+    def reset(self, slot: int) -> None:
+        """Put a slot back to the initial states."""
+
+    def gather(self, slots: NDArray[np.intp], out: Any) -> Any:
+        """Have a tick's rows begin in the states of slots; ``out`` are the ``states`` of its workspace."""
+
+    def scatter(self, slots: NDArray[np.intp], rows: NDArray[np.intp], states: Any) -> None:
+        """End a tick that succeeded: ``slots[k]`` has the states that ``rows[k]`` has after it; ``rows`` ascends."""
+
+    def abandon(self, states: Any) -> None:
+        """End a tick that came to nothing; no slot has other states than before."""
+
+    def by_age(self, slots: Sequence[int]) -> list[int]:
+        """Return the indices of slots from those that were taken first to those that were taken last."""
 
 
 class Graph(Protocol):
@@ -38,7 +97,19 @@ class Graph(Protocol):
         """
 
     def workspace(self, rows: int, steps: int) -> Workspace:
-        """Return arrays to fill for a run of so many rows and steps; they are valid until the next call."""
+        """Return arrays to fill for a run of so many rows and steps; see ``Workspace`` for how long they are valid."""
+
+    def pool(self, slots: int, tick_rows: int, count: Callable[[str, int], None]) -> StatePool:
+        """Return the pool that its workspaces take states from.
+
+        Args:
+            slots: most that may be taken at once.
+            tick_rows: most rows of a tick.
+            count: told of states that are copied between the host and a device: ``up`` or ``down``, and the bytes.
+
+        Raises:
+            LoadError: if there is no memory for so many.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,24 @@ class Metrics:
         self.row_by_row = Gauge(
             "conveyor_row_by_row", "1 where a model runs on one row at a time.", labels, registry=self.registry
         )
+        self.device = Gauge(
+            "conveyor_model_info",
+            "1 for the device and the precision that a model runs in.",
+            (*labels, "device", "precision"),
+            registry=self.registry,
+        )
+        self.fallback = Gauge(
+            "conveyor_model_fallback",
+            "1 where CUDA was asked for and the CPU runs a model.",
+            labels,
+            registry=self.registry,
+        )
+        self.state_copies = Counter(
+            "conveyor_state_copy_bytes",
+            "Bytes of states copied to the device (up) and from it (down); none while sessions step.",
+            (*labels, "direction"),
+            registry=self.registry,
+        )
         self.replays = Counter(
             "conveyor_replayed_chunks", "Chunks answered with a stored reply.", registry=self.registry
         )
@@ -57,6 +75,7 @@ class Metrics:
         self.sessions = Gauge("conveyor_sessions", "Sessions open.", registry=self.registry)
         self.expired = Counter("conveyor_expired_sessions", "Sessions ended for being idle.", registry=self.registry)
         self._queues: dict[tuple[str, str], Callable[[], int]] = {}
+        self._devices: dict[tuple[str, str], tuple[str, str]] = {}
 
     def show(self, model: str, version: str, queued: Callable[[], int]) -> None:
         """Show the queue of a model version, until it is hidden or another shows itself in its place.
@@ -68,6 +87,21 @@ class Metrics:
         """
         self._queues[model, version] = queued
         self.queued_rows.labels(model, version).set_function(queued)
+
+    def tell_device(self, model: str, version: str, device: str, precision: str, fallback: bool) -> None:
+        """Tell how a model version runs now, in place of how it ran before.
+
+        Args:
+            model: name of it.
+            version: of it.
+            device: that runs it.
+            precision: that it runs in.
+            fallback: whether another device was asked for.
+        """
+        self._forget_device(model, version)
+        self._devices[model, version] = device, precision
+        self.device.labels(model, version, device, precision).set(1)
+        self.fallback.labels(model, version).set(fallback)
 
     def hide(self, model: str, version: str, queued: Callable[[], int]) -> None:
         """Let go of a queue, unless another has taken its place. What was counted stays, for the next scrape to see."""
@@ -85,8 +119,16 @@ class Metrics:
             self.tick_seconds,
             self.queued_rows,
             self.row_by_row,
+            self.fallback,
         )
         for metric in of_versions:
             metric.remove(*labels)
+        self._forget_device(*labels)
         for outcome in ("applied", "refused"):
             self.rows.remove(*labels, outcome)
+        for direction in ("up", "down"):
+            self.state_copies.remove(*labels, direction)
+
+    def _forget_device(self, model: str, version: str) -> None:
+        if (told := self._devices.pop((model, version), None)) is not None:
+            self.device.remove(model, version, *told)

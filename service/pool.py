@@ -42,6 +42,9 @@ def initial_value(spec: StateSpec) -> Array:
 class Pool:
     """The states of up to ``limit`` rows, in slots 0, 1, ....
 
+    Attributes:
+        in_flight: one tick at a time.
+
     Args:
         specs: the states, in the order in which all lists of arrays here have them.
         limit: most slots that may be taken at once.
@@ -49,6 +52,8 @@ class Pool:
     Raises:
         MemoryError: if there is no address space for so many.
     """
+
+    in_flight = 1
 
     def __init__(self, specs: Sequence[StateSpec], limit: int) -> None:
         self.limit = limit
@@ -138,6 +143,13 @@ class Pool:
         """Copy row ``rows[k]`` of each state, as the graph gives them, into ``slots[k]``; ``rows`` ascends."""
         for kept, state in zip(self._kept, states, strict=True):
             kept.array[kept.at(slots)] = state if len(rows) == state.shape[kept.axis] else state.take(rows, kept.axis)
+
+    def abandon(self, states: Sequence[Array]) -> None:
+        """End a tick that came to nothing: nothing has moved before ``scatter``."""
+
+    def by_age(self, slots: Sequence[int]) -> list[int]:
+        """Return the indices of slots from those that were taken first to those that were taken last."""
+        return self._slots.by_age(slots)
 
     def _put_back(self, slots: list[int]) -> None:
         with self._lock:

@@ -5,6 +5,10 @@ together when their tick has ended. Must not know grpc, or what a session is.
 
 Between the hand-overs a tick is: cut the queue, gather the states, run the graph, seal the blocks, scatter the states
 of those that were applied. Whatever fails before the seal leaves every state as it was.
+
+Where runs go on by themselves, on a device, a second tick is cut and started while the first is under way, once as much
+waits as runs; until then more may come, and a tick of more rows takes hardly longer. Ticks end in the order in which
+they began.
 """
 
 from __future__ import annotations
@@ -13,28 +17,70 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from service.errors import ConveyorError, Draining, EngineFailed
-from service.graph import Graph
+from service.device import Mark, out_of_memory
+from service.errors import ConveyorError, Draining, EngineFailed, Full
+from service.graph import Graph, StatePool
 from service.metrics import Metrics
 from service.pace import Pace
 from service.packing import pack, unpack
-from service.pool import Pool
+from service.placement import Choice
 from service.row import Block, Phase, Row, Track
 from service.scheduler import Limits, Scheduler, Sealed, Tick
 from service.statistics import Statistics
+from service.workspace import Results, Workspace
 
 Array = NDArray[np.generic]
 log = structlog.get_logger()
 
 _TURNS = 8
 """Of the event loop, for which an idle engine lets chunks come together as long as each brings more."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A tick that has been started.
+
+    Attributes:
+        tick: it, or a part of it.
+        cut_at: when it was cut.
+        began: since when there was something to do. What is done between ticks is a part of what they take.
+        packing: when filling its arrays began.
+        packed: when that was done.
+        spare: slots for the rows that need one.
+        workspace: its arrays; None where there were none to be had.
+        gathered: whether its states are on their way.
+        error: why it did not start.
+        mark: when its run is over; None where ``run`` does all of it.
+        watched: whether somebody waits for that.
+    """
+
+    tick: Tick
+    cut_at: float
+    began: float
+    packing: float
+    packed: float
+    spare: list[int] = field(default_factory=list)
+    workspace: Workspace | None = None
+    gathered: bool = False
+    error: Exception | None = None
+    mark: Mark | None = None
+    watched: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether it can be ended without waiting."""
+        return self.error is not None or self.mark is None or self.mark.done
 
 
 class Runner:
@@ -48,6 +94,7 @@ class Runner:
         pool: the state slots.
         engine: the loaded graph; only this runner's thread runs it.
         statistics: what it has done.
+        choice: the device that runs it, and why.
         users: how many are about to give it work that was accepted: it must not be stopped before.
 
     Args:
@@ -77,9 +124,11 @@ class Runner:
         self.version = version
         self.manifest = engine.manifest
         self.digest = engine.digest
-        self.pool = Pool(self.manifest.states, slots)
+        copies = {way: metrics.state_copies.labels(name, str(version), way) for way in ("up", "down")}
+        self.pool: StatePool = engine.pool(slots, limits.tick_rows, lambda way, size: copies[way].inc(size))
         self.engine = engine
         self.statistics = Statistics()
+        self.choice = Choice("cpu", "")
         self.users = 0
         self._scheduler = Scheduler(limits, pace)
         self._clock = clock
@@ -93,7 +142,12 @@ class Runner:
         # Guards the scheduler, and with it the phase of every block and the position of every track.
         self._wake = threading.Condition()
         self._stopping = False
-        self._packed_at = 0.0
+        self._tick_rows_limit = limits.tick_rows
+        self._flights: deque[_Flight] = deque()
+        self._ended_at = float("-inf")
+        # Where nothing goes on by itself, nobody waits for it.
+        self._watched: SimpleQueue[Mark | None] = SimpleQueue()
+        self._watcher: threading.Thread | None = None
         self._notifying = False
         self._came = False
         self._turns = 0
@@ -134,9 +188,14 @@ class Runner:
             began = self._clock()
             slots = [self.pool.allocate() for _ in range(rows)]
             made = [Row(Track(slot), 0) for slot in slots]
-            tick = Tick([Block(made, steps, inputs, _ignore)], [steps])
-            _, states = self._compute(tick)
+            flight = self._start(Tick([Block(made, steps, inputs, _ignore)], [steps]), began)
+            try:
+                _, states = self._wait(flight)
+            except Exception:
+                self._give_up(flight)
+                raise
             self.pool.scatter(np.array(slots, np.intp), np.arange(rows), states)
+            self._release_arrays(flight)
             for slot in slots:
                 self.pool.free(slot)
             self._scheduler.pace.learn(rows, steps, self._clock() - began)
@@ -153,6 +212,7 @@ class Runner:
         """Be the one of its name and version that metrics show."""
         labels = (self.name, str(self.version))
         self._metrics.row_by_row.labels(*labels).set(self.manifest.rows_per_run == 1)
+        self._metrics.tell_device(*labels, self.choice.device, self.manifest.precision, self.choice.fallback)
         self._metrics.show(*labels, self._queue_length)
 
     def submit(self, blocks: Sequence[Block]) -> None:
@@ -220,30 +280,34 @@ class Runner:
 
     def _work(self) -> None:
         self._run_ticks()
+        self._watched.put(None)
         # A run that outlasted the wait in stop may outlast the loop too.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._ended.set)
 
     def _run_ticks(self) -> None:
         while (cut := self._next_tick()) is not None:
-            self._finish(*cut)
+            self._go_on(*cut)
             # Nothing of it is held while this waits for the next one.
             del cut
 
-    def _finish(self, tick: Tick | None, ended: list[Block], began: float) -> None:
-        """Run what was cut, and hand over what has ended."""
+    def _go_on(self, tick: Tick | None, ended: list[Block], began: float) -> None:
+        """Start what was cut, or end the tick that was started first, and hand over what has ended."""
         if tick is not None:
-            ended = ended + self._run_tick(tick, began)
+            self._flights.append(self._start(tick, began))
+        if self._flights and (self.pool.in_flight == 1 or not (tick or ended)):
+            ended = ended + self._end_tick(self._flights.popleft())
         for block in ended:
             self._release(block)
         if ended:
             self._loop.call_soon_threadsafe(self._deliver, ended)
 
     def _next_tick(self) -> tuple[Tick | None, list[Block], float] | None:
-        """Wait for a tick, or for blocks that are refused, and say since when there was something to do.
+        """Wait for a tick, for blocks that are refused, or for the end of a run.
 
         Returns:
-            None once stopped.
+            The tick to be started; none where the one that was started first is to be ended. The blocks. Since when
+            there was something to do. None once stopped.
         """
         began = self._clock()
         with self._wake:
@@ -251,14 +315,49 @@ class Runner:
                 if self._stopping:
                     # What the last tick left over.
                     refused = self._scheduler.clear(_draining())
-                    return (None, refused, began) if refused else None
-                delay_s = self._scheduler.delay_s(self._clock())
-                if not delay_s:
-                    tick, refused = self._cut()
-                    if tick or refused:
-                        return tick, refused, began
+                    return (None, refused, began) if refused or self._flights else None
+                delay_s = 0.0
+                if self._room():
+                    delay_s = self._scheduler.delay_s(self._clock())
+                    if not delay_s:
+                        tick, refused = self._cut()
+                        if tick or refused:
+                            return tick, refused, began
+                if self._flights and self._over(self._flights[0]):
+                    return None, [], began
                 self._wake.wait(delay_s or None)
                 began = self._clock()
+
+    def _room(self) -> bool:
+        """Whether a tick may be started now."""
+        if not self._flights:
+            return True
+        if len(self._flights) == self.pool.in_flight:
+            return False
+        queued = self._scheduler.queued
+        return self._flights[0].done or queued >= min(self._flights[-1].tick.rows, self._tick_rows_limit)
+
+    def _over(self, flight: _Flight) -> bool:
+        """Whether a tick is to be ended now: nothing can be started meanwhile, or there is nothing to wait for."""
+        if flight.done or len(self._flights) == self.pool.in_flight:
+            return True
+        if flight.watched:
+            return False
+        flight.watched = True
+        if self._watcher is None:
+            name = f"device-{self.name}-{self.version}"
+            self._watcher = threading.Thread(target=self._watch, name=name, daemon=True)
+            self._watcher.start()
+        self._watched.put(flight.mark)
+        return False
+
+    def _watch(self) -> None:
+        """Wait for runs, and wake the engine's thread at the end of each, so that it need not wait for one alone."""
+        while (mark := self._watched.get()) is not None:
+            with contextlib.suppress(Exception):
+                mark.wait()
+            with self._wake:
+                self._wake.notify()
 
     def _cut(self) -> tuple[Tick | None, list[Block]]:
         """Cut a tick, and refuse everything that waits if that fails: were the thread to die of it, nobody was told."""
@@ -268,32 +367,32 @@ class Runner:
             log.exception("no tick could be cut", model=self.name, version=self.version)
             return None, self._scheduler.clear(EngineFailed("the tick failed"))
 
-    def _run_tick(self, tick: Tick, began: float) -> list[Block]:
-        """Run a tick; the blocks that have ended by it.
-
-        Args:
-            tick: as it was cut.
-            began: since when there was something to do. What is done between ticks is a part of what they take.
-        """
+    def _end_tick(self, flight: _Flight) -> list[Block]:
+        """Wait for a tick, and make everything follow from it; the blocks that have ended by it."""
+        tick = flight.tick
         # With those that are split off meanwhile.
         blocks = list(tick.blocks)
         rows, cells = tick.rows, tick.cells
+        computed = rows if flight.workspace is None else flight.workspace.rows
         going_on: list[Block] = []
         whole = False
         try:
-            whole = self._run(tick, self._clock(), blocks, going_on)
+            whole = self._end(flight, blocks, going_on)
         except Exception:
-            # Nothing in _run is expected to raise; were this thread to die of it, every later row would wait for ever.
+            # Nothing in _end is expected to raise; were this thread to die of it, every later row would wait for ever.
             log.exception("tick failed", model=self.name, version=self.version)
             self._refuse([block for block in blocks if block.phase is Phase.RUNNING], EngineFailed("the tick failed"))
-        seconds = self._clock() - began
+        # What the tick before it took is not counted twice.
+        ended_at = self._clock()
+        seconds = ended_at - max(flight.began, self._ended_at)
+        self._ended_at = ended_at
         if whole:
             # What failed, or ran in parts, says nothing of what others like it will take.
             with self._wake:
                 self._scheduler.pace.learn(rows, tick.steps, seconds)
         self._tick_seconds.observe(seconds)
         self._tick_rows.observe(rows)
-        self._padding.inc(rows * tick.steps - cells)
+        self._padding.inc(computed * tick.steps - cells)
         # Not by their phase: one that waits again may have been taken out since, by somebody who was told so.
         waiting = set(map(id, going_on))
         return [block for block in blocks if id(block) not in waiting]
@@ -306,23 +405,20 @@ class Runner:
                     self.pool.free(slot)
             block.scratch = None
 
-    def _run(self, tick: Tick, cut_at: float, blocks: list[Block], going_on: list[Block]) -> bool:
-        """Run a tick.
+    def _end(self, flight: _Flight, blocks: list[Block], going_on: list[Block]) -> bool:
+        """End a tick.
 
         Args:
-            tick: it, or a half of it.
-            cut_at: when it was cut.
+            flight: it, or a part of it.
             blocks: blocks that are split off are added to them.
             going_on: blocks that have steps left are added to them.
 
         Returns:
             Whether it ran as a whole.
         """
-        spare: list[int] = []
+        tick = flight.tick
         try:
-            began = self._clock()
-            spare = self._spare_slots(tick)
-            outputs, states = self._compute(tick)
+            outputs, states = self._wait(flight)
             ran = self._clock()
             widths = [len(block.rows) for block in tick.blocks]
             unpacked = [
@@ -332,39 +428,92 @@ class Runner:
             # Before anything moves: nothing may fail after that.
             self._join(tick, unpacked)
         except Exception as error:
-            self.pool.free_many(np.array(spare, np.intp))
-            if tick.rows > 1:
-                # One row may be to blame. Nothing has moved, so each half can run again without the other.
-                with self._wake:
-                    halves = self._scheduler.halve(tick)
-                if len(tick.blocks) == 1:
-                    blocks += halves[1].blocks
-                for half in halves:
-                    self._run(half, cut_at, blocks, going_on)
-                return False
-            if not isinstance(error, ConveyorError):
-                log.error("run failed", model=self.name, version=self.version, error=repr(error))
-                error = EngineFailed("the model failed on this input; the state has not moved")
-            self._refuse(tick.blocks, error)
+            self._give_up(flight)
+            for part in self._parts(tick, error, blocks):
+                self._end(self._start(part, flight.began, flight.cut_at), blocks, going_on)
             return False
-        applied = self._keep(tick, widths, unpacked, states, spare, blocks, going_on)
+        try:
+            applied = self._keep(tick, widths, unpacked, states, flight.spare, blocks, going_on)
+        finally:
+            self._release_arrays(flight)
         self.statistics.run(
             rows=sum(widths),
             applied=applied,
-            waited_s=sum((cut_at - block.queued_at) * width for block, width in zip(tick.blocks, widths, strict=True)),
-            input_s=self._packed_at - began,
-            infer_s=ran - self._packed_at,
+            waited_s=sum(
+                (flight.cut_at - block.queued_at) * width for block, width in zip(tick.blocks, widths, strict=True)
+            ),
+            input_s=flight.packed - flight.packing,
+            infer_s=ran - flight.packed,
             output_s=self._clock() - ran,
             now_s=self._calendar(),
         )
         return True
+
+    def _parts(self, tick: Tick, error: Exception, blocks: list[Block]) -> list[Tick]:
+        """Say what is to be run again of a tick that failed, and refuse the rest.
+
+        Args:
+            tick: of which nothing has moved.
+            error: why it failed.
+            blocks: blocks that are split off are added to them.
+        """
+        if out_of_memory(error):
+            log.error("no memory for a tick", model=self.name, version=self.version, rows=tick.rows, error=repr(error))
+            return self._without_newest(tick, blocks)
+        if tick.rows > 1:
+            # One row may be to blame: each half can run again without the other.
+            with self._wake:
+                halves = self._scheduler.halve(tick)
+            if len(tick.blocks) == 1:
+                blocks += halves[1].blocks
+            return list(halves)
+        if not isinstance(error, ConveyorError):
+            log.error("run failed", model=self.name, version=self.version, error=repr(error))
+            error = EngineFailed("the model failed on this input; the state has not moved")
+        self._refuse(tick.blocks, error)
+        return []
+
+    def _without_newest(self, tick: Tick, blocks: list[Block]) -> list[Tick]:
+        """Refuse the newer half of a tick's rows, and return the older one."""
+        full = Full("the device has no memory for so many rows at once; the state has not moved, try again later")
+        rows = [row for block in tick.blocks for row in block.rows]
+        order = self.pool.by_age([row.track.slot for row in rows])
+        newest = {rows[index] for index in order[len(rows) // 2 :]}
+        kept: list[Block] = []
+        lengths: list[int] = []
+        with self._wake:
+            for block, length in zip(tick.blocks, tick.lengths, strict=True):
+                places = [n for n, row in enumerate(block.rows) if row in newest]
+                refused = block
+                if len(places) < len(block.rows):
+                    kept.append(block)
+                    lengths.append(length)
+                    if not places:
+                        continue
+                    refused = block.split(places)
+                    blocks.append(refused)
+                self._scheduler.fail([refused], full)
+        return [Tick(kept, lengths)] if kept else []
+
+    def _give_up(self, flight: _Flight) -> None:
+        """Give back what a tick had taken that came to nothing."""
+        self.pool.free_many(np.array(flight.spare, np.intp))
+        if flight.workspace is not None and flight.gathered:
+            self.pool.abandon(flight.workspace.states)
+        self._release_arrays(flight)
+
+    @staticmethod
+    def _release_arrays(flight: _Flight) -> None:
+        workspace, flight.workspace = flight.workspace, None
+        if workspace is not None:
+            workspace.release()
 
     def _keep(
         self,
         tick: Tick,
         widths: Sequence[int],
         outputs: Sequence[Sequence[Array]],
-        states: Sequence[Array],
+        states: Any,
         spare: list[int],
         blocks: list[Block],
         going_on: list[Block],
@@ -377,8 +526,8 @@ class Runner:
             outputs: for each output of the model, those of each block.
             states: after the run.
             spare: slots for the rows that need one.
-            blocks: as for ``_run``.
-            going_on: as for ``_run``.
+            blocks: as for ``_end``.
+            going_on: as for ``_end``.
 
         Returns:
             How many rows were applied.
@@ -409,10 +558,32 @@ class Runner:
                 going_on += self._scheduler.resume(tick, sealed)
         return applied
 
-    def _compute(self, tick: Tick) -> tuple[Sequence[Array], Sequence[Array]]:
-        """Run the graph on the blocks of a tick, and return its outputs and the states after it."""
+    def _start(self, tick: Tick, began: float, cut_at: float | None = None) -> _Flight:
+        """Start a run on the blocks of a tick. What fails is told when its end is waited for."""
+        now = self._clock()
+        flight = _Flight(tick, now if cut_at is None else cut_at, began, packing=now, packed=now)
+        try:
+            flight.spare = self._spare_slots(tick)
+            self._pack(flight)
+            flight.packed = self._clock()
+            if flight.workspace is not None:
+                flight.mark = flight.workspace.start()
+        except Exception as error:
+            flight.error = error
+        return flight
+
+    def _wait(self, flight: _Flight) -> Results:
+        """Return the outputs of a tick's run, and the states after it."""
+        if flight.error is not None:
+            raise flight.error
+        assert flight.workspace is not None
+        return flight.workspace.run()
+
+    def _pack(self, flight: _Flight) -> None:
+        """Fill the arrays of a tick."""
+        tick = flight.tick
         blocks, lengths = tick.blocks, tick.lengths
-        workspace = self.engine.workspace(tick.rows, tick.steps)
+        workspace = flight.workspace = self.engine.workspace(tick.rows, tick.steps)
         for index, (spec, room) in enumerate(zip(self.manifest.inputs, workspace.inputs, strict=True)):
             parts = [
                 block.inputs[index]
@@ -429,8 +600,7 @@ class Runner:
             for slot in (block.scratch if block.scratch is not None else [row.track.slot for row in block.rows])
         ]
         self.pool.gather(np.array(slots, np.intp), workspace.states)
-        self._packed_at = self._clock()
-        return workspace.run()
+        flight.gathered = True
 
     def _spare_slots(self, tick: Tick) -> list[int]:
         """Take a slot for each row that has steps left after a tick and nowhere to keep its states till then."""
@@ -441,7 +611,7 @@ class Runner:
         )
         return self.pool.allocate_many(count).tolist() if count else []
 
-    def _scatter(self, tick: Tick, sealed: Sealed, widths: Sequence[int], states: Sequence[Array]) -> None:
+    def _scatter(self, tick: Tick, sealed: Sealed, widths: Sequence[int], states: Any) -> None:
         """Keep the states of the rows that were applied or go on."""
         slots: list[int] = []
         rows: list[int] = []
@@ -456,6 +626,8 @@ class Runner:
             rows += range(offset, offset + widths[index]) if kept is None else [offset + n for n in kept]
         if rows:
             self.pool.scatter(np.array(slots, np.intp), np.array(rows, np.intp), states)
+        else:
+            self.pool.abandon(states)
 
     def _join(self, tick: Tick, outputs: Sequence[list[Array]]) -> None:
         """Put the outputs of its earlier slices before those of the last one, of each block that ends with a tick."""

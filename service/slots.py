@@ -7,7 +7,9 @@ become idle. Must not know what lies in a slot. Not safe to call from several th
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from service.errors import Full
 
@@ -32,6 +34,9 @@ class Slots:
         self._shelf = shelf
         self._spare = spare
         self._free: list[int] = []
+        self._takes = 0
+        # Memory only for those that have been taken.
+        self._taken_as = np.zeros(limit, np.int64)
         self._fresh = 0
         """Slots from here on have never been taken."""
         self._busy: dict[int, int] = {}
@@ -57,6 +62,8 @@ class Slots:
             shelf = slot // self._shelf
             self._busy[shelf] = self._busy.get(shelf, 0) + 1
             self._idle.discard(shelf)
+            self._takes += 1
+            self._taken_as[slot] = self._takes
             slots.append(slot)
         self.taken += count
         return slots
@@ -71,6 +78,11 @@ class Slots:
             if not self._busy[shelf]:
                 del self._busy[shelf]
                 self._idle.add(shelf)
+
+    def by_age(self, slots: Sequence[int]) -> list[int]:
+        """Return the indices of slots from those that were taken first to those that were taken last."""
+        order: list[int] = self._taken_as[list(slots)].argsort().tolist()
+        return order
 
     def surplus(self) -> list[tuple[int, int]]:
         """Say which slots need no memory, if many do not.

@@ -8,13 +8,14 @@ computed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.graph import Graph
+from service.graph import Graph, StatePool
 from service.manifest import TensorSpec
+from service.pool import Pool
 from service.workspace import FedWorkspace, Results, Workspace
 
 Array = NDArray[np.generic]
@@ -40,6 +41,10 @@ class _Loop(ABC):
     def workspace(self, rows: int, steps: int) -> Workspace:
         """Return the arrays of a run; see ``Graph``."""
         return FedWorkspace(self.manifest, rows, steps, self.run)
+
+    def pool(self, slots: int, tick_rows: int, count: Callable[[str, int], None]) -> StatePool:
+        """Return a pool in this machine's memory, from which every run of the loop takes its states; see ``Graph``."""
+        return Pool(self.manifest.states, slots)
 
     def _run_inside(
         self,

@@ -10,16 +10,18 @@ import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.device import Mark
 from service.manifest import Manifest, StateSpec, TensorSpec
 from service.memory import Reserved
 
 Array = NDArray[np.generic]
-Results = tuple[Sequence[Array], Sequence[Array]]
-"""The outputs and the states after a run, each in the manifest's order and axes."""
+Results = tuple[Sequence[Array], Any]
+"""The outputs after a run, in the manifest's order and axes; and the states: those too, where they lie in arrays."""
 Bind = Callable[[Mapping[str, Array], Mapping[str, Array]], Callable[[], None]]
 """Ties a graph's inputs and outputs, by name, to arrays, and returns the run that reads those and fills these."""
 
@@ -29,33 +31,60 @@ _ALIGNMENT = 64
 
 
 class Workspace(ABC):
-    """The arrays of ticks of one shape: fill those that go in, and run.
+    """The arrays of a tick: fill those that go in, and run.
 
-    All of them, results too, are valid until the graph is asked for its next workspace.
+    All of them, results too, are valid until it is released, or, where the graph has one tick under way at a time,
+    until it is asked for its next workspace.
 
     Attributes:
         inputs: one an input of the manifest; None where the graph takes any number of features: put an array there.
         lengths: of the rows, [N]; None where the graph takes none.
-        states: one a state, as it goes in.
+        states: as the pool that belongs to the graph fills them in ``gather``.
+        rows: how many run side by side.
     """
+
+    inputs: list[Array | None]
+    lengths: Array | None
+    states: Any
+    rows: int
+
+    def start(self) -> Mark | None:
+        """Begin the run, where it goes on by itself; elsewhere all of it is done by ``run``.
+
+        Returns:
+            When it is over; None where it has not begun.
+
+        Raises:
+            Exception: whatever the graph raises.
+        """
+        return None
+
+    @abstractmethod
+    def run(self) -> Results:
+        """Run the graph on what the arrays hold, or wait for the end of the run that has begun.
+
+        Raises:
+            Exception: whatever the graph raises.
+        """
+
+    def release(self) -> None:
+        """Nobody needs its arrays any more."""
+        return
+
+
+class _HostWorkspace(Workspace):
+    """A workspace whose states are arrays, one a state, as it goes in."""
 
     def __init__(
         self, manifest: Manifest, rows: int, steps: int, empty: Callable[[Sequence[int], str], Array] = np.empty
     ) -> None:
         self._manifest = manifest
-        self.inputs: list[Array | None] = [
-            None if None in spec.tail else empty(_shape(spec, rows, steps), spec.dtype) for spec in manifest.inputs
+        self.rows = rows
+        self.inputs = [
+            None if None in spec.tail else empty(sizes(spec, rows, steps), spec.dtype) for spec in manifest.inputs
         ]
         self.lengths = None if manifest.lengths is None else empty([rows], manifest.lengths_dtype)
-        self.states = [empty(_shape(state, rows, steps), state.dtype) for state in manifest.states]
-
-    @abstractmethod
-    def run(self) -> Results:
-        """Run the graph on what the arrays hold.
-
-        Raises:
-            Exception: whatever the graph raises.
-        """
+        self.states: list[Array] = [empty(sizes(state, rows, steps), state.dtype) for state in manifest.states]
 
     def _feeds(self) -> dict[str, Array]:
         manifest = self._manifest
@@ -66,7 +95,7 @@ class Workspace(ABC):
         return feeds | {state.input: array for state, array in zip(manifest.states, self.states, strict=True)}
 
 
-class FedWorkspace(Workspace):
+class FedWorkspace(_HostWorkspace):
     """A workspace of memory of its own, for any graph.
 
     Args:
@@ -127,7 +156,7 @@ def bindable(manifest: Manifest) -> bool:
     return not any(None in spec.tail for spec in (*manifest.inputs, *manifest.outputs))
 
 
-class _Bound(Workspace):
+class _Bound(_HostWorkspace):
     def __init__(self, manifest: Manifest, rows: int, steps: int, bind: Bind, cutter: _Cutter) -> None:
         super().__init__(manifest, rows, steps, cutter.empty)
         # As the graph's own sizes are told from its first input.
@@ -139,7 +168,7 @@ class _Bound(Workspace):
         def result(name: str, spec: TensorSpec | StateSpec) -> Array:
             # A state may be served as an output too.
             if name not in results:
-                results[name] = cutter.empty(_shape(spec, rows, steps), spec.dtype).squeeze(spec.absent)
+                results[name] = cutter.empty(sizes(spec, rows, steps), spec.dtype).squeeze(spec.absent)
             return np.expand_dims(results[name], spec.absent)
 
         self._outputs = [result(spec.name, spec) for spec in manifest.outputs]
@@ -165,8 +194,8 @@ class _Cutter:
         return piece.view(dtype).reshape(shape)
 
 
-def _shape(spec: TensorSpec | StateSpec, rows: int, steps: int) -> list[int]:
-    """The spec's shape with the free axes of rows and steps filled in."""
+def sizes(spec: TensorSpec | StateSpec, rows: int, steps: int) -> list[int]:
+    """Return a spec's shape with the free axes of rows and steps filled in."""
     time_axis = spec.time_axis if isinstance(spec, TensorSpec) else None
-    sizes = {spec.batch_axis: rows, time_axis: steps}
-    return [sizes[axis] if size is None else size for axis, size in enumerate(spec.shape)]
+    free = {spec.batch_axis: rows, time_axis: steps}
+    return [free[axis] if size is None else size for axis, size in enumerate(spec.shape)]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.manifest import Manifest, StateSpec, TensorSpec
+from service.pool import Pool
 from service.workspace import FedWorkspace
 
 Array = NDArray[np.generic]
@@ -48,6 +49,10 @@ class Sums:
         self.before(x)
         y = feeds["s0"] + np.cumsum(x, axis=0)
         return [y], [y[lengths.astype(np.intp) - 1, np.arange(len(lengths))]]
+
+    def pool(self, slots: int, tick_rows: int, count: Callable[[str, int], None]) -> Pool:
+        """States in this machine's memory."""
+        return Pool(self.manifest.states, slots)
 
     def workspace(self, rows: int, steps: int) -> FedWorkspace:
         """Arrays that are handed to ``run``."""

@@ -10,12 +10,31 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from service.graph import Graph
+from service.graph import Graph, StatePool
 from service.manifest import Manifest
 from service.server import Server
-from service.workspace import FedWorkspace
+from service.workspace import Results, Workspace
 
 Array = NDArray[Any]
+
+
+class _Gated(Workspace):
+    """The arrays of a tick that waits at a gate."""
+
+    def __init__(self, gate: Gate, inside: Workspace) -> None:
+        self.inputs, self.lengths, self.states, self.rows = inside.inputs, inside.lengths, inside.states, inside.rows
+        self._gate, self._inside = gate, inside
+
+    def run(self) -> Results:
+        """Wait, then run."""
+        x = self.inputs[0]
+        assert x is not None
+        self._gate.hold(x, self.rows)
+        return self._inside.run()
+
+    def release(self) -> None:
+        """Give the arrays back."""
+        self._inside.release()
 
 
 class Gate:
@@ -48,17 +67,25 @@ class Gate:
 
     def run(self, feeds: Mapping[str, Array]) -> tuple[Sequence[Array], Sequence[Array]]:
         """Wait, then run."""
-        self.rows.append(len(feeds["lengths"]))
+        self.hold(feeds["x"], len(feeds["lengths"]))
+        return self._engine.run(feeds)
+
+    def workspace(self, rows: int, steps: int) -> Workspace:
+        """The engine's arrays, whose run waits."""
+        return _Gated(self, self._engine.workspace(rows, steps))
+
+    def pool(self, slots: int, tick_rows: int, count: Callable[[str, int], None]) -> StatePool:
+        """The engine's."""
+        return self._engine.pool(slots, tick_rows, count)
+
+    def hold(self, x: Array, rows: int) -> None:
+        """Wait at the gate."""
+        self.rows.append(rows)
         self._loop.call_soon_threadsafe(self._entered.release)
         assert self._open.acquire(timeout=60)
         if self.fail is not None:
             raise self.fail
-        self.before(feeds["x"])
-        return self._engine.run(feeds)
-
-    def workspace(self, rows: int, steps: int) -> FedWorkspace:
-        """Arrays that are handed to ``run``."""
-        return FedWorkspace(self.manifest, rows, steps, self.run)
+        self.before(x)
 
     async def entered(self) -> None:
         """Wait until a run waits at the gate."""

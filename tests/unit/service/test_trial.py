@@ -9,6 +9,7 @@ import pytest
 
 from service.graph import Array, Graph
 from service.manifest import Manifest, StateSpec, TensorSpec
+from service.pool import Pool
 from service.trial import measure
 from service.tuning import WIDEST, Bounds, Measurement, choose
 from service.workspace import FedWorkspace, Workspace
@@ -74,6 +75,10 @@ class FakeGraph:
     def workspace(self, rows: int, steps: int) -> Workspace:
         """Arrays for a run."""
         return FedWorkspace(self.manifest, rows, steps, self.run)
+
+    def pool(self, slots: int, tick_rows: int, count: Callable[[str, int], None]) -> Pool:
+        """None that anybody asks for."""
+        return Pool(self.manifest.states, slots)
 
 
 def test_every_size_is_measured_where_there_is_time() -> None:
