@@ -37,8 +37,8 @@ CELLS: dict[str, tuple[Layer, ...]] = {
     "lstm-then-gru": (Layer("lstm", INPUT, HIDDEN), Layer("gru", HIDDEN, HIDDEN)),
 }
 """Every cell; some in stacks, one of which mixes what cuDNN has with what it lacks."""
-OPERATORS = ("lstm", "lstm-coupled", "gru-after")
-"""Those of which CUDA runs the file for the CPU too: no layer needs a form of its own."""
+WIDE = {"lstm-wide": (Layer("lstm", INPUT, 512),)}
+"""One that takes memory, so that a limit is soon reached."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,16 @@ class Models:
         self._folder = folder
         self.get = cache(self._export)
 
+    def path(self, name: str) -> Path:
+        """The file of a model."""
+        return self.get(name).repository / name / "1" / "model.onnx"
+
     def _export(self, name: str, precision: str = "float32", lowering: str = "auto") -> Model:
-        spec = ModelSpec(CELLS[name], head_size=OUTPUT)
-        # Halved, so that no state enlarges its own rounding errors.
+        spec = ModelSpec((CELLS | WIDE)[name], head_size=OUTPUT)
+        # Small enough that no state enlarges its own rounding errors.
+        scale = 2 / np.sqrt(spec.layers[0].hidden_size)
         drawn = draw_weights(spec.weight_shapes)
-        weights = {key: (0.5 * array).astype(np.float32) for key, array in drawn.items()}
+        weights = {key: (scale * array).astype(np.float32) for key, array in drawn.items()}
         repository = self._folder / f"{name}-{precision}-{lowering}"
         with prepared_exporter():
             module = SequenceModel.from_weights(spec, weights)
