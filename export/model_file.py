@@ -94,7 +94,12 @@ def make_model_files(
     if len(devices) > 1 and precisions[0] != "int8":
         spec, _ = read_module(model)
         if choose_lowerings(spec, lowering, "cuda")[0] != choose_lowerings(spec, lowering, "cpu")[0]:
-            others["cuda"] = make_model_file(model, lowering, precisions[0], data, max_error, progress, "cuda", first)
+            try:
+                made = make_model_file(model, lowering, precisions[0], data, max_error, progress, "cuda", first)
+            except VerificationFailed as failed:
+                says = f"in the form for CUDA, which --devices cpu does without, {failed}"
+                raise VerificationFailed(says, failed.parity) from failed
+            others["cuda"] = made
     return first, others
 
 

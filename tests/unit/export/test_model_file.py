@@ -30,6 +30,7 @@ from tests.unit.export.sabotage import (
     drop_lengths,
     drop_linear_before_reset,
     nudge_a_weight,
+    scan_past_lengths,
     with_manifest,
     with_tensor,
 )
@@ -137,6 +138,21 @@ def test_a_state_that_begins_elsewhere_is_found_out(tmp_path: Path) -> None:
     (tmp_path / "tampered.onnx").write_bytes(file.SerializeToString())
     with pytest.raises(VerificationFailed, match="weights are not those that the file was exported with"):
         verify_file(tmp_path / "tampered.onnx")
+
+
+def test_a_wrong_graph_for_cuda_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the form for CUDA alone is wrong, neither file is on the disk, and the error says which it was."""
+
+    def wrong(spec: ModelSpec, weights: Any, lowerings: Any, *dtype: Any) -> onnx.ModelProto:
+        graph = build_graph(spec, weights, lowerings, *dtype)
+        if "scan" in lowerings:
+            scan_past_lengths(graph)
+        return graph
+
+    monkeypatch.setattr(export.model_file, "build_graph", wrong)
+    with pytest.raises(VerificationFailed, match=r"in the form for CUDA, which --devices cpu does without, verif"):
+        export_model(model(ModelSpec((Layer("gru", 4, 4),))), tmp_path / "models", "wrong")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_precisions_of_one_model(tmp_path: Path) -> None:
