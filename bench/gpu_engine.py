@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import numpy as np
 from bench.gpu_cases import Case, Device
 from bench.gpu_timing import Ticks
 from service.loading import load_model
-from service.pool import Pool
+from service.resident_workspace import ResidentWorkspace
 from service.settings import Settings
+from service.workspace import Workspace
 
 
 class Engine:
@@ -26,32 +28,74 @@ class Engine:
     """
 
     def __init__(self, path: Path, device: Device, threads: int) -> None:
-        self._loaded = load_model(path, Settings(device=device), threads)
+        self._graph = load_model(path, Settings(device=device), threads).graph
 
     def ticks(self, case: Case, copies: bool) -> Ticks:
         """Ticks of a shape, over and over.
 
         Args:
-            case: the shape; its rows are those of as many slots.
-            copies: whether x goes up in each tick, and y comes down.
-        """
-        graph = self._loaded.graph
-        pool = Pool(graph.manifest.states, case.rows)
-        slots = pool.allocate_many(case.rows)
-        rows = np.arange(case.rows)
-        x = np.random.default_rng(0).standard_normal((case.steps, case.rows, case.stack.input_size)).astype(np.float32)
-        workspace = graph.workspace(case.rows, case.steps)
-        if workspace.lengths is not None:
-            workspace.lengths[:] = case.steps
-        if (room := workspace.inputs[0]) is None:
-            raise ValueError("the model takes any number of features")
-        room[:] = x
+            case: the shape.
+            copies: whether x goes up in each tick and y comes down, as in the server; without, nothing is copied
+                between host and device, and each tick does the same again.
 
-        def launch() -> None:
-            if copies:
-                room[:] = x
-            pool.gather(slots, workspace.states)
+        Raises:
+            LoadError: if there is no memory for the states.
+        """
+        return self._served(case) if copies else self._on_device(case)
+
+    def _served(self, case: Case) -> Ticks:
+        """As a runner has them: as many under way as the pool allows, each of other sessions than the one before."""
+        pool = self._graph.pool(2 * case.rows, case.rows, lambda way, size: None)
+        turns = deque(pool.allocate_many(case.rows) for _ in range(pool.in_flight))
+        rows = np.arange(case.rows)
+        x = _draw(case)
+        flying: deque[tuple[Workspace, np.ndarray[tuple[int], np.dtype[np.intp]]]] = deque()
+
+        def settle() -> None:
+            workspace, slots = flying.popleft()
             _, states = workspace.run()
             pool.scatter(slots, rows, states)
+            workspace.release()
 
-        return Ticks(launch, lambda: None)
+        def launch() -> None:
+            if len(flying) == pool.in_flight:
+                settle()
+            slots = turns[0]
+            turns.rotate()
+            workspace = self._graph.workspace(case.rows, case.steps)
+            _fill(workspace, case, x)
+            pool.gather(slots, workspace.states)
+            workspace.start()
+            flying.append((workspace, slots))
+
+        def wait() -> None:
+            while flying:
+                settle()
+
+        return Ticks(launch, wait)
+
+    def _on_device(self, case: Case) -> Ticks:
+        """One tick's arrays, filled once and run over and over."""
+        pool = self._graph.pool(case.rows, case.rows, lambda way, size: None)
+        workspace = self._graph.workspace(case.rows, case.steps)
+        _fill(workspace, case, _draw(case))
+        pool.gather(pool.allocate_many(case.rows), workspace.states)
+        if not isinstance(workspace, ResidentWorkspace):
+            return Ticks(workspace.run, lambda: None)
+        workspace.start()
+        workspace.run()
+        device = workspace.device
+        return Ticks(workspace.compute, lambda: device.mark().wait())
+
+
+def _draw(case: Case) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    shape = case.steps, case.rows, case.stack.input_size
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _fill(workspace: Workspace, case: Case, x: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> None:
+    room = workspace.inputs[0]
+    assert room is not None
+    room[:] = x
+    if workspace.lengths is not None:
+        workspace.lengths[:] = case.steps

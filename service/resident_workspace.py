@@ -138,6 +138,9 @@ class Lane:
 class ResidentWorkspace(Workspace):
     """The arrays of a tick whose states stay on the device. ``states`` is a ``Moves``.
 
+    Attributes:
+        device: where it runs.
+
     Args:
         graph: that runs.
         pools: the buffers that its states live in.
@@ -160,6 +163,7 @@ class ResidentWorkspace(Workspace):
     ) -> None:
         manifest = graph.manifest
         self.rows = rows
+        self.device = graph.device
         self._graph = graph
         self._steps = steps
         self._up, self._down = up, down
@@ -191,21 +195,25 @@ class ResidentWorkspace(Workspace):
 
     def start(self) -> Mark:
         """Copy up, run, copy down: all of it goes on by itself."""
-        device, session = self._graph.device, self._graph.session
+        device = self.device
         self._started = True
         if self._graph.stepped and self._graph.manifest.states:
             self._fill_tables()
         up, down = self._areas
         up.upload(device, self._sizes[0])
-        for run in self._runs():
-            if run:
-                self._tie_run(run)
-            session.run_with_iobinding(self._binding, self._graph.options)
-        if self._steps > 1 and self._graph.stepped:
-            self._tie_run(0)
+        self.compute()
         down.download(device, self._sizes[1])
         self._mark = device.mark()
         return self._mark
+
+    def compute(self) -> None:
+        """Run on what lies on the device, and leave there what comes of it; ``start`` does that between its copies."""
+        for run in self._runs():
+            if run:
+                self._tie_run(run)
+            self._graph.session.run_with_iobinding(self._binding, self._graph.options)
+        if self._steps > 1 and self._graph.stepped:
+            self._tie_run(0)
 
     def run(self) -> Results:
         """Wait for the outputs; of the states, say where they have gone."""
