@@ -163,7 +163,7 @@ class Bench:
         from bench.gpu_engine import Engine
         from bench.gpu_peer import peer_ticks
 
-        engine = Engine(model_file(cases[0].stack, self.folder), self.device, self.cores)
+        engine = Engine(model_file(cases[0].stack, self.folder), self.device, self.cores, self.device == "cpu")
         found = [Measured(case) for case in cases]
         for number in range(1, self.runs + 1):
             for one in found:
@@ -179,7 +179,7 @@ class Bench:
         found = Measured(case)
         path = model_file(case.stack, self.folder)
         engines = {
-            "engine": Engine(path, self.device, self.cores),
+            "engine": Engine(path, self.device, self.cores, self.device == "cpu"),
             "engine_cpu": Engine(path, "cpu", self.cores),
         }
         for number in range(1, self.runs + 1):
@@ -203,6 +203,7 @@ class Bench:
             return found
         found.runs["service"] = [figures]
         rows, steps = max(1, round(figures["rows_per_tick"])), max(1, round(figures["steps_per_row"]))
+        # On the CPU the server has no device either.
         engine = Engine(model_file(case.stack, self.folder), self.device, self.cores)
         alone = replace(case, rows=rows, steps=steps)
         say(f"{alone.title}: the engine alone")

@@ -9,7 +9,10 @@ import numpy as np
 
 from bench.gpu_cases import Case, Device
 from bench.gpu_timing import Ticks
+from service.device import HostDevice
+from service.graph import Graph
 from service.loading import load_model
+from service.resident_engine import ResidentEngine
 from service.resident_workspace import ResidentWorkspace
 from service.settings import Settings
 from service.workspace import Workspace
@@ -22,13 +25,19 @@ class Engine:
         path: of its model.onnx.
         device: where it runs.
         threads: inside one run on the CPU.
+        stand_in: whether the CPU stands in for a GPU: the file for CUDA, and the code that has states on a device.
 
     Raises:
         LoadError: if the device does not take it.
     """
 
-    def __init__(self, path: Path, device: Device, threads: int) -> None:
-        self._graph = load_model(path, Settings(device=device), threads).graph
+    def __init__(self, path: Path, device: Device, threads: int, stand_in: bool = False) -> None:
+        self._graph: Graph
+        if stand_in:
+            own = path.with_name(f"{path.stem}.cuda{path.suffix}")
+            self._graph = ResidentEngine(own if own.is_file() else path, HostDevice(), threads)
+        else:
+            self._graph = load_model(path, Settings(device=device), threads).graph
 
     def ticks(self, case: Case, copies: bool) -> Ticks:
         """Ticks of a shape, over and over.

@@ -20,12 +20,18 @@ Array = NDArray[np.generic]
 
 
 class Batch:
-    """The rows of one batch on their way. Each holds a slot from when it is added until it ends."""
+    """The rows of one batch on their way. Each holds a slot from when it is added until it ends.
 
-    def __init__(self, runner: Runner) -> None:
+    Args:
+        runner: that runs them.
+        with_states: whether somebody wants the states that they end in, which may have to come from a device.
+    """
+
+    def __init__(self, runner: Runner, with_states: bool) -> None:
         self.blocks: list[Block] = []
         self.states: dict[Block, list[Array]] = {}
         self._runner = runner
+        self._with_states = with_states
         self._ended = 0
         self._failed: ConveyorError | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -80,7 +86,7 @@ class Batch:
             raise self._failed
 
     def _on_end(self, block: Block) -> None:
-        if block.error is None:
+        if block.error is None and self._with_states:
             self.states[block] = self._runner.pool.read(block.rows[0].track.slot)
         self._free(block)
         self._ended += 1

@@ -553,6 +553,7 @@ class Operations:
         priority: int = USUAL,
         caller: Hashable = None,
         accepted: bool = False,
+        with_states: bool = True,
     ) -> tuple[list[list[Array]], list[list[Array]]]:
         """Run whole sequences.
 
@@ -564,16 +565,18 @@ class Operations:
             priority: 1 first, 2 as usual, 3 last.
             caller: among whom the model's time is shared out evenly.
             accepted: whether that was said before; it is done then also while draining.
+            with_states: whether the final states are wanted.
 
         Returns:
-            For each row its outputs, each [T_n, ...] or [...], and its final states, each without the batch axis.
+            For each row its outputs, each [T_n, ...] or [...], and its final states, each without the batch axis; of
+            no row where they are not wanted.
 
         Raises:
             Draining, Full, Late, EngineFailed: as their names say.
         """
         if not accepted:
             self.take_new_work()
-        batch = Batch(runner)
+        batch = Batch(runner, with_states)
         try:
             for n, inputs in enumerate(rows):
                 given = None if states is None else [state[n] for state in states]
@@ -588,7 +591,7 @@ class Operations:
         finally:
             self.count_out(1)
         outputs = [[output[0] for output in block.outputs or ()] for block in batch.blocks]
-        return outputs, [batch.states[block] for block in batch.blocks]
+        return outputs, [batch.states[block] for block in batch.blocks if with_states]
 
     # --- drain ---
 

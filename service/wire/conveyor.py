@@ -69,7 +69,13 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
             left = context.time_remaining()
             deadline = None if left is None else self.clock() + left
             outputs, finals = await self.operations.infer(
-                runner, batch.rows, states, deadline, caller=caller(context), accepted=True
+                runner,
+                batch.rows,
+                states,
+                deadline,
+                caller=caller(context),
+                accepted=True,
+                with_states=request.return_states,
             )
             reply: list[Part] = [pb.InferResponse(version=runner.version).SerializeToString()]
             for index, output in enumerate(runner.manifest.outputs):

@@ -170,14 +170,15 @@ class Inference:
         _check_wanted(request, wanted, {**states_by_name, **outputs_by_name})
         given = split(request, manifest, self._door.settings.max_batch)
         codec = self._door.codec(manifest)
+        with_states = any(name not in outputs_by_name for name in wanted)
 
         def read() -> tuple[Batch, list[Array] | None]:
-            batch = codec.batch(given.inputs, given.lengths, any(name not in outputs_by_name for name in wanted))
+            batch = codec.batch(given.inputs, given.lengths, with_states)
             return batch, codec.states(given.states, len(batch.rows))
 
         batch, states = await self._door.aside(sum(one.size for one in given.inputs + given.states), read)
         outputs, finals = await self._door.operations.infer(
-            runner, batch.rows, states, deadline, request.priority, self._caller, accepted=True
+            runner, batch.rows, states, deadline, request.priority, self._caller, True, with_states
         )
         joined: dict[str, Joined] = {}
         for name in wanted:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from service.device import HostDevice
+from service.engine import digest
+from service.placement import Device
 from service.provider import why_no_cuda
+from service.resident_engine import ResidentEngine
 from tests.gpu.devices import Models
 
 
@@ -23,6 +31,24 @@ def cuda() -> str:
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """CUDA, and the CPU with its states in the same kind of pool."""
-    return str(request.getfixturevalue("cuda")) if request.param == "cuda" else "cpu"
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """CUDA; and the CPU as if it were CUDA: the file that CUDA takes, states that stay in pools, ticks under way."""
+    if request.param == "cuda":
+        return str(request.getfixturevalue("cuda"))
+    monkeypatch.setattr("service.loading.Engine", _as_cuda_would)
+    return "cpu"
+
+
+def _as_cuda_would(
+    path: Path,
+    device: Device,
+    threads: int = 1,
+    describe: Any = None,
+    external: Sequence[Path] = (),
+    file_digests: Sequence[str] = (),
+    cuda: Any = None,
+) -> ResidentEngine:
+    own = path.with_name(f"{path.stem}.cuda{path.suffix}")
+    # By whatever file it is run, it is one model.
+    known = tuple(file_digests) or tuple(digest(part) for part in (path, *external))
+    return ResidentEngine(own if own.is_file() else path, HostDevice(), threads, describe, external, known, cuda)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conveyor import AsyncClient, Full, SessionState
+from service.engine import Engine
 from service.server import Server
 from tests.conftest import running
 from tests.gpu.devices import INPUT, Array, Models, draw, serving
@@ -118,11 +120,15 @@ async def test_states_go_everywhere_from_the_device(models: Models, device: str,
 
 
 async def test_a_state_goes_from_one_device_to_another(models: Models, device: str) -> None:
-    """What was exported from the CPU is imported here and goes on, and back again."""
+    """What was exported from a server whose states are in the host's memory goes on here, and back again."""
     model = models.get("lstm-peephole")
     x = draw(12, INPUT)
     expected, _ = model.expected(x)
-    async with serving(model, "cpu") as (_, elsewhere), serving(model, device) as (_, here):
+    async with AsyncExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("service.loading.Engine", Engine)
+            _, elsewhere = await stack.enter_async_context(serving(model, "cpu"))
+        _, here = await stack.enter_async_context(serving(model, device))
         async with elsewhere.session("lstm-peephole") as session:
             y = [await session.step(x[:4])]
             state = await session.export()
