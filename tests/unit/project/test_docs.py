@@ -77,3 +77,11 @@ def test_every_key_is_in_the_table() -> None:
     for section in (Description, InputDescription, StateDescription, OutputDescription, Initial):
         missing = [key for key in section.model_fields if not re.search(rf"\b{key}\b", table)]
         assert missing == [], section.__name__
+
+
+def test_what_has_not_run_on_a_gpu_is_said() -> None:
+    """As long as no results of a GPU are in the checkout, the page says so; with results it links to them instead."""
+    page = (ROOT / "docs/performance.md").read_text()
+    have = (ROOT / "docs/performance/gpu/results.json").is_file()
+    assert ("**Nothing here has run on a GPU.**" in page) is not have
+    assert ("(performance/gpu/README.md)" in page) is have
