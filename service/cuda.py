@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.device import Buffer
-from service.errors import LoadError
+from service.provider import NotOnCuda
 
 Array = NDArray[Any]
 
@@ -33,16 +33,15 @@ class CudaDevice:
         stream: address of its stream, which does not wait for the default one.
 
     Raises:
-        LoadError: if CuPy is missing, or the device does not start.
+        NotOnCuda: if CuPy is missing, or the device does not start.
     """
 
     def __init__(self, number: int = 0) -> None:
         try:
             import cupy
         except ImportError as error:
-            raise LoadError(
-                f"CUDA was asked for, and CuPy, which the states on the device need, does not load: {error}; "
-                "expected a CuPy for this CUDA, as the extra gpu installs it"
+            raise NotOnCuda(
+                "a model", f"CuPy, which keeps the states on the device, does not load ({error}): the extra gpu has it"
             ) from error
         self.kind = "cuda"
         self.number = number
@@ -52,7 +51,7 @@ class CudaDevice:
             with self._device:
                 self._stream = cupy.cuda.Stream(non_blocking=True)
         except Exception as error:  # CuPy's errors share no base below RuntimeError
-            raise LoadError(f"CUDA device {number} does not start: {error}") from error
+            raise NotOnCuda("a model", f"device {number} does not start: {error}") from error
         self.stream: int | None = self._stream.ptr
 
     def empty(self, shape: Sequence[int], dtype: str) -> Buffer:

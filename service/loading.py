@@ -17,6 +17,7 @@ from pathlib import Path
 import structlog
 
 from service.audit import Audit, audit
+from service.cuda import CudaDevice
 from service.description import NAME, Description, read
 from service.engine import Engine, NoManifest, digest
 from service.errors import LoadError
@@ -27,6 +28,7 @@ from service.placement import Choice, Device, choose
 from service.presented import present
 from service.provider import CudaOptions, NotOnCuda, why_no_cuda
 from service.recurrent_path import obstacles, told
+from service.resident_engine import ResidentEngine
 from service.settings import Settings
 from service.stepping import RowByRow, StepByStep
 
@@ -118,6 +120,10 @@ def load_model(
     )
 
 
+Opened = Engine | ResidentEngine
+"""A graph as it was opened. Where its states stay on a device it is served as it is, or not at all."""
+
+
 class _Opening:
     """How a model's file becomes an engine, on one device or another."""
 
@@ -142,11 +148,11 @@ class _Opening:
         own = self.path.with_name(f"{self.path.stem}.cuda{self.path.suffix}")
         return own if own.is_file() else self.path
 
-    def on_cpu(self) -> Engine:
+    def on_cpu(self) -> Opened:
         """Open it on the CPU."""
         return self._open(self.path, "cpu", self._file_digests)
 
-    def on_cuda(self, tf32: bool | None = None) -> Engine:
+    def on_cuda(self, tf32: bool | None = None) -> Opened:
         """Open it on CUDA.
 
         Args:
@@ -170,7 +176,7 @@ class _Opening:
             self._file_digests = self._file_digests or [digest(each) for each in (self.path, *own.external_files())]
         return self._open(path, "cuda", self._file_digests, self.tf32 if tf32 is None else tf32)
 
-    def _open(self, path: Path, device: Device, file_digests: Sequence[str], tf32: bool = False) -> Engine:
+    def _open(self, path: Path, device: Device, file_digests: Sequence[str], tf32: bool = False) -> Opened:
         settings, description = self.settings, self.description
         folder = path.parent.parent
         check_size([path], settings.max_model_bytes)
@@ -191,12 +197,17 @@ class _Opening:
                 )
         cuda = CudaOptions(settings.gpu_id, settings.gpu_memory_limit_bytes, settings.arena_extend, tf32)
         try:
+            if device == "cuda":
+                if description.row_by_row:
+                    raise NotOnCuda(path.name, f"{NAME} says row_by_row, which a device is no use for")
+                states_on = CudaDevice(settings.gpu_id)
+                return ResidentEngine(path, states_on, self.threads, describe, external, file_digests, cuda)
             return Engine(path, device, self.threads, describe, external, file_digests, cuda)
         except NoManifest as error:
             raise LoadError(f"{error}{_near_misses(folder, path)}") from error
 
 
-def _on_its_device(opening: _Opening) -> tuple[Choice, Engine]:
+def _on_its_device(opening: _Opening) -> tuple[Choice, Opened]:
     """Choose a model's device, say so, and open it there."""
     asked = opening.description.device or opening.settings.device
     engine, against = None, None
@@ -208,6 +219,7 @@ def _on_its_device(opening: _Opening) -> tuple[Choice, Engine]:
     choice = choose(asked, against, opening.description.fallback or opening.settings.fallback)
     if engine is None:
         engine = opening.on_cpu()
+        choice = replace(choice, file=opening.path.name)
     else:
         choice = replace(choice, tf32=opening.tf32, file=opening.for_cuda.name)
         if opening.for_cuda != opening.path:
@@ -297,16 +309,19 @@ def _near_misses(folder: Path, path: Path) -> str:
     return f"; there is {there[0]}, which is not read: expected {folder.name}/{NAME}" if there else ""
 
 
-def _audited(path: Path, engine: Engine, description: Description, threads: int) -> Audit:
+def _audited(path: Path, engine: Opened, description: Description, threads: int) -> Audit:
     began = time.perf_counter()
     graph: Graph = engine
-    if graph.manifest.steps_per_run == 1:
+    resident = isinstance(engine, ResidentEngine)
+    if graph.manifest.steps_per_run == 1 and not resident:
         graph = StepByStep(graph)
     if graph.manifest.rows_per_run == 1 or description.row_by_row:
         graph = RowByRow(graph)
     # A model whose run does not end is known by this line being its last.
     log.info("model to be audited", **_named(path))
     found = audit(graph, description.strict, description.tolerance, description.of_graph)
+    if resident and found.graph is not engine:
+        raise LoadError(f"{'; '.join(found.warnings) or 'it is to be run row by row'}: say device: cpu in {NAME}")
     log.info(
         "model audited",
         **_named(path),

@@ -42,15 +42,17 @@ def row_size(state: StateSpec) -> int:
     return math.prod(state.tail)
 
 
-def make_resident(model: Any, manifest: Manifest) -> bytes:
-    """Rewrite a graph.
+def sources(manifest: Manifest) -> list[str]:
+    """The new graph's inputs that hold sequences and states, and those that say where states lie."""
+    return [*(x.name for x in manifest.inputs), BEFORE, AFTER, *map(pool_input, range(len(manifest.states)))]
+
+
+def make_resident(model: Any, manifest: Manifest) -> None:
+    """Rewrite a graph in its place. What lies outside its file still does.
 
     Args:
-        model: the onnx ModelProto; it is changed.
+        model: the onnx ModelProto.
         manifest: what the graph is served as.
-
-    Returns:
-        The file of the new graph. What lay outside the old one's file still does.
 
     Raises:
         LoadError: if it cannot be rewritten; the text says why.
@@ -69,7 +71,7 @@ def make_resident(model: Any, manifest: Manifest) -> bytes:
     _remove(graph.output, written)
     _leave_open(graph.output, manifest)
     if not states:
-        return _file(model)
+        return
     types = {state.name: helper.np_dtype_to_tensor_dtype(np.dtype(state.dtype)) for state in states}
     graph.input.append(helper.make_tensor_value_info(BEFORE, TensorProto.INT32, ["conveyor.N"]))
     graph.input.append(helper.make_tensor_value_info(AFTER, TensorProto.INT32, ["conveyor.N", 1]))
@@ -85,7 +87,21 @@ def make_resident(model: Any, manifest: Manifest) -> bytes:
     nodes = [*front, *graph.node, *behind]
     del graph.node[:]
     graph.node.extend(nodes)
-    return _file(model)
+
+
+def content(model: Any) -> bytes:
+    """Return the file of an onnx ModelProto.
+
+    Raises:
+        LoadError: if it is too large for one.
+    """
+    try:
+        held: bytes = model.SerializeToString()
+    except Exception as error:  # protobuf's own, which has no public name in every version
+        raise LoadError(
+            f"the graph is too large to be rewritten for a device ({error}): keep its weights in files beside it"
+        ) from error
+    return held
 
 
 def _check(model: Any, manifest: Manifest) -> None:
@@ -187,13 +203,3 @@ def _remove(values: Any, names: Collection[str]) -> None:
     for index in reversed(range(len(values))):
         if values[index].name in names:
             del values[index]
-
-
-def _file(model: Any) -> bytes:
-    try:
-        content: bytes = model.SerializeToString()
-    except Exception as error:  # protobuf's own, which has no public name in every version
-        raise LoadError(
-            f"the graph is too large to be rewritten for a device ({error}): keep its weights in files beside it"
-        ) from error
-    return content

@@ -19,15 +19,15 @@ from service.errors import LoadError
 from service.graph import Signature
 from service.manifest import Manifest
 from service.onnx_file import OnnxFile
-from service.resident import make_resident, row_size
+from service.provider import CudaOptions, NotOnCuda, start
+from service.recurrent_path import name_nodes, recurrent_path
+from service.resident import content, make_resident, row_size, sources
 from service.resident_pool import INITIAL, Moves, ResidentPool
 from service.resident_workspace import Lane, ResidentGraph, ResidentWorkspace, state_rows_first
 from service.values import from_text
 from service.workspace import Results
 
 Array = NDArray[Any]
-Start = Callable[[bytes, Mapping[str, str], Mapping[str, str]], Any]
-"""Starts an onnxruntime session: from a file's content, options of its provider, and entries of its configuration."""
 
 IN_FLIGHT = 2
 """How many ticks are under way at once: while one runs the next is filled, and the results of the last are told."""
@@ -47,34 +47,45 @@ class ResidentEngine:
     Args:
         path: the .onnx file.
         device: where the states live.
-        start: starts the session on that device.
+        threads: inside one run.
         describe: gives the manifest of a graph that has none inside, from its signature.
         external: files beside it that hold its data.
         file_digests: where they are known already.
+        cuda: what was chosen of CUDA; None for what it is by default.
 
     Raises:
-        LoadError: if the file cannot be read, is no model, has no manifest, disagrees with it, its states cannot be
-            kept on a device, or that does not start.
+        NotOnCuda: if its states cannot be kept on a device, or that does not run it.
+        LoadError: if the file cannot be read, is no model, has no manifest, or disagrees with it.
     """
 
     def __init__(
         self,
         path: Path,
         device: Device,
-        start: Start,
+        threads: int = 1,
         describe: Callable[[Signature], Manifest] | None = None,
         external: Sequence[Path] = (),
         file_digests: Sequence[str] = (),
+        cuda: CudaOptions | None = None,
     ) -> None:
         self.file_digests = tuple(file_digests) or tuple(digest(part) for part in (path, *external))
         file = OnnxFile(path)
         signature = file.signature
         inside, self.digest = identify(file.metadata, signature, describe, self.file_digests)
         signature.check(inside)
-        self.manifest = _as_served(inside)
+        try:
+            self.manifest = _as_served(inside)
+            make_resident(file.model, inside)
+        except LoadError as error:
+            raise NotOnCuda(path.name, str(error)) from error
+        name_nodes(file.model)
         self._device = device
         session = start(
-            make_resident(file.model, inside),
+            content(file.model),
+            "cuda" if device.kind == "cuda" else "cpu",
+            threads,
+            cuda or CudaOptions(),
+            recurrent_path(file.model, sources(inside)),
             {} if device.stream is None else {"user_compute_stream": str(device.stream)},
             {"session.model_external_initializers_file_folder_path": str(path.parent)},
         )
