@@ -53,7 +53,13 @@ class Buffer:
         return Buffer(self.pointer + start, tuple(shape), dtype, self.memory)
 
 
-_NO_MEMORY = ("failed to allocate memory", "out of memory", "alloc_failed", "bfc_arena")
+_NO_MEMORY = (
+    "failed to allocate memory",
+    "is smaller than requested bytes",  # of a limit
+    "out of memory",
+    "alloc_failed",
+    "bfc_arena",
+)
 """In the texts of onnxruntime, CUDA, cuDNN, cuBLAS and CuPy."""
 
 

@@ -35,8 +35,8 @@ def model(models: Models, device: str, monkeypatch: pytest.MonkeyPatch) -> Model
 
     def compute_few(workspace: ResidentWorkspace) -> None:
         if workspace.rows > ROWS // 4:
-            # As onnxruntime's arena says it.
-            raise RuntimeError("Failed to allocate memory for requested buffer of size 67108864")
+            # As onnxruntime's arena says it of a limit.
+            raise RuntimeError("Available memory of 33554432 is smaller than requested bytes of 67108864")
         compute(workspace)
 
     monkeypatch.setattr(ResidentWorkspace, "compute", compute_few)
