@@ -1,4 +1,7 @@
-"""A model at work, with a graph of a few lines of NumPy in the engine's place, so that runs can fail or be held."""
+"""A model at work, with a graph that adds up in the engine's place, so that runs can fail or be held.
+
+Once with its states in this machine's memory, and once with its states on a device.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import gc
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from service.runner import Runner
 from service.scheduler import Limits, Tick
 from service.statistics import Spent
 from tests.clock import Clock
-from tests.sums import POISON, Sums
+from tests.sums import POISON, ResidentSums, Sums
 
 Array = NDArray[np.generic]
 
@@ -30,10 +34,10 @@ LIMITS = Limits(queued_rows=20, tick_rows=16, tick_steps=1000)
 class Bench:
     """A runner of the graph, and rows for it."""
 
-    def __init__(self, limits: Limits = LIMITS, slots: int = 100) -> None:
+    def __init__(self, graph: Sums | ResidentSums, limits: Limits = LIMITS, slots: int = 100) -> None:
         self.limits = limits
         self.slots = slots
-        self.graph = Sums()
+        self.graph = graph
         self.clock = Clock()
         self.metrics = Metrics()
         self.runner = self.another()
@@ -87,10 +91,16 @@ class Bench:
         return self.metrics.registry.get_sample_value(name, {"model": "sums", "version": "1", **labels})
 
 
+@pytest.fixture(params=["host", "device"])
+def graph(request: pytest.FixtureRequest, tmp_path: Path) -> Sums | ResidentSums:
+    """The graph, with its states in either memory."""
+    return Sums() if request.param == "host" else ResidentSums(tmp_path)
+
+
 @pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
+async def bench(graph: Sums | ResidentSums) -> AsyncIterator[Bench]:
     """A runner that has started, and is stopped in the end."""
-    bench = Bench()
+    bench = Bench(graph)
     bench.runner.start()
     yield bench
     await bench.runner.stop(30)
@@ -174,13 +184,16 @@ async def test_an_engine_that_always_fails_fails_every_row_and_the_runner_lives(
     assert [outputs(row) for row in again] == [[2]] * 7
 
 
-async def test_outputs_that_are_not_as_the_manifest_says(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_outputs_that_are_not_as_the_manifest_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that gives too few arrays is an engine failure, found before any state has moved."""
+    bench = Bench(Sums())
+    bench.runner.start()
     monkeypatch.setattr(bench.graph, "run", lambda feeds: ([], []))
     row = bench.row(1)
     await bench.run(row)
     assert isinstance(row.error, EngineFailed)
     assert (bench.state(row), row.rows[0].track.position) == (0, 0)
+    assert await bench.runner.stop(30)
 
 
 async def test_a_row_cancelled_while_it_runs_is_not_applied(bench: Bench) -> None:
@@ -293,9 +306,9 @@ async def test_stop_finishes_the_run_and_refuses_what_waits(bench: Bench) -> Non
     assert (outputs(running), bench.state(waiting)) == ([1], 0)
 
 
-async def test_warm_up_leaves_nothing_behind() -> None:
+async def test_warm_up_leaves_nothing_behind(graph: Sums | ResidentSums) -> None:
     """It runs the graph at several sizes, and every slot it took is free and in its initial state afterwards."""
-    bench = Bench()
+    bench = Bench(graph)
     bench.graph.before = lambda x: np.copyto(x, 1)
     bench.runner.warm_up()
     assert len(bench.graph.runs) > 1
@@ -304,9 +317,9 @@ async def test_warm_up_leaves_nothing_behind() -> None:
     assert [bench.state(row) for row in rows] == [0] * len(rows)
 
 
-async def test_warm_up_says_what_the_engine_says() -> None:
+async def test_warm_up_says_what_the_engine_says(graph: Sums | ResidentSums) -> None:
     """A graph that does not run is found before it is served."""
-    bench = Bench()
+    bench = Bench(graph)
 
     def fail(x: Array) -> None:
         raise RuntimeError("no kernel")
@@ -316,9 +329,11 @@ async def test_warm_up_says_what_the_engine_says() -> None:
         bench.runner.warm_up()
 
 
-async def test_a_row_that_is_taken_out_between_its_slices_ends_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_row_that_is_taken_out_between_its_slices_ends_once(
+    graph: Sums | ResidentSums, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever took it out was told so then; its tick, whose rows are delivered after that, does not tell again."""
-    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=2))
+    bench = Bench(graph, Limits(queued_rows=20, tick_rows=16, tick_steps=2))
     long, other = bench.row(1, 2, 3, 4), bench.row(5)
     taken_out: list[Block] = []
     # The last thing that a tick does before its rows are told.
@@ -332,9 +347,9 @@ async def test_a_row_that_is_taken_out_between_its_slices_ends_once(monkeypatch:
     assert await bench.runner.stop(30)
 
 
-async def test_a_slice_without_room_for_its_states_fails_alone() -> None:
+async def test_a_slice_without_room_for_its_states_fails_alone(graph: Sums | ResidentSums) -> None:
     """The others of its tick are applied, states and all; nothing of its own has moved, and no slot is lost."""
-    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=4), slots=2)
+    bench = Bench(graph, Limits(queued_rows=20, tick_rows=16, tick_steps=4), slots=2)
     long, short = bench.row(1, 2, 3, 4), bench.row(5, 6)
     bench.runner.submit([long, short])
     bench.runner.start()
@@ -347,9 +362,9 @@ async def test_a_slice_without_room_for_its_states_fails_alone() -> None:
     assert await bench.runner.stop(30)
 
 
-async def test_outputs_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_outputs_that_cannot_be_joined(graph: Sums | ResidentSums, monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory for all of a long chunk's outputs is an engine failure: nothing has moved, and no slot is lost."""
-    bench = Bench(Limits(queued_rows=20, tick_rows=16, tick_steps=2))
+    bench = Bench(graph, Limits(queued_rows=20, tick_rows=16, tick_steps=2))
 
     def fail(runner: Runner, tick: Tick, outputs: object) -> None:
         if any(block.parts for block in tick.blocks):
@@ -364,9 +379,9 @@ async def test_outputs_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) ->
     assert await bench.runner.stop(30)
 
 
-async def test_stop_does_not_go_on_with_slices() -> None:
+async def test_stop_does_not_go_on_with_slices(graph: Sums | ResidentSums) -> None:
     """Only the slice that runs is finished; what is left then, and what waits, is told, and no slot is lost."""
-    bench = Bench(Limits(queued_rows=2000, tick_rows=1, tick_steps=2))
+    bench = Bench(graph, Limits(queued_rows=2000, tick_rows=1, tick_steps=2))
     inside, go_on = threading.Event(), threading.Event()
 
     def hold(x: Array) -> None:
@@ -383,7 +398,9 @@ async def test_stop_does_not_go_on_with_slices() -> None:
     assert bench.runner.pool.taken == 4
     runs = len(bench.graph.runs)
     stop = asyncio.create_task(bench.runner.stop(30))
-    await bench.all_ended(1)
+    if bench.runner.pool.in_flight == 1:
+        # Elsewhere both of them are under way, and the third row waits for one of those.
+        await bench.all_ended(1)
     go_on.set()
     assert await stop
     await bench.all_ended(3)
@@ -514,3 +531,63 @@ async def test_a_runner_that_stops_does_not_take_its_successor_along(bench: Benc
     assert bench.counted("conveyor_queued_rows") == 0
     await later.stop(30)
     assert bench.counted("conveyor_queued_rows") is None
+
+
+@pytest.mark.parametrize("says", ["Failed to allocate memory for requested buffer of size 64", "CUDA out of memory"])
+async def test_no_memory_for_so_many_rows(bench: Bench, says: str) -> None:
+    """The newest sessions of the tick are refused, the others are applied, and the runner lives."""
+
+    def fail(x: Array) -> None:
+        if x.shape[1] > 2:
+            raise RuntimeError(f"[ONNXRuntimeError] : 1 : FAIL : {says}")
+
+    # Slots that were given back are used again: the newest has not the highest.
+    first = bench.row(1)
+    rows = [bench.row(n) for n in range(2, 6)]
+    bench.runner.pool.free(first.rows[0].track.slot)
+    newest = bench.row(6)
+    assert newest.rows[0].track.slot == first.rows[0].track.slot
+    bench.graph.before = fail
+    await bench.run(newest, *rows)
+    assert [type(row.error) for row in (*rows, newest)] == [type(None)] * 2 + [Full] * 3
+    assert "memory" in str(newest.error)
+    assert [outputs(row) for row in rows[:2]] == [[2], [3]]
+    assert [bench.state(row) for row in (*rows, newest)] == [2, 3, 0, 0, 0]
+    assert [row.rows[0].track.position for row in (*rows, newest)] == [1, 1, 0, 0, 0]
+    again = bench.row(7, track=newest.rows[0].track)
+    await bench.run(again)
+    assert outputs(again) == [7]
+
+
+async def test_no_memory_for_a_single_row(bench: Bench) -> None:
+    """It is refused, and told so; nothing has moved."""
+
+    def fail(x: Array) -> None:
+        raise RuntimeError("out of memory")
+
+    bench.graph.before = fail
+    row = bench.row(1)
+    await bench.run(row)
+    assert isinstance(row.error, Full)
+    assert (bench.state(row), bench.runner.pool.taken) == (0, 1)
+
+
+async def test_no_memory_for_a_part_of_a_block(bench: Bench) -> None:
+    """Of rows that came together those of the newest sessions are refused in a block of their own."""
+
+    def fail(x: Array) -> None:
+        if x.shape[1] > 2:
+            raise RuntimeError("out of memory")
+
+    tracks = [Track(bench.runner.pool.allocate()) for _ in range(4)]
+    # The newest stand first.
+    block = Block([Row(track, 0) for track in reversed(tracks)], 1, [np.arange(4.0).reshape(4, 1)], bench._end)
+    bench.graph.before = fail
+    bench.runner.submit([block])
+    await bench.all_ended(2)
+    assert [row.track for row in block.rows] == [tracks[1], tracks[0]]
+    assert block.outputs is not None
+    assert block.outputs[0].tolist() == [[2], [3]]
+    (refused,) = [other for other in bench.ended if other is not block]
+    assert [row.track for row in refused.rows] == [tracks[3], tracks[2]]
+    assert isinstance(refused.error, Full)
