@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from export.describe import Precision
     from export.model_file import Progress
     from models.weights import Array
-    from service.placement import Device
 
 __all__ = ["ExportError", "VerificationFailed", "export_model"]
 
@@ -31,7 +30,7 @@ def export_model(
     overwrite: bool = False,
     lowering: Literal["auto", "operator", "scan"] = "auto",
     precision: Precision | Sequence[Precision] = "float32",
-    devices: Sequence[Device] = ("cpu", "cuda"),
+    devices: Sequence[Literal["cpu", "cuda"]] = ("cpu", "cuda"),
     data: Mapping[str, Array] | None = None,
     max_error: float | None = None,
     progress: Progress = lambda _: None,

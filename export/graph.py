@@ -63,11 +63,16 @@ class TimeMajorModel(nn.Module):
         """The graph, from its inputs to its outputs."""
         y = x if self.spec.vocabulary_size is None else self.get_buffer("embedding")[x]
         after = []
+        valid = None
+        if "scan" in self.lowerings:
+            # Once for all layers, from the graph's own input.
+            steps = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+            valid = steps.reshape(-1, 1, 1) < lengths.unsqueeze(1)
         for index, before in enumerate(self._by_layer(states)):
             here = f"layers.{index}."
             weights = [self.get_buffer(name) for name in self.names if name.startswith(here)]
             layer = layer_to_json(self.spec.layers[index])
-            y, *final = recurrence(y, lengths, before, weights, here, layer, self.lowerings[index])
+            y, *final = recurrence(y, lengths, valid, before, weights, here, layer, self.lowerings[index])
             after.append(final)
         if self.spec.head_on == "last":
             last = (lengths.long() - 1).clamp(min=0)

@@ -30,13 +30,21 @@ def layer_to_json(layer: Layer) -> str:
 
 @torch.library.custom_op("conveyor::recurrence", mutates_args=())
 def recurrence(
-    x: Tensor, lengths: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], name: str, layer: str, lowering: str
+    x: Tensor,
+    lengths: Tensor,
+    valid: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    name: str,
+    layer: str,
+    lowering: str,
 ) -> list[Tensor]:
     """All directions of one layer over time.
 
     Args:
         x: ``[T, N, I]``.
-        lengths: int32 ``[N]``.
+        lengths: int32 ``[N]``, which an operator takes.
+        valid: bool ``[T, N, 1]``, which rows have which steps, which a Scan takes.
         state: h, or h and c, each ``[D, N, H]``.
         weights: what ``export.stored`` lays out for this layer, in its order.
         name: what the names of the weights start with, ``layers.0.``.
@@ -51,7 +59,14 @@ def recurrence(
 
 @recurrence.register_fake
 def _(
-    x: Tensor, lengths: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], name: str, layer: str, lowering: str
+    x: Tensor,
+    lengths: Tensor,
+    valid: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    name: str,
+    layer: str,
+    lowering: str,
 ) -> list[Tensor]:
     D, N, H = state[0].shape
     return [x.new_empty(x.shape[0], N, D * H), *(torch.empty_like(part) for part in state)]
@@ -60,6 +75,7 @@ def _(
 def translate(
     x: ir.Value,
     lengths: ir.Value,
+    valid: ir.Value | None,
     state: Sequence[ir.Value],
     weights: Sequence[ir.Value],
     name: str,
@@ -68,8 +84,12 @@ def translate(
 ) -> list[ir.Value]:
     """Write the recurrence to the graph that the exporter is building."""
     op = Ops()
-    write = write_operator if lowering == "operator" else write_scan
-    outputs = write(op, name, Layer(**json.loads(layer)), weights, x, lengths, tuple(state))
+    what, before = Layer(**json.loads(layer)), tuple(state)
+    if lowering == "operator":
+        outputs = write_operator(op, name, what, weights, x, lengths, before)
+    else:
+        assert valid is not None
+        outputs = write_scan(op, name, what, weights, x, valid, before)
     # The nodes go straight to the exporter's recorder, because onnxscript's own call of Scan has one output only.
     recorder: Any = evaluator.default()
     recorder.nodes.extend(op.tape.nodes)
@@ -109,7 +129,7 @@ def write_operator(
 
 
 def write_scan(
-    op: Ops, name: str, layer: Layer, weights: Sequence[ir.Value], x: ir.Value, lengths: ir.Value, state: State
+    op: Ops, name: str, layer: Layer, weights: Sequence[ir.Value], x: ir.Value, valid: ir.Value, state: State
 ) -> list[ir.Value]:
     """A Scan for each direction."""
     names = list(scan_parts(replace(layer, bidirectional=False)))
@@ -119,7 +139,7 @@ def write_scan(
         here = dict(zip(names, weights[direction * len(names) : (direction + 1) * len(names)], strict=True))
         before = tuple(op("Squeeze", part[direction], op.integers(0)) for part in parts)
         prefix = name + PREFIXES[direction]
-        y, after = scan_direction(op, prefix, layer, here, x, lengths, before, backward=direction == 1)
+        y, after = scan_direction(op, prefix, layer, here, x, valid, before, backward=direction == 1)
         outputs.append(y)
         final.append([op("Unsqueeze", part, op.integers(0)) for part in after])
     return [op.concat(outputs, axis=2), *(op.concat(parts, axis=0) for parts in zip(*final, strict=True))]

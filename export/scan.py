@@ -100,7 +100,7 @@ STEPS: dict[str, Step] = {"rnn": rnn, "lstm": lstm, "lstm_peephole": lstm, "lstm
 
 
 def scan_direction(
-    op: Ops, name: str, layer: Layer, weights: Weights, x: ir.Value, lengths: ir.Value, state: State, backward: bool
+    op: Ops, name: str, layer: Layer, weights: Weights, x: ir.Value, valid: ir.Value, state: State, backward: bool
 ) -> tuple[ir.Value, State]:
     """Write one direction of a layer as a Scan.
 
@@ -110,7 +110,7 @@ def scan_direction(
         layer: the layer.
         weights: this direction's, as ``export.stored`` names them.
         x: ``[T, N, I]``.
-        lengths: int32 ``[N]``; past it a row keeps its state and gives 0.
+        valid: bool ``[T, N, 1]``, which rows have which steps; without one a row keeps its state and gives 0.
         state: ``[N, H]`` each.
         backward: run from the last step to the first.
 
@@ -120,7 +120,6 @@ def scan_direction(
     dtype = next(iter(weights.values())).dtype
     assert dtype is not None
     a = [input_product(op, weights, x, name) for name in weights if name.startswith("W_x")]
-    valid = valid_steps(op, x, lengths)
     one, zero = (op("Constant", value=ir.tensor(np.full((), number, dtype.numpy()))) for number in (1, 0))
 
     body = Ops()
@@ -153,11 +152,3 @@ def input_product(op: Ops, weights: Weights, x: ir.Value, kernel: str) -> ir.Val
     a = op("MatMul", x, weights[kernel])
     bias = weights.get(kernel.replace("W_x", "b").removesuffix("_transposed"))
     return a if bias is None else op("Add", a, bias)
-
-
-def valid_steps(op: Ops, x: ir.Value, lengths: ir.Value) -> ir.Value:
-    """Which rows have which steps: bool ``[T, N, 1]``."""
-    T = op("Squeeze", op("Shape", x, start=0, end=1))
-    steps = op("Range", op("Constant", value_int=0), T, op("Constant", value_int=1))
-    steps = op("Unsqueeze", op("Cast", steps, to=ir.DataType.INT32), op.integers(1, 2))
-    return op("Less", steps, op("Unsqueeze", lengths, op.integers(1)))

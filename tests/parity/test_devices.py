@@ -17,11 +17,12 @@ import pytest
 from export import ExportError, VerificationFailed, export_model
 from export.describe import read_manifest
 from export.inspect.anatomy import dissect
-from export.model_file import make_model_files, verify_file
+from export.model_file import make_model_file, make_model_files, verify_file
 from models.fused import SequenceModel
 from models.spec import Layer, ModelSpec
 from service.manifest import Manifest
 from service.onnx_file import OnnxFile
+from service.unrolled import unroll
 from tests.unit.models.drawn import LAYERS, draw_weights
 
 ONE_FORM = {"lstm", "lstm_coupled", "gru, reset after", "rnn, relu"}
@@ -44,13 +45,14 @@ def model(*layers: Layer) -> SequenceModel:
     return SequenceModel.from_weights(spec, draw_weights(spec.weight_shapes, dtype=np.float32))
 
 
-def run(path: Path, manifest: Manifest) -> list[Any]:
-    """Outputs and final states of 3 rows of 1 to 9 steps, from random states."""
+def run(model: Path | bytes, manifest: Manifest, steps: int = 9) -> list[Any]:
+    """Outputs and final states of 3 rows of up to so many steps, from random states."""
     random, dtype = np.random.default_rng(0), manifest.states[0].dtype
-    feeds = {"x": random.standard_normal((9, 3, 3)).astype(dtype), "lengths": np.array([9, 1, 4], np.int32)}
+    lengths = np.array([steps, 1, (steps + 1) // 2], np.int32)
+    feeds = {"x": random.standard_normal((steps, 3, 3)).astype(dtype), "lengths": lengths}
     for state in manifest.states:
         feeds[state.input] = random.uniform(-1, 1, [size or 3 for size in state.shape]).astype(dtype)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     results: list[Any] = session.run(["y", *(state.output for state in manifest.states)], feeds)
     return results
 
@@ -139,3 +141,28 @@ def test_a_file_for_cuda_beside_another_model(tmp_path: Path) -> None:
     path.with_name("model.cuda.onnx").write_bytes(left)
     with pytest.raises(VerificationFailed, match=r"model.onnx, beside it, is not the same model: weights_digest is"):
         verify_file(path.with_name("model.cuda.onnx"))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_same_without_loops(steps: int) -> None:
+    """Written out for a CUDA graph, cells that are loops compute the same, ragged too, and nothing asks for sizes."""
+    cells = (
+        "coupled with peepholes, learned",
+        "lstm_peephole",
+        "gru, both ways",
+        "gru, reset after, relu",
+        "rnn, relu",
+    )
+    layers = [MODELS[cell][0] for cell in cells]
+    sizes = [3, *(layer.output_size for layer in layers)]
+    layers = [replace(layer, input_size=size) for layer, size in zip(layers, sizes, strict=False)]
+    made = make_model_file(model(*layers), device="cuda")
+    assert {layer.lowering for layer in made.manifest.layers} == {"scan"}
+
+    graph = onnx.load_from_string(made.content)
+    unroll(graph, made.manifest, steps)
+    operators = {node.op_type for node in graph.graph.node}
+    assert not operators & {"Scan", "Shape", "Size", "NonZero"}
+    got, expected = (run(content, made.manifest, steps) for content in (graph.SerializeToString(), made.content))
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -37,10 +37,10 @@ def scan(layer: Layer, dtype: ir.DataType = ir.DataType.FLOAT) -> tuple[list[ir.
     """The nodes of a layer's Scan and those round it, and the Scan."""
     arrays = to_stored(layer, draw_weights(layer.weight_shapes), "scan")
     weights = [ir.val(name, dtype, array.shape) for name, array in arrays.items()]
-    x, lengths = ir.val("x", dtype, ("T", "N", 3)), ir.val("lengths", ir.DataType.INT32, ("N",))
+    x, valid = ir.val("x", dtype, ("T", "N", 3)), ir.val("valid", ir.DataType.BOOL, ("T", "N", 1))
     state = tuple(ir.val(name, dtype, (1, "N", 4)) for name in ("h0", "c0")[: 1 + layer.has_cell_state])
     op = Ops()
-    write_scan(op, "layers.0.", layer, weights, x, lengths, state)
+    write_scan(op, "layers.0.", layer, weights, x, valid, state)
     nodes = list(op.tape.nodes)
     return nodes, next(node for node in nodes if node.op_type == "Scan")
 
@@ -72,11 +72,11 @@ def test_a_step_is_few_nodes_that_run_on_the_device(name: str, layer: Layer) -> 
 
 @pytest.mark.parametrize("layer", [LAYERS["gru, reset before"], LAYERS["lstm_peephole"]], ids=["gru", "lstm_peephole"])
 def test_what_does_not_depend_on_the_state_is_outside(layer: Layer) -> None:
-    """Input products, biases and lengths are dealt with for all steps at once."""
+    """Input products and biases, and zeros past the lengths, are dealt with for all steps at once."""
     nodes, _ = scan(layer)
     kinds = Counter(node.op_type for node in nodes)
     assert kinds["MatMul"] == kinds["Add"] == (2 if layer.cell == "gru" else 1)
-    assert kinds["Less"] == kinds["Where"] == 1
+    assert kinds["Where"] == 1
 
 
 def test_constants_have_the_dtype_of_the_weights() -> None:
