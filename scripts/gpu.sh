@@ -4,6 +4,8 @@
 #
 # onnxruntime and onnxruntime-gpu hold the same package. With both, whichever was installed last runs: so the one goes first, and the
 # other is installed anew. The tests that need no GPU pass with either.
+#
+#   sh scripts/gpu.sh [DEVICE...]   files of which one is there where a device is; /dev/dxg is that of WSL [/dev/nvidia0 /dev/dxg]
 set -eu
 cd "$(dirname "$0")/.."
 log=.venv/pip-gpu.log
@@ -12,9 +14,13 @@ has() {
     .venv/bin/python -c 'import sys; from importlib.metadata import distribution; distribution(sys.argv[1])' "$1" 2>/dev/null
 }
 
-# /dev/dxg is the device under WSL.
-if [ ! -e /dev/nvidia0 ] && [ ! -e /dev/dxg ]; then
-    echo "No NVIDIA device on this machine: .venv stays as it is."
+[ "$#" -gt 0 ] || set -- /dev/nvidia0 /dev/dxg
+there=""
+for device; do
+    [ ! -e "$device" ] || there="$device"
+done
+if [ -z "$there" ]; then
+    echo "No NVIDIA device on this machine ($*): .venv stays as it is."
     exit 0
 fi
 if has onnxruntime-gpu && has cupy-cuda13x && ! has onnxruntime; then

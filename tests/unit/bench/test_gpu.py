@@ -7,14 +7,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from bench import gpu_report as report
 from bench.gpu_cases import LOWERED, SERVED, TICKS, Case, Stack
+from bench.gpu_engine import Engine
 from bench.gpu_floor import Rates, floor_s, link_s, moved_bytes, operations, state_bytes, weight_bytes
 from bench.gpu_results import TARGETS, Measured, Results
 from bench.gpu_timing import Ticks, measure
+from tests.graphs import INPUT
 
 ROOT = Path(__file__).resolve().parents[3]
 RATES = Rates(memory_bytes_per_s=1e9, operations_per_s=1e12, up_bytes_per_s=1e8, down_bytes_per_s=2e8)
@@ -185,3 +189,15 @@ def test_without_a_gpu_it_says_what_is_missing_and_writes_nothing(tmp_path: Path
     assert done.returncode == 2
     assert "--write is for what ran on a GPU" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["with copies", "on the device"])
+@pytest.mark.parametrize("stand_in", [True, False], ids=["as on a device", "on the host"])
+def test_the_engine_s_ticks_step(lstm_repository: Path, stand_in: bool, copies: bool) -> None:
+    """Ticks of the engine run, as often as they are launched, and again for another shape."""
+    engine = Engine(lstm_repository / "lstm" / "1" / "model.onnx", "cpu", 1, stand_in)
+    stack = cast(Stack, SimpleNamespace(input_size=INPUT))
+    for rows, steps in ((3, 1), (5, 4)):
+        figures = measure(engine.ticks(Case(stack, rows, steps), copies), rows * steps, 0.02)
+        assert figures["steps_per_s"] > 0
+        assert 0 < figures["p50_ms"] <= figures["p99_ms"]
