@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from service.errors import LoadError
 from service.manifest import Manifest, StateSpec
+from service.onnx_file import tensors_of
 
 BEFORE = "conveyor.before"
 """Input [N], int32: the place that each row's states are read from."""
 AFTER = "conveyor.after"
 """Input [N, 1], int32: the place that they are written to."""
 _LEAST_OPSET = 11
+_SMALL_BYTES = 1 << 10
 
 
 def pool_input(index: int) -> str:
@@ -89,12 +92,30 @@ def make_resident(model: Any, manifest: Manifest) -> None:
     graph.node.extend(nodes)
 
 
-def content(model: Any) -> bytes:
-    """Return the file of an onnx ModelProto.
+def content(model: Any, folder: Path) -> bytes:
+    """Return the file of an onnx ModelProto, with what is small of the data that lies outside.
+
+    Sizes and axes have to be known when the graph is read, and are not looked for outside of it then.
+
+    Args:
+        model: it; it is changed.
+        folder: of the files that hold its data.
 
     Raises:
-        LoadError: if it is too large for one.
+        LoadError: if it is too large for one, or its data cannot be read.
     """
+    from onnx import TensorProto
+    from onnx.external_data_helper import load_external_data_for_tensor
+
+    try:
+        for tensor in tensors_of(model):
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            if entries and int(entries.get("length", _SMALL_BYTES)) < _SMALL_BYTES:
+                load_external_data_for_tensor(tensor, str(folder))
+                tensor.data_location = TensorProto.DEFAULT
+                del tensor.external_data[:]
+    except Exception as error:  # onnx raises whatever it meets
+        raise LoadError(f"the data of the graph cannot be read: {error}") from error
     try:
         held: bytes = model.SerializeToString()
     except Exception as error:  # protobuf's own, which has no public name in every version

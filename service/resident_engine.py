@@ -81,7 +81,7 @@ class ResidentEngine:
         name_nodes(file.model)
         self._device = device
         session = start(
-            content(file.model),
+            content(file.model, path.parent),
             "cuda" if device.kind == "cuda" else "cpu",
             threads,
             cuda or CudaOptions(),
