@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -163,7 +164,8 @@ def test_a_shape_that_failed_leaves_the_target_open() -> None:
 def test_pages_and_pictures_show_what_was_measured(tmp_path: Path) -> None:
     """Each stack and case is on the page, with a picture for each cell; a run without a GPU claims no target."""
     results = whole()
-    assert [path.name for path in report.draw(results, tmp_path)] == ["lstm.svg", "gru.svg"]
+    few = replace(results, ticks=[one for one in results.ticks if one.case.stack.hidden_size == 256])
+    assert [path.name for path in report.draw(few, tmp_path)] == ["lstm.svg", "gru.svg"]
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
     page = report.page(results, ["lstm.svg"])
     assert "![lstm](lstm.svg)" in page
