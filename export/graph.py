@@ -23,7 +23,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from export.recurrence import TRANSLATIONS, layer_to_json, recurrence
+from export.recurrence import OPERATORS, TRANSLATIONS, layer_to_json, recurrence
 from export.signature import state_tensors
 from export.stored import Lowering, stored_weights
 from models.spec import ModelSpec
@@ -150,6 +150,10 @@ def build_graph(
     )
     optimizer.remove_unused_nodes(program.model)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces of this machine
+    for node in program.model.graph:
+        if node.op_type in OPERATORS.values() and node.inputs[1] is not None:
+            # By the layer, as its weights: torch names it after its own trace.
+            node.name = f"{node.inputs[1].name}".removesuffix("W") + node.op_type
     proto: onnx.ModelProto = program.model_proto
     proto.producer_name, proto.producer_version = "conveyor", ""
     return proto

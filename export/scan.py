@@ -130,6 +130,8 @@ def scan_direction(
     kept = [body("Where", valid_t, new, old) for new, old in zip(after, before, strict=True)]
 
     step = ir.Graph([*before, *a_t, valid_t], [*kept, after[0]], nodes=body.tape.nodes, name=f"{name}step")
+    for number, node in enumerate(step):
+        node.name = f"{name}step.{number}"
     for value in [*step.inputs, *(value for node in step for value in node.outputs)]:
         value.name = f"{name}{value.name}"
 
@@ -144,6 +146,9 @@ def scan_direction(
         scan_input_directions=[int(backward)] * len(scanned),
         scan_output_directions=[int(backward)],
     )
+    loop = outputs.producer()
+    assert loop is not None
+    loop.name = f"{name}Scan"
     return op("Where", valid, outputs, zero), tuple(final)
 
 

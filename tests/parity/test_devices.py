@@ -84,29 +84,45 @@ def test_a_file_for_cuda(name: str, layers: tuple[Layer, ...], tmp_path: Path) -
 
 
 def test_layers_that_cudnn_has_stay_operators() -> None:
-    """Of a stack only those it lacks are loops, and the user is told which, and why."""
+    """Of a stack only those it lacks are loops; the user is told which, and why, and nodes are named by the layer."""
     _, others = make_model_files(model(*MODELS["one of each"]))
     made = others["cuda"]
+    recurrences = [node for node in onnx.load_from_string(made.content).graph.node if node.name.startswith("layers.")]
+    assert [node.name for node in recurrences] == ["layers.0.RNN", "layers.1.LSTM", "layers.2.Scan", "layers.3.GRU"]
     assert [layer.lowering for layer in made.manifest.layers] == ["operator", "operator", "scan", "operator"]
     assert made.notes == (
         "layer 3 (gru) is lowered to Scan for CUDA: linear_before_reset=0: cuDNN resets after the recurrent product",
     )
 
 
-def test_float16() -> None:
+@pytest.mark.parametrize("name", ["coupled with peepholes, learned", "gru, both ways", "lstm, relu", "rnn"])
+def test_float16(name: str) -> None:
     """The file for CUDA has the first precision, in all that goes in and comes out, and stays within its bound."""
-    first, others = make_model_files(model(PEEPHOLES), precisions=("float16", "float32"))
-    assert others.keys() == {"float32", "cuda"}
+    first, others = make_model_files(model(*MODELS[name]), precisions=("float16",))
+    assert others.keys() == {"cuda"}
     manifest = others["cuda"].manifest
     assert (manifest.precision, manifest.states) == ("float16", first.manifest.states)
     assert manifest.parity is not None
     assert {row.bound for row in manifest.parity.rows[1:]} == {5e-3}
     assert 2e-6 < manifest.parity.max_error <= 5e-3
-    body = next(node for node in onnx.load_from_string(others["cuda"].content).graph.node if node.op_type == "Scan")
-    assert {value.type.tensor_type.elem_type for value in body.attribute[0].g.input} == {
-        onnx.TensorProto.FLOAT16,
-        onnx.TensorProto.BOOL,
-    }
+    half, found = np.dtype(np.float16), onnx.load_from_string(others["cuda"].content)
+    floats = {dtype for dtype in dtypes(found.graph) if np.issubdtype(dtype, np.floating)}
+    assert floats == {half}
+
+
+def dtypes(graph: onnx.GraphProto) -> set[np.dtype[Any]]:
+    """Those of inputs, outputs and initializers, and of the same in the bodies of loops."""
+    values = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
+    kinds = {*values, *(tensor.data_type for tensor in graph.initializer)} - {onnx.TensorProto.UNDEFINED}
+    bodies = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return {np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)) for kind in kinds}.union(*map(dtypes, bodies))
+
+
+def test_other_precisions_have_no_file_for_cuda() -> None:
+    """The one that there is has the first; int8 beside it is for the CPU."""
+    first, others = make_model_files(model(LAYERS["lstm_peephole"]), precisions=("float32", "int8"))
+    assert {what: made.manifest.precision for what, made in others.items()} == {"int8": "int8", "cuda": "float32"}
+    assert others["cuda"].manifest.weights_digest == first.manifest.weights_digest
 
 
 @pytest.mark.parametrize(
