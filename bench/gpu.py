@@ -33,6 +33,7 @@ from bench.gpu_timing import Ticks, measure
 from bench.processes import Failed
 from bench.progress import Progress
 from bench.results import describe_host
+from service.errors import LoadError
 
 _DESCRIPTION = """\
 Measure the engine on CUDA beside torch's LSTM and GRU (cuDNN), beside the least that the device could take, and
@@ -160,36 +161,32 @@ class Bench:
         }
 
     def _measure_ticks(self, cases: list[Case], say: Callable[[str], None]) -> list[Measured]:
-        from bench.gpu_engine import Engine
         from bench.gpu_peer import peer_ticks
 
-        engine = Engine(model_file(cases[0].stack, self.folder), self.device, self.cores, self.device == "cpu")
+        engine_ticks = self._load(model_file(cases[0].stack, self.folder), self.device, self.device == "cpu")
         found = [Measured(case) for case in cases]
         for number in range(1, self.runs + 1):
             for one in found:
                 say(f"{one.case.title}, run {number} of {self.runs}")
                 for copies, suffix in ((False, "_device"), (True, "")):
-                    self._one(one, f"engine{suffix}", partial(engine.ticks, one.case, copies))
+                    self._one(one, f"engine{suffix}", partial(engine_ticks, one.case, copies))
                     self._one(one, f"torch{suffix}", partial(peer_ticks, one.case, self.device, copies))
         return found
 
     def _measure_lowered(self, case: Case, say: Callable[[str], None]) -> Measured:
-        from bench.gpu_engine import Engine
-
         found = Measured(case)
         path = model_file(case.stack, self.folder)
         engines = {
-            "engine": Engine(path, self.device, self.cores, self.device == "cpu"),
-            "engine_cpu": Engine(path, "cpu", self.cores),
+            "engine": self._load(path, self.device, self.device == "cpu"),
+            "engine_cpu": self._load(path, "cpu"),
         }
         for number in range(1, self.runs + 1):
-            for subject, engine in engines.items():
+            for subject, engine_ticks in engines.items():
                 say(f"{case.title}: {subject}, run {number} of {self.runs}")
-                self._one(found, subject, partial(engine.ticks, case, copies=True))
+                self._one(found, subject, partial(engine_ticks, case, True))
         return found
 
     def _measure_served(self, case: Case, say: Callable[[str], None]) -> Measured:
-        from bench.gpu_engine import Engine
         from bench.gpu_service import measure_service, serving
 
         found = Measured(case)
@@ -204,11 +201,25 @@ class Bench:
         found.runs["service"] = [figures]
         rows, steps = max(1, round(figures["rows_per_tick"])), max(1, round(figures["steps_per_row"]))
         # On the CPU the server has no device either.
-        engine = Engine(model_file(case.stack, self.folder), self.device, self.cores)
+        engine_ticks = self._load(model_file(case.stack, self.folder), self.device)
         alone = replace(case, rows=rows, steps=steps)
         say(f"{alone.title}: the engine alone")
-        self._one(found, "engine", partial(engine.ticks, alone, copies=True), rows * steps)
+        self._one(found, "engine", partial(engine_ticks, alone, True), rows * steps)
         return found
+
+    def _load(self, path: Path, device: Device, stand_in: bool = False) -> Callable[[Case, bool], Ticks]:
+        """Load an engine and return its ticks; where it does not load, asking for them says why."""
+        from bench.gpu_engine import Engine
+
+        try:
+            return Engine(path, device, self.cores, stand_in).ticks
+        except LoadError as error:
+            why = str(error)
+
+        def refuse(case: Case, copies: bool) -> Ticks:
+            raise LoadError(why)
+
+        return refuse
 
     def _one(self, found: Measured, subject: str, make_ticks: Callable[[], Ticks], steps: int = 0) -> None:
         """One run of a subject. One that fails, for want of memory say, is told and leaves the others."""
