@@ -28,6 +28,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from service.admission import Limits
 from service.device import Mark, out_of_memory
 from service.errors import ConveyorError, Draining, EngineFailed, Full
 from service.graph import Graph, StatePool
@@ -36,7 +37,7 @@ from service.pace import Pace
 from service.packing import pack, unpack
 from service.placement import Choice
 from service.row import Block, Phase, Row, Track
-from service.scheduler import Limits, Scheduler, Sealed, Tick
+from service.scheduler import Scheduler, Sealed, Tick
 from service.statistics import Statistics
 from service.workspace import Results, Workspace
 

@@ -1,4 +1,4 @@
-"""Which blocks of rows run together, for how many steps, and what becomes of each: admission, queue, ticks, their ends.
+"""Which blocks of rows run together, for how many steps, and what becomes of each: the queue, ticks, their ends.
 
 Owns the queue of one model version. Pure: no I/O, no threads, no arrays looked into, and the time is handed in; whoever
 shares a scheduler between threads holds one lock around each call. Must not know grpc, onnxruntime, or what a session
@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.errors import Cancelled, ConveyorError, Full, InvalidRequest, Late, PositionConflict
+from service.admission import Admission, Limits
+from service.errors import Cancelled, ConveyorError, Late, PositionConflict
 from service.fair import Fair
 from service.pace import Pace
 from service.row import PRIORITIES, Block, Kind, Phase, Row
@@ -27,47 +28,12 @@ from service.shape import choose, choose_whole
 
 _PATIENCE = 7
 """How many ticks in a row a priority lets higher ones lead."""
-_CAUTION = 1.25
-"""How much longer than expected the work ahead may take, at least, without making late what was accepted."""
-_LESSON, _TRUST, _MOST_CAUTION = 1.05, 0.99, 2.5
-"""By what caution grows with each tick in which something is late all the same, and shrinks with each in which all that
-ends is in time; and its bound."""
 _PATIENCE_OF_MANY = 8
 """How many times as long as usual a slice of chunks may be where more of them wait than run at a time."""
 _LIVELY_S = 1.0
 """How long after the last chunk ticks stay short."""
 _STALE = 64
 """How many blocks that were given up may stand in a queue beyond those that wait."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds the queue and a tick.
-
-    Attributes:
-        queued_rows: most rows that wait.
-        tick_rows: most rows in one tick.
-        tick_steps: most steps in one tick, padding counted, unless one row alone has more.
-        ragged: whether rows of one tick may differ in length.
-        sliced: whether a row may run in slices. Not where a layer reads backward: it needs the whole row at once.
-        queued_bytes: most bytes that the inputs of waiting rows hold.
-        queued_s: most seconds of work that may wait in front of a row.
-        short_tick_s: how long a tick may take while chunks come.
-        long_tick_s: how long it may take otherwise.
-        delay_s: how long rows may wait for others to fill their tick. By default they do not: a tick takes what has
-            come while the engine was busy.
-    """
-
-    queued_rows: int
-    tick_rows: int
-    tick_steps: int
-    ragged: bool = True
-    sliced: bool = True
-    queued_bytes: int = 1 << 30
-    queued_s: float = 60.0
-    short_tick_s: float = 0.004
-    long_tick_s: float = 0.05
-    delay_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -121,26 +87,14 @@ class Scheduler:
     def __init__(self, limits: Limits, pace: Pace | None = None) -> None:
         self.pace = pace or Pace()
         self._limits = limits
-        # As it was measured with nothing else going on; what is learned later goes up and down too much.
-        self._efficient_rows = limits.tick_rows if pace is None else pace.efficient_rows(limits.tick_rows)
+        efficient_rows = limits.tick_rows if pace is None else pace.efficient_rows(limits.tick_rows)
+        self._admission = Admission(limits, self.pace, efficient_rows)
         kinds = [(batch, priority) for batch in (False, True) for priority in PRIORITIES]
         self._queues: dict[Kind, Fair[Block]] = {kind: Fair() for kind in kinds}
-        # Of the rows that wait, the steps that they have left; of those that run, what they have left after that.
-        self._steps = dict.fromkeys(kinds, 0)
         # Blocks that were given up and still stand in the queue.
         self._stale = dict.fromkeys(kinds, 0)
         self._patience = dict.fromkeys(kinds, _PATIENCE)
         self._batch_led = True
-        self._blocks = 0
-        self._waiting = 0
-        self._waiting_steps = 0
-        self._bytes = 0
-        # The blocks that run, with the steps of their rows that do and those that are left then; the sum of the former.
-        self._running: dict[Block, tuple[int, int]] = {}
-        self._running_steps = 0
-        self._caution = _CAUTION
-        # Whether anything has been late since the last tick was sealed.
-        self._late = False
         self._lively_until = float("-inf")
         # When those came that have not been passed over by a tick, and till when they may wait for others.
         self._first_at = float("-inf")
@@ -151,7 +105,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """How many rows wait."""
-        return self._waiting
+        return self._admission.rows
 
     def submit(self, blocks: Sequence[Block], now: float = 0.0) -> None:
         """Queue blocks: all of them or, over a limit, none.
@@ -164,15 +118,15 @@ class Scheduler:
             InvalidRequest: if they would not fit into an empty queue.
             Full: if they do not fit now, or would not be done in time.
         """
-        self._admit(blocks, now)
-        if not self._waiting:
+        self._admission.check(blocks, now)
+        if not self.queued:
             self._first_at = now
         for block in blocks:
             block.queued_at = now
             if block.deadline is not None:
                 # It needs some of its time to run.
                 self._due = min(self._due, now + (block.deadline - now) / 2)
-            self._enter(block)
+            self._admission.enter(block)
             behind = 0
             for row in block.rows:
                 waiting = row.track.waiting
@@ -184,65 +138,6 @@ class Scheduler:
                 self._queues[block.kind].push(block.caller, block)
             if not block.batch:
                 self._lively_until = now + _LIVELY_S
-
-    def _admit(self, blocks: Sequence[Block], now: float) -> None:
-        limits = self._limits
-        rows = size = steps = 0
-        for block in blocks:
-            rows += len(block.rows)
-            size += block.size
-            steps += len(block.rows) * block.steps
-        if rows > limits.queued_rows or size > limits.queued_bytes:
-            raise InvalidRequest(
-                f"{rows} rows of {size} bytes never fit: a model's queue holds up to {limits.queued_rows} rows "
-                f"and {limits.queued_bytes} bytes; send fewer at a time"
-            )
-        queued = self._waiting
-        if queued and queued + rows > limits.queued_rows:
-            raise Full(
-                f"{queued} rows are waiting for this model and {rows} more would pass the limit of "
-                f"{limits.queued_rows}; try again later"
-            )
-        if queued and self._bytes + size > limits.queued_bytes:
-            raise Full(
-                f"{self._bytes} bytes of input are waiting for this model and {size} more would pass the limit of "
-                f"{limits.queued_bytes}; try again later"
-            )
-        first = min((block.deadline for block in blocks if block.deadline is not None), default=None)
-        # One step of one row after the other: mostly even that is quick enough, and there is nothing to think about.
-        busy = self._running_steps
-        longest = self._caution * (busy + self._waiting_steps + steps) * self.pace.slowest_s
-        if longest <= limits.queued_s and (first is None or now + longest <= first):
-            return
-        if not queued + busy:
-            return
-        most = self._efficient_rows
-        before = busy + self._ahead(blocks[0].kind)
-        under_way = queued + sum(len(block.rows) for block in self._running)
-        ahead = self.pace.work_s(under_way, before, most)
-        if ahead > limits.queued_s:
-            raise Full(
-                f"{ahead:.1f} s of work are waiting for this model, which is over the limit of {limits.queued_s:g} s; "
-                "try again later"
-            )
-        work = self.pace.work_s(under_way + rows, before + steps, most)
-        each = self.pace.step_at_best_s(min(under_way + rows, most), 1)
-        for block in blocks:
-            # It takes part in as many ticks as it has steps at worst, and in each the others that run beside it do too.
-            needed = max(work, block.steps * each)
-            if block.deadline is not None and now < block.deadline < now + self._caution * needed:
-                raise Full(
-                    f"it would be done in {needed:.3f} s and its deadline is in {block.deadline - now:.3f} s; "
-                    "try again later"
-                )
-
-    def _ahead(self, kind: Kind) -> int:
-        """Steps that run before a new block of a kind does."""
-        batch, priority = kind
-        ours = sum(self._steps[batch, other] for other in PRIORITIES if other <= priority)
-        theirs = sum(self._steps[not batch, other] for other in PRIORITIES)
-        # They take turns: what is ahead of chunks is at most as much of the batches again.
-        return ours + (theirs if batch else min(ours, theirs))
 
     def cancel(self, rows: Sequence[Row]) -> list[Block]:
         """Give rows up; those that run are not applied when their tick is sealed.
@@ -269,7 +164,7 @@ class Scheduler:
     def _drop(self, block: Block, error: ConveyorError) -> None:
         """Refuse a block that waits."""
         in_queue = not block.behind
-        self._leave(block)
+        self._admission.leave(block)
         self._end(block, error)
         if in_queue:
             self._let_go(block.kind)
@@ -279,7 +174,7 @@ class Scheduler:
         behind = block.behind
         part = self._part(block, rows)
         block.compact()
-        self._leave(part)
+        self._admission.leave(part)
         if behind and not block.behind:
             self._queues[block.kind].push(block.caller, block)
         self._end(part, error)
@@ -295,7 +190,7 @@ class Scheduler:
 
     def delay_s(self, now: float) -> float:
         """How long to wait before the next cut, so that others may come: 0 where the tick is full or time is up."""
-        if not self._limits.delay_s or self._waiting >= self._limits.tick_rows:
+        if not self._limits.delay_s or self.queued >= self._limits.tick_rows:
             return 0.0
         return max(0.0, min(self._first_at + self._limits.delay_s, self._due) - now)
 
@@ -330,7 +225,7 @@ class Scheduler:
         lengths: list[int] = []
         most, expected, seconds = self._size(lead, now)
         slice_steps = self._steps_of(expected, seconds)
-        soon = now + self.pace.step_at_best_s(min(self._waiting, most), 1)
+        soon = now + self.pace.step_at_best_s(min(self.queued, most), 1)
         taken = longest = 0
 
         def give(block: Block, room: int) -> tuple[int, int] | None:
@@ -355,7 +250,7 @@ class Scheduler:
                 if (limits.sliced or block.kind != lead) and rows * max(length, longest) > limits.tick_steps:
                     return None
                 # Chunks that take several ticks: more at a time would not be done sooner, and the first of them later.
-                if length > 1 and not block.batch and limits.sliced and rows > self._efficient_rows:
+                if length > 1 and not block.batch and limits.sliced and rows > self._admission.efficient_rows:
                     return None
             if width > room:
                 if blocks:
@@ -392,7 +287,8 @@ class Scheduler:
                     self._queues[block.kind].put_back(block.caller, block, len(block.rows) * lengths[index])
         tick = Tick([blocks[index] for index in chosen], [min(lengths[index], steps) for index in chosen])
         for block, length in zip(tick.blocks, tick.lengths, strict=True):
-            self._begin(block, length)
+            self._admission.begin(block, length)
+            block.phase = Phase.RUNNING
         return tick
 
     def _fit(self, block: Block, soon: float) -> bool:
@@ -404,7 +300,7 @@ class Scheduler:
         # The position first: a chunk that was applied already must not be told that the state has not moved.
         if conflicts := [row for row in block.rows if row.position != row.track.position]:
             part = block if len(conflicts) == len(block.rows) else self._part(block, conflicts)
-            self._leave(part)
+            self._admission.leave(part)
             # Not needed any more, and to split them would take long.
             part.inputs = part.parts = []
             self._refuse_out_of_place(part)
@@ -412,7 +308,8 @@ class Scheduler:
                 return False
         if block.deadline is not None and soon >= block.deadline:
             # What came too late says nothing of how long the work takes.
-            self._late |= block.deadline > block.queued_at
+            if block.deadline > block.queued_at:
+                self._admission.note_late()
             self._refused.append(self._take_out(block, block.rows, _late()))
         elif block.unwanted:
             self._refused.append(self._take_out(block, list(block.unwanted), _gone()))
@@ -435,16 +332,16 @@ class Scheduler:
         """Refuse rows of a block that has been taken from its queue; return their block."""
         if len(rows) < len(block.rows):
             return self._refuse_rows(block, rows, error)
-        self._leave(block)
+        self._admission.leave(block)
         self._end(block, error)
         return block
 
     def _part(self, block: Block, rows: Sequence[Row]) -> Block:
         """Move some rows of a block that waits into a block of their own, and count both."""
-        self._leave(block)
+        self._admission.leave(block)
         part = block.split(_places(block, rows))
-        self._enter(block)
-        self._enter(part)
+        self._admission.enter(block)
+        self._admission.enter(part)
         return part
 
     def _choose(self, blocks: Sequence[Block], lengths: Sequence[int]) -> tuple[int, list[int]]:
@@ -469,11 +366,11 @@ class Scheduler:
         seconds = limits.short_tick_s if lively else limits.long_tick_s
         most = self.pace.rows_within(seconds, limits.tick_rows) if lively else limits.tick_rows
         # As many as its blocks have on average; those at the front are not looked at before they are taken.
-        ready = len(self._queues[lead]) * self._waiting // max(1, self._blocks)
+        ready = len(self._queues[lead]) * self.queued // max(1, self._admission.blocks)
         rows = max(1, min(ready, most if lead[0] else limits.tick_rows))
-        if not lead[0] and len(self._queues[lead]) > self._efficient_rows:
+        if not lead[0] and len(self._queues[lead]) > self._admission.efficient_rows:
             # They are done one after the other in any case, and in longer slices all of them sooner.
-            rows, seconds = min(rows, self._efficient_rows), _PATIENCE_OF_MANY * seconds
+            rows, seconds = min(rows, self._admission.efficient_rows), _PATIENCE_OF_MANY * seconds
         return most, rows, seconds
 
     def _steps_of(self, rows: int, seconds: float) -> int:
@@ -491,7 +388,7 @@ class Scheduler:
         for index, block in enumerate(tick.blocks):
             if block.unwanted:
                 if len(block.unwanted) == len(block.rows):
-                    self._stop(block)
+                    self._admission.stop(block)
                     self._end(block, _gone())
                     continue
                 places = _places(block, block.unwanted)
@@ -500,24 +397,20 @@ class Scheduler:
                 self._end(part, _gone())
                 sealed.gone.append(part)
             if block.deadline is not None and now >= block.deadline:
-                self._stop(block)
-                self._late = True
+                self._admission.stop(block)
+                self._admission.note_late()
                 self._end(block, _late())
             elif block.left > tick.lengths[index]:
                 sealed.advanced.append(index)
             else:
-                self._stop(block)
+                self._admission.stop(block)
                 in_time |= block.deadline is not None
                 block.phase = Phase.APPLIED
                 for row in block.rows:
                     row.track.position = row.position + block.steps
                 self._next(block)
                 sealed.applied.append(index)
-        if self._late:
-            self._caution = min(_MOST_CAUTION, self._caution * _LESSON)
-        elif in_time:
-            self._caution = max(_CAUTION, self._caution * _TRUST)
-        self._late = False
+        self._admission.learn(in_time)
         return sealed
 
     def resume(self, tick: Tick, sealed: Sealed) -> list[Block]:
@@ -529,10 +422,10 @@ class Scheduler:
         # From the last to the first, so that they stand in front in their old order.
         for index in reversed(sealed.advanced):
             block = tick.blocks[index]
-            self._stop(block)
+            self._admission.stop(block)
             block.done += tick.lengths[index]
             block.phase = Phase.QUEUED
-            self._enter(block)
+            self._admission.enter(block)
             self._queues[block.kind].put_back(block.caller, block)
         return [tick.blocks[index] for index in sealed.advanced]
 
@@ -551,7 +444,7 @@ class Scheduler:
     def fail(self, blocks: Sequence[Block], error: ConveyorError) -> None:
         """End blocks of a tick whose run failed."""
         for block in blocks:
-            self._stop(block)
+            self._admission.stop(block)
             self._end(block, error)
 
     def clear(self, error: ConveyorError) -> list[Block]:
@@ -560,46 +453,11 @@ class Scheduler:
         while heads := [block for queue in self._queues.values() for block in queue.drain() if _waits(block)]:
             self._stale = dict.fromkeys(self._stale, 0)
             for block in heads:
-                self._leave(block)
+                self._admission.leave(block)
                 self._end(block, error)
             blocks += heads
         blocks.sort(key=lambda block: block.queued_at)
         return blocks
-
-    def _begin(self, block: Block, length: int) -> None:
-        """Count a block as one that runs, for so many steps; what it has left then waits for its turn as before."""
-        self._leave(block)
-        block.phase = Phase.RUNNING
-        running, rest = len(block.rows) * length, len(block.rows) * (block.left - length)
-        self._running[block] = running, rest
-        self._running_steps += running
-        self._waiting_steps += rest
-        self._steps[block.kind] += rest
-
-    def _stop(self, block: Block) -> None:
-        """Count a block as one that runs no more."""
-        running, rest = self._running.pop(block, (0, 0))
-        self._running_steps -= running
-        self._waiting_steps -= rest
-        self._steps[block.kind] -= rest
-
-    def _enter(self, block: Block) -> None:
-        rows = len(block.rows)
-        steps = rows * (block.steps - block.done)
-        self._blocks += 1
-        self._waiting += rows
-        self._waiting_steps += steps
-        self._steps[block.kind] += steps
-        self._bytes += block.size
-
-    def _leave(self, block: Block) -> None:
-        rows = len(block.rows)
-        steps = rows * (block.steps - block.done)
-        self._blocks -= 1
-        self._waiting -= rows
-        self._waiting_steps -= steps
-        self._steps[block.kind] -= steps
-        self._bytes -= block.size
 
     def _end(self, block: Block, error: ConveyorError) -> None:
         block.refuse(error)

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.admission import Limits
 from service.errors import Cancelled, Full, Late, PositionConflict
 from service.pace import Pace
 from service.row import Block, Phase, Row, Track
-from service.scheduler import Limits, Scheduler, Tick
+from service.scheduler import Scheduler, Tick
 
 NOW = 100.0
 
@@ -278,7 +279,7 @@ def test_of_a_batch_only_the_slice_that_runs_is_ahead_of_a_chunk() -> None:
             chunk = block([Track(1)], deadline=NOW + 1)
             queue.submit([chunk], NOW)
             queue.cancel(chunk.rows)
-            assert queue._running_steps + queue._waiting_steps == batch.rows[0].block.left
+            assert queue._admission._running_steps + queue._admission._waiting_steps == batch.rows[0].block.left
             with pytest.raises(Full):
                 other = block([Track(2)], deadline=NOW + 1)
                 other.kind = (True, 2)
@@ -328,7 +329,7 @@ def test_what_came_too_late_says_nothing_of_the_work() -> None:
         assert tick is not None
         assert isinstance(late.error, Late)
         finish(queue, tick)
-    assert queue._caution == 1.25
+    assert queue._admission._caution == 1.25
 
 
 def test_rows_out_of_place_are_not_split_off_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +350,7 @@ def test_rows_out_of_place_are_not_split_off_one_by_one(monkeypatch: pytest.Monk
         wide = block([*tracks, Track(256)], 1, [1000] * 256 + [0])
         queue.submit([wide], NOW)
         (rest,), refused = cut(queue)
-        assert (rest, len(rest.rows), len(refused), queue.queued, queue._bytes) == (wide, 1, places, 0, 0)
+        assert (rest, len(rest.rows), len(refused), queue.queued, queue._admission._bytes) == (wide, 1, places, 0, 0)
         assert moved <= most + 257
         for one in refused:
             assert isinstance(one.error, PositionConflict)
@@ -364,13 +365,13 @@ def test_the_margin_follows_what_becomes_of_the_rows() -> None:
         tick, _ = queue.cut(NOW)
         assert tick is not None
         finish(queue, tick, NOW + 2)
-    assert queue._caution == 2.5
+    assert queue._admission._caution == 2.5
     for _ in range(100):
         queue.submit([block([Track(0)], deadline=NOW + 1)], NOW)
         tick, _ = queue.cut(NOW)
         assert tick is not None
         finish(queue, tick, NOW)
-    assert queue._caution == 1.25
+    assert queue._admission._caution == 1.25
 
 
 def test_an_optional_delay_lets_others_come() -> None:
@@ -469,4 +470,4 @@ def test_random_blocks_end_each_row_once_and_in_order(data: st.DataObject) -> No
             sum(before.block.steps for before in rows[:index]) for index in range(len(rows))
         ]
         assert track.position == sum(row.block.steps for row in rows)
-    assert queue._waiting_steps == queue._bytes == queue._blocks == 0
+    assert queue._admission._waiting_steps == queue._admission._bytes == queue._admission.blocks == 0

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from service.admission import Limits
 from service.errors import Cancelled, Draining, EngineFailed, Full, Late
 from service.metrics import Metrics
 from service.row import Block, Phase, Row, Track
 from service.runner import Runner
-from service.scheduler import Limits, Tick
+from service.scheduler import Tick
 from service.statistics import Spent
 from tests.clock import Clock
 from tests.sums import POISON, ResidentSums, Sums

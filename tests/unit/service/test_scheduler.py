@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.admission import Limits
 from service.errors import Cancelled, Draining, Full, InvalidRequest, Late, PositionConflict
 from service.row import Block, Phase, Row, Track
-from service.scheduler import Limits, Scheduler, Tick
+from service.scheduler import Scheduler, Tick
 
 NOW = 100.0
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from service.admission import Limits
 from service.errors import (
     Cancelled,
     ConveyorError,
@@ -39,7 +40,6 @@ from service.operations import Operations
 from service.repository import Repository
 from service.row import Block
 from service.runner import Runner
-from service.scheduler import Limits
 from service.sequences import Load, Sequences, Step, Stepped, Ticket
 from tests.clock import Clock
 from tests.sums import POISON, Sums

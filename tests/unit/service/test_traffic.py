@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service.scheduler import Limits
+from service.admission import Limits
 from tests.unit.service.traffic import World
 
 BEGIN_S, STEP_S, ROW_S = 0.02, 0.01, 0.0025

@@ -12,9 +12,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from service.admission import Limits
 from service.errors import ConveyorError
 from service.row import Block, Phase, Row, Track
-from service.scheduler import Limits, Scheduler
+from service.scheduler import Scheduler
 
 
 class Sheet:
