@@ -511,7 +511,7 @@ class Operations:
                 if session.last is not None:
                     before += session.last.size
                 # Each has arrays of its own, so that keeping one does not keep them all.
-                own = [output[n].copy() for output in outputs]
+                own = tuple([output[n].copy() for output in outputs])
                 answers.append(session.end(pending, Reply(pending.position, steps, own, size)))
         self.sessions.touch(*[pending.session for pending in rows])
         self.replies.replace(before, size * count, self._reply_bytes(rows[0].session, steps) * count)

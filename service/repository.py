@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import structlog
 
-from service.admission import Limits
 from service.background import in_thread
 from service.catalogue import Catalogue
 from service.errors import ControlRefused, ConveyorError, Draining, LoadError, LoadFailed, ModelUnknown
@@ -23,6 +22,7 @@ from service.folder import Found, ModelFolder, look_again, overlooked, scan, wan
 from service.loading import Loaded, no_longer_than, too_long
 from service.metrics import Metrics
 from service.runner import Runner
+from service.scheduler import Limits
 from service.settings import Settings
 from service.tuner import loading, tuned
 from service.version import Version

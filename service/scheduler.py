@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.admission import Admission, Limits
+from service.admission import Admission
+from service.admission import Limits as Limits
 from service.errors import Cancelled, ConveyorError, Late, PositionConflict
 from service.fair import Fair
 from service.pace import Pace

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import pytest
 from conveyor.v1 import conveyor_pb2 as pb
 from service.row import Block
 from service.server import Server
+from service.wire import flow
+from service.wire.streaming import Stream
 from tests.conftest import calling, running
 from tests.graphs import INPUT
 from tests.wire.gate import gated, until
@@ -51,8 +52,9 @@ async def test_no_session_of_a_block_waits_for_another(house: tuple[Server, Call
         await until(lambda: len(table.find(b"", sessions[1]).pending) == 2)
         blocks = {session: table.find(b"", session).newest.block for session in sessions}
         assert blocks[sessions[0]] is blocks[sessions[2]] is not blocks[sessions[1]]
-        gate.let(3)
+        gate.let(1)
         assert (await caller.result()).steps == 1
+        gate.let(2)
         response = await caller.call.read()
         assert isinstance(response, pb.StreamResponse)
         assert [(one.tag, len(one.errors)) for one in response.block_results] == [(1, 0)]
@@ -74,30 +76,53 @@ async def test_results_that_are_large_go_alone(house: tuple[Server, Caller]) -> 
             tags += [one.tag for one in response.block_results]
 
 
-async def test_a_flood_of_blocks_lets_others_have_their_turn(house: tuple[Server, Caller]) -> None:
-    """However much of a message is answered at once, the event loop goes on; and it is not read to its end at once."""
+async def test_a_flood_of_blocks_lets_others_have_their_turn(
+    house: tuple[Server, Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much of a message is answered at once: once its time is over, others come before its next block."""
     _, caller = house
-    longest, ended = 0.0, False
+    monkeypatch.setattr(flow, "_LONG_S", 0.0)
+    accept, turns, taken_in, ended = Stream.accept, 0, list[int](), False
 
-    async def tick() -> None:
-        nonlocal longest
+    def accept_and_note(stream: Stream, part: pb.Chunk | pb.Block) -> None:
+        taken_in.append(turns)
+        accept(stream, part)
+
+    async def count() -> None:
+        nonlocal turns
         while not ended:
-            before = time.perf_counter()
+            turns += 1
             await asyncio.sleep(0)
-            longest = max(longest, time.perf_counter() - before)
 
-    ticking = asyncio.create_task(tick())
-    names = [f"nobody-{number}" for number in range(500)]
+    monkeypatch.setattr(Stream, "accept", accept_and_note)
+    counting = asyncio.create_task(count())
+    names = [f"nobody-{number}" for number in range(50)]
     await caller.call.write(pb.StreamRequest(blocks=[block(names, 0, tag=number) for number in range(40)]))
-    count = 0
-    while count < 40:
+    count_answered = 0
+    while count_answered < 40:
         response = await caller.call.read()
         assert isinstance(response, pb.StreamResponse)
-        count += len(response.block_results)
+        count_answered += len(response.block_results)
     ended = True
-    await ticking
-    # All at once it takes a hundred times as long as one of the blocks does.
-    assert longest < 0.5
+    await counting
+    assert len(set(taken_in)) == 40
+
+
+@pytest.mark.parametrize("delay_us", [0, 600_000_000])
+async def test_chunks_wait_for_others_where_they_are_told_to(lstm_repository: Path, delay_us: int) -> None:
+    """--max-queue-delay-us: an idle engine waits for as long, or until the tick is full, and runs them together."""
+    async with (
+        running(lstm_repository, max_queue_delay_us=delay_us, max_tick_rows=2) as server,
+        calling(server) as stub,
+        streaming(stub) as caller,
+    ):
+        sessions = [await caller.open() for _ in range(2)]
+        with gated(server) as gate:
+            gate.let(2)
+            await caller.send(chunk(sessions[0], 0, x[0, :1]))
+            await until(lambda: server.repository.find("lstm").queued == 1 if delay_us else gate.rows == [1])
+            await caller.send(chunk(sessions[1], 0, x[1, :1]))
+            await until(lambda: gate.rows == ([2] if delay_us else [1, 1]))
 
 
 async def test_what_is_refused_holds_nothing(lstm_repository: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import tracemalloc
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from conveyor.v1 import conveyor_pb2_grpc as native
+from service.errors import ConveyorError
+from service.session import Reply
 from service.wire.inference_call import Inference
 from service.wire.inference_stream import InferenceStream, _Waiting
 from tests import graphs
@@ -156,3 +159,47 @@ async def test_results_to_come_count_on_a_native_stream(wide_repository: Path) -
             gate.let(100)
             for _ in sessions:
                 assert not (await caller.result()).HasField("error")
+
+
+@pytest.mark.usefixtures("collector_off")
+async def test_a_session_costs_its_state_its_reply_and_little_more(lstm_repository: Path) -> None:
+    """At most 1 KiB of memory beyond them, of what Python and NumPy allocate; states lie in memory of their own."""
+    count, together = 2000, 250
+    async with running(lstm_repository) as server:
+        operations, runner = server.operations, server.repository.find("lstm")
+        inputs = [np.zeros((together, 1, INPUT), np.float32)]
+        answers = _Answers()
+
+        async def grow(first: int) -> tuple[int, int]:
+            """Open and step sessions; bytes that they take, and those of their replies."""
+            before, replies = tracemalloc.get_traced_memory()[0], operations.replies.held
+            sessions = [operations.open(b"", f"session-{first + n}", runner) for n in range(count)]
+            for at in range(0, count, together):
+                chunks = [(session, 0, 0, answers) for session in sessions[at : at + together]]
+                operations.step_together(runner, chunks, 1, inputs, None)
+                expected = answers.count + together
+                await until(lambda expected=expected: answers.count == expected)
+            del sessions, chunks
+            return tracemalloc.get_traced_memory()[0] - before, operations.replies.held - replies
+
+        tracemalloc.start()
+        try:
+            # The first ones bring what is there once: buffers, tables.
+            await grow(0)
+            held, replies = await grow(count)
+        finally:
+            tracemalloc.stop()
+        assert replies > 0
+        assert (held - replies) / count <= 1024
+
+
+class _Answers:
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def answer(self, result: Reply | ConveyorError) -> None:
+        """Take the answer."""
+        assert isinstance(result, Reply)
+        self.count += 1

@@ -18,7 +18,6 @@ import pytest
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
-from service.admission import Limits
 from service.engine import Engine
 from service.errors import ControlRefused, Draining, LoadError, LoadFailed, Loading, ModelUnknown
 from service.folder import ModelFolder, scan, wanted
@@ -27,6 +26,7 @@ from service.metrics import Metrics
 from service.pace import Pace
 from service.repository import Repository
 from service.runner import Runner
+from service.scheduler import Limits
 from service.settings import Settings
 from service.tuning import Measurement
 from tests.clock import Clock

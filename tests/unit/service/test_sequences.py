@@ -62,7 +62,7 @@ class ByHand(Runner):
         """Run what waits, as far as one tick holds it, and tell."""
         tick, ended = self._scheduler.cut(self._clock())
         if tick is not None:
-            ended = ended + self._run_tick(tick, self._clock())
+            ended = ended + self._end_tick(self._start(tick, self._clock()))
         for block in ended:
             self._release(block)
         self._deliver(ended)
