@@ -191,7 +191,7 @@ class Bench:
 
         found = Measured(case)
         # The server and the client's processes share the machine.
-        clients = max(1, min(8, self.cores // 2 - 1))
+        clients = max(count for count in (1, 2, 4, 8) if count == 1 or count <= self.cores // 2)
         try:
             with serving(case.stack, self.folder, self.device) as server:
                 figures = measure_service(case, server, clients, 0.5 if self.quick else 3.0, say)
