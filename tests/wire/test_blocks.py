@@ -18,6 +18,8 @@ from tests.graphs import INPUT, expected
 from tests.wire.gate import gated, until
 from tests.wire.native import Caller, array, chunk, streaming, tensor
 
+pytestmark = pytest.mark.usefixtures("memory")
+
 Array = NDArray[Any]
 
 x = np.random.default_rng(0).standard_normal((5, 9, INPUT)).astype(np.float32)

@@ -27,6 +27,8 @@ from tests.graphs import INPUT, expected
 from tests.wire.gate import Gate, until
 from tests.wire.native import Caller, array, chunk, streaming, tensor
 
+pytestmark = pytest.mark.usefixtures("memory")
+
 Array = NDArray[Any]
 
 

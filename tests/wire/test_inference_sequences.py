@@ -25,6 +25,8 @@ from tests.graphs import INPUT, expected
 from tests.wire.gate import gated, until
 from tests.wire.inference import Stub, calling, output, parameters, refusal, request
 
+pytestmark = pytest.mark.usefixtures("memory")
+
 x = np.random.default_rng(0).standard_normal((3, 6, INPUT)).astype(np.float32)
 y = np.array([expected(row) for row in x])
 

@@ -31,6 +31,8 @@ from tests.wire import native
 from tests.wire.doors import DOORS, Answer, Chunk, Door, through
 from tests.wire.gate import Gate, gated, until
 
+pytestmark = pytest.mark.usefixtures("memory")
+
 BOUND = 2e-6
 ABORTED = grpc.StatusCode.ABORTED.value[0]
 

@@ -22,6 +22,8 @@ from tests.graphs import INPUT, expected, replace_lstm, write_broken, write_lstm
 from tests.wire.gate import gated
 from tests.wire.native import Array, Caller, array, chunk, streaming, tensor
 
+pytestmark = pytest.mark.usefixtures("memory")
+
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN

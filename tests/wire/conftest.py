@@ -1,0 +1,15 @@
+"""What tests of a whole server share."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.resident import MEMORIES, states_on_a_device
+
+
+@pytest.fixture(params=MEMORIES)
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the states of every model live: in arrays that go into each run, or on a device."""
+    if request.param == "device":
+        states_on_a_device(monkeypatch)
+    return str(request.param)
