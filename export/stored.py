@@ -25,7 +25,7 @@ import numpy as np
 
 from models.layouts import LayoutName, array_shapes, convert
 from models.spec import PEEPHOLES, Layer, ModelSpec
-from models.weights import Array, Weights, select
+from models.weights import Array, Weights, check_shapes, select
 
 Lowering = Literal["operator", "scan"]
 
@@ -63,12 +63,16 @@ def from_stored(layer: Layer, arrays: Weights, lowering: Lowering) -> dict[str, 
     full = stored_layer(layer, "operator")
     if lowering == "operator":
         return convert(arrays, full, source="onnx", target="fused")
-    weights = {name: np.zeros(shape, next(iter(arrays.values())).dtype) for name, shape in full.weight_shapes.items()}
-    for part, (name, rows) in scan_parts(full).items():
-        if part in arrays:
-            weights[name][rows] = arrays[part].T
-        elif not name.endswith(("b", "b_h")):
-            raise ValueError(f"there is no {part}")
+    dtype = next((array.dtype for array in arrays.values()), np.dtype(np.float64))
+    weights: dict[str, Array] = {name: np.zeros(shape, dtype) for name, shape in full.weight_shapes.items()}
+    places = {
+        part: weights[name][rows].T
+        for part, (name, rows) in scan_parts(full).items()
+        if part in arrays or not name.endswith(("b", "b_h"))
+    }
+    check_shapes(arrays, {part: place.shape for part, place in places.items()})
+    for part, place in places.items():
+        place[...] = arrays[part]
     return weights
 
 

@@ -81,13 +81,16 @@ def test_either_form_holds_the_same_weights(layer: Layer) -> None:
     assert len(digests) == 1
 
 
-def test_a_missing_part_is_told() -> None:
-    """A Scan can do without biases, and without nothing else."""
+def test_parts_that_do_not_fit_are_told() -> None:
+    """A Scan can do without biases and without nothing else; no part is stretched to the shape that it should have."""
     spec = ModelSpec((Layer("lstm_peephole", 3, 4),))
     arrays = stored_weights(spec, draw_weights(spec.weight_shapes), ["scan"])
-    for name in ("W_h_transposed", "V_f"):
-        with pytest.raises(ValueError, match=f"there is no {name}"):
-            canonical_weights(spec, {key: value for key, value in arrays.items() if not key.endswith(name)}, ["scan"])
+    for name in ("layers.0.W_h_transposed", "layers.0.V_f"):
+        for wrong in ({}, {name: arrays[name][:1]}):
+            with pytest.raises(ValueError, match=name.removeprefix("layers.0.")):
+                canonical_weights(spec, {key: arrays[key] for key in arrays if key != name} | wrong, ["scan"])
+    with pytest.raises(ValueError, match="V_c"):
+        canonical_weights(spec, {**arrays, "layers.0.V_c": arrays["layers.0.V_f"]}, ["scan"])
 
 
 def test_the_manifest_of_a_model() -> None:
