@@ -37,6 +37,8 @@ CELLS: dict[str, tuple[Layer, ...]] = {
     "lstm-then-gru": (Layer("lstm", INPUT, HIDDEN), Layer("gru", HIDDEN, HIDDEN)),
 }
 """Every cell; some in stacks, one of which mixes what cuDNN has with what it lacks."""
+BATCHED = {"lstm-both-ways": (Layer("lstm", INPUT, HIDDEN, bidirectional=True),)}
+"""What reads backward too, and so whole sequences alone."""
 WIDE = {"lstm-wide": (Layer("lstm", INPUT, 512),)}
 """One that takes memory, so that a limit is soon reached."""
 
@@ -87,7 +89,7 @@ class Models:
         return self.get(name).repository / name / "1" / "model.onnx"
 
     def _export(self, name: str, precision: str = "float32", lowering: str = "auto") -> Model:
-        spec = ModelSpec((CELLS | WIDE)[name], head_size=OUTPUT)
+        spec = ModelSpec((CELLS | BATCHED | WIDE)[name], head_size=OUTPUT)
         # Small enough that no state enlarges its own rounding errors.
         scale = 2 / np.sqrt(spec.layers[0].hidden_size)
         drawn = draw_weights(spec.weight_shapes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.gpu.devices import CELLS, INPUT, Models, draw, serving
+from tests.gpu.devices import BATCHED, CELLS, INPUT, Models, draw, serving
 
 BOUND = 1e-5
 """Largest difference in float32, without TF32."""
@@ -36,7 +36,7 @@ async def test_a_stream_is_the_reference(models: Models, device: str, name: str)
             np.testing.assert_allclose(have[key], array, rtol=0, atol=BOUND)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [*CELLS, *BATCHED])
 async def test_a_ragged_batch_is_the_reference(models: Models, device: str, name: str) -> None:
     """Sequences of lengths 1 to 40 in one call: outputs and final states of each are within 1e-5."""
     model = models.get(name)
