@@ -1,5 +1,5 @@
 # The server, without torch. CPU:   docker build -t conveyor .
-#                            CUDA:  docker build -t conveyor:gpu --build-arg EXTRA=gpu .
+#                            CUDA:  docker build -t conveyor:gpu --build-arg EXTRA=gpu . && docker run --gpus all ... conveyor:gpu
 
 FROM python:3.12-slim AS dependencies
 # Which of pyproject.toml's extras to install: service, or gpu.
@@ -21,11 +21,13 @@ COPY deploy/healthcheck.py healthcheck.py
 # from the folder here, and keeps open sessions over a restart.
 RUN /opt/conveyor/bin/python -m compileall -q . \
     && install -d -o 65532 -g 65532 /state
+# CuPy makes this folder when it is imported, and fails where it cannot: its user has no home.
 ENV PATH=/opt/conveyor/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    CUPY_CACHE_DIR=/tmp/cupy \
     CONVEYOR_HOST=0.0.0.0 \
     CONVEYOR_PORT=8500 \
     CONVEYOR_REPOSITORY=/models

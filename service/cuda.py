@@ -39,9 +39,11 @@ class CudaDevice:
     def __init__(self, number: int = 0) -> None:
         try:
             import cupy
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             raise NotOnCuda(
-                "a model", f"CuPy, which keeps the states on the device, does not load ({error}): the extra gpu has it"
+                "a model",
+                f"CuPy, which keeps the states on the device, does not load ({error}): the extra gpu has it, and it "
+                "wants a folder that it may write to (CUPY_CACHE_DIR)",
             ) from error
         self.kind = "cuda"
         self.number = number
