@@ -26,7 +26,7 @@ from export.quantize import check_quantizable, quantize
 from export.restore import restore, stored_precision
 from export.runtime import Graph
 from export.stored import stored_size
-from export.verify import Verification, check_bound, judge
+from export.verify import AGAINST_CPU, Verification, check_bound, judge
 from export.versions import Beside, file_for_cpu
 from models.spec import ModelSpec
 from models.weights import Array, digest
@@ -231,11 +231,12 @@ def _bound(manifest: Manifest) -> float:
     usual = MAX_ERROR[manifest.precision]
     if manifest.parity is None:
         return usual
-    if not manifest.parity.rows:
+    bounds = [row.bound for row in manifest.parity.rows if row.case != AGAINST_CPU]
+    if not bounds:
         raise ExportError("the file's manifest records a verification in which nothing was compared")
-    for row in manifest.parity.rows:
-        check_bound(row.bound)
-    return min(usual, max(row.bound for row in manifest.parity.rows))
+    for bound in bounds:
+        check_bound(bound)
+    return min(usual, max(bounds))
 
 
 def _run(
