@@ -35,7 +35,7 @@ from service.stepping import RowByRow, StepByStep
 log = structlog.get_logger()
 
 _EXPORT = "python -m export writes model.cuda.onnx beside it, in a form that CUDA runs"
-_MAY_DIFFER = {"layers", "weights_digest", "parity", "made_with"}
+_MAY_DIFFER = {"layers", "parity", "made_with"}
 """What of the manifest may differ between the forms of a model for different devices."""
 
 

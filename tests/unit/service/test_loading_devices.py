@@ -162,16 +162,26 @@ def test_the_file_for_cuda(tmp_path: Path, cuda: list[Path]) -> None:
     assert changed.choice.digest != on_cuda.choice.digest
 
 
-def test_the_file_for_cuda_is_of_another_model(tmp_path: Path, cuda: list[Path]) -> None:
+@pytest.mark.parametrize(
+    ("says", "instead", "what"),
+    [
+        ('"name":"h"', '"name":"hidden"', "states"),
+        ('"weights_digest":null', '"weights_digest":"of others"', "weights_digest"),
+    ],
+)
+def test_the_file_for_cuda_is_of_another_model(
+    tmp_path: Path, cuda: list[Path], says: str, instead: str, what: str
+) -> None:
     """Refused, and what they differ in is named."""
     path = write_lstm(tmp_path)
 
-    def widen(model: Any) -> None:
+    def change(model: Any) -> None:
         (entry,) = model.metadata_props
-        entry.value = entry.value.replace('"name":"h"', '"name":"hidden"')
+        assert says in entry.value
+        entry.value = entry.value.replace(says, instead)
 
-    rewritten(path, "model.cuda.onnx", widen)
-    with pytest.raises(LoadError, match=r"model\.cuda\.onnx is not of the same model as model\.onnx: .* in states"):
+    rewritten(path, "model.cuda.onnx", change)
+    with pytest.raises(LoadError, match=rf"model\.cuda\.onnx is not of the same model as model\.onnx: .* in {what};"):
         load_model(path, Settings(device="auto"))
 
 
