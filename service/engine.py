@@ -218,15 +218,16 @@ def identify(
     return manifest, digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def run_options(waits: bool = True) -> onnxruntime.RunOptions:
+def run_options(waits: bool = True, graph_id: int = -1) -> onnxruntime.RunOptions:
     """Options of runs.
 
     Args:
         waits: whether a run is over when it returns; elsewhere it goes on in its stream.
+        graph_id: of the CUDA graph that is captured in the first of them and run in later ones; -1 for none.
     """
     options = onnxruntime.RunOptions()
-    # What it is without, which onnxruntime would find out anew at each bound run, from an error: 50 us.
-    options.add_run_config_entry("gpu_graph_id", "-1")
+    # Said also where there is none, which onnxruntime would find out anew at each bound run, from an error: 50 us.
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
     if not waits:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return options

@@ -33,6 +33,9 @@ class StatePool(Protocol):
     def taken(self) -> int:
         """How many slots are in use."""
 
+    def settle_in(self) -> str:
+        """Do once what there is to do in the thread in which ticks run, and return what has come of it, for people."""
+
     def allocate(self, states: Sequence[Array] | None = None) -> int:
         """Take a slot, with the states that are given, or the initial ones.
 

@@ -69,6 +69,10 @@ class Pool:
         """How many slots are in use."""
         return self._slots.taken
 
+    def settle_in(self) -> str:
+        """There is nothing to do."""
+        return ""
+
     def allocate(self, states: Sequence[Array] | None = None) -> int:
         """Take a slot and fill it.
 

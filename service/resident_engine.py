@@ -6,31 +6,38 @@ way. Must not know sessions or grpc. Whoever calls it does so from one thread at
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.capture import Choice, Trial, buckets, difference, make_one_step
 from service.device import Device
 from service.engine import digest, identify, run_options
 from service.errors import LoadError
 from service.graph import Signature
-from service.manifest import Manifest
+from service.manifest import Manifest, TensorSpec
 from service.onnx_file import OnnxFile
 from service.provider import CudaOptions, NotOnCuda, start
 from service.recurrent_path import name_nodes, recurrent_path
 from service.resident import content, make_resident, row_size, sources
-from service.resident_pool import INITIAL, Moves, ResidentPool
+from service.resident_pool import INITIAL, UNWANTED, Moves, ResidentPool
 from service.resident_workspace import Lane, ResidentGraph, ResidentWorkspace, state_rows_first
 from service.values import from_text
-from service.workspace import Results
+from service.workspace import Results, sizes
 
 Array = NDArray[Any]
 
 IN_FLIGHT = 2
 """How many ticks are under way at once: while one runs the next is filled, and the results of the last are told."""
+_RUNS_BEFORE_CAPTURE = 3
+_TURNS = 5
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 _LENGTHS = "conveyor.lengths"
 """The input for the rows' lengths, of a graph that takes one step a run and has none."""
 
@@ -52,6 +59,7 @@ class ResidentEngine:
         external: files beside it that hold its data.
         file_digests: where they are known already.
         cuda: what was chosen of CUDA; None for what it is by default.
+        capture: whether to try ticks of one step as captured graphs; None for where the device can.
 
     Raises:
         NotOnCuda: if its states cannot be kept on a device, or that does not run it.
@@ -67,41 +75,32 @@ class ResidentEngine:
         external: Sequence[Path] = (),
         file_digests: Sequence[str] = (),
         cuda: CudaOptions | None = None,
+        capture: bool | None = None,
     ) -> None:
         self.file_digests = tuple(file_digests) or tuple(digest(part) for part in (path, *external))
         file = OnnxFile(path)
         signature = file.signature
         inside, self.digest = identify(file.metadata, signature, describe, self.file_digests)
         signature.check(inside)
+        self._device = device
+        self._options = run_options(waits=device.stream is None)
+        self._start = partial(_started, path.parent, device, threads, cuda or CudaOptions(), self._options)
+        self._one_step: Callable[[], ResidentGraph] | None = None
+        if device.kind == "cuda" if capture is None else capture:
+            one_step = type(file.model)()
+            one_step.CopyFrom(file.model)
+            self._one_step = partial(self._start_one_step, one_step, inside)
         try:
             self.manifest = _as_served(inside)
-            make_resident(file.model, inside)
+            self._graph = self._start(file.model, inside)
+        except NotOnCuda:
+            raise
         except LoadError as error:
             raise NotOnCuda(path.name, str(error)) from error
-        name_nodes(file.model)
-        self._device = device
-        session = start(
-            content(file.model, path.parent),
-            "cuda" if device.kind == "cuda" else "cpu",
-            threads,
-            cuda or CudaOptions(),
-            recurrent_path(file.model, sources(inside)),
-            {} if device.stream is None else {"user_compute_stream": str(device.stream)},
-            {"session.model_external_initializers_file_folder_path": str(path.parent)},
-        )
-        self.provider: str = session.get_providers()[0]
-        self._options = run_options(waits=device.stream is None)
-        where = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
-        self._graph = ResidentGraph(
-            inside,
-            session,
-            self._options,
-            device,
-            {one.name: from_text(one.value, one.dtype, one.shape) for one in inside.constants},
-            frozenset(value.name for value, info in where if info.name.lower() == "cpu"),
-            inside.lengths,
-        )
+        self.provider: str = self._graph.session.get_providers()[0]
         self._lanes: list[Lane] = []
+        self._captured: dict[tuple[Lane, int], ResidentWorkspace] = {}
+        self._choice = Choice()
 
     def pool(self, slots: int, tick_rows: int, count: Callable[[str, int], None]) -> ResidentPool:
         """Take the memory that its states live in; runs before this, and with ``run``, have memory of their own.
@@ -115,7 +114,8 @@ class ResidentEngine:
             LoadError: if the device has no memory for so many.
         """
         moving = IN_FLIGHT * tick_rows * (2 if self._graph.stepped else 1)
-        pool = ResidentPool(self.manifest.states, slots, moving, self._device, IN_FLIGHT, count)
+        settle_in = partial(self._settle_in, tick_rows)
+        pool = ResidentPool(self.manifest.states, slots, moving, self._device, IN_FLIGHT, count, settle_in)
         self._lanes = [Lane(self._graph, pool.buffers) for _ in range(IN_FLIGHT)]
         return pool
 
@@ -127,7 +127,12 @@ class ResidentEngine:
         """
         lane = self._lanes.pop()
         try:
-            return lane.workspace(rows, steps, self._lanes.append)
+            room = self._choice.rows(rows) if steps == 1 else None
+            if room is None:
+                return lane.workspace(rows, steps, self._lanes.append)
+            captured = self._captured[lane, room]
+            captured.begin(rows, lambda: self._lanes.append(lane))
+            return captured
         except BaseException:
             self._lanes.append(lane)
             raise
@@ -177,9 +182,148 @@ class ResidentEngine:
             for state, array in zip(manifest.states, states, strict=True)
         ]
 
+    def _settle_in(self, tick_rows: int, pool: ResidentPool) -> str:
+        """Capture ticks of one step, hold them against plain ones, and use them where they are quicker.
+
+        On states that nobody uses, and in the thread that runs the ticks: what is captured there is known there alone.
+
+        Args:
+            tick_rows: most rows of a tick.
+            pool: of this graph.
+
+        Returns:
+            What has come of it, for people; empty where capturing is not tried.
+        """
+        one_step, self._one_step = self._one_step, None
+        if one_step is None:
+            return ""
+        try:
+            graph = one_step()
+            trials = [self._try(graph, pool, rows) for rows in buckets(tick_rows) if 2 * rows <= pool.limit]
+        except Exception as error:
+            # Without it the model runs as well as it did before.
+            self._captured.clear()
+            return f"ticks of one step are not captured: {error}"
+        self._choice = Choice(trials)
+        self._captured = {at: one for at, one in self._captured.items() if at[1] in self._choice.graphs}
+        return f"ticks of one step are captured with room for {sorted(self._choice.graphs)} rows"
+
+    def _try(self, graph: ResidentGraph, pool: ResidentPool, rows: int) -> Trial:
+        """Run a number of rows plainly and captured, in the memory of each lane."""
+        times: dict[bool, list[float]] = {False: [], True: []}
+        worst = 0.0
+        for lane in self._lanes:
+            options = run_options(self._device.stream is None, graph_id=len(self._captured))
+            self._captured[lane, rows] = captured = lane.own(graph, rows, options)
+            # The first runs of a graph take memory, the next one is captured.
+            for _ in range(_RUNS_BEFORE_CAPTURE):
+                _idle(captured)
+            plain = lane.workspace(rows, 1, lambda lane: None)
+            worst = max(worst, self._compare(pool, plain, captured))
+            for _ in range(_TURNS):
+                for is_captured, workspace in ((False, plain), (True, captured)):
+                    began = time.perf_counter()
+                    _idle(workspace)
+                    times[is_captured].append(time.perf_counter() - began)
+        return Trial(rows, min(times[False]), min(times[True]), worst)
+
+    def _compare(self, pool: ResidentPool, plain: ResidentWorkspace, captured: ResidentWorkspace) -> float:
+        """Two steps of random input, each from the states that the one before has left; the largest difference."""
+        random = np.random.default_rng(0)
+        rows = plain.rows
+        slots = [pool.allocate_many(rows) for _ in range(2)]
+        worst = 0.0
+        try:
+            for _ in range(2):
+                drawn = [_drawn(random, spec, rows) for spec in self.manifest.inputs]
+                outputs = []
+                for workspace, ours in zip((plain, captured), slots, strict=True):
+                    workspace.begin(rows, _nothing)
+                    for array, given in zip(workspace.inputs, drawn, strict=True):
+                        assert array is not None
+                        array[...] = given
+                    if workspace.lengths is not None:
+                        workspace.lengths[:] = 1
+                    moves = pool.gather(ours, workspace.states)
+                    workspace.start()
+                    results, _ = workspace.run()
+                    outputs.append([result.copy() for result in results])
+                    pool.scatter(ours, np.arange(rows), moves)
+                worst = max(worst, *(difference(two, one) for one, two in zip(*outputs, strict=True)))
+                for one, two in zip(*([pool.peek(int(each)) for each in ours] for ours in slots), strict=True):
+                    worst = max([worst, *(difference(b, a) for a, b in zip(one, two, strict=True))])
+        finally:
+            for ours in slots:
+                pool.free_many(ours)
+        return worst
+
+    def _start_one_step(self, model: Any, inside: Manifest) -> ResidentGraph:
+        served = make_one_step(model, inside)
+        graph = self._start(model, served, {"enable_cuda_graph": "1"})
+        if on_host := sorted(graph.on_host - graph.constants.keys()):
+            # A captured graph would read it again from wherever it lay when it was captured.
+            raise LoadError(f"inputs {on_host} are read on the host")
+        return graph
+
     def interrupt(self) -> None:
         """End the run that is under way, from another thread; it raises, and so does every later one."""
         self._options.terminate = True
+
+
+def _started(
+    folder: Path,
+    device: Device,
+    threads: int,
+    cuda: CudaOptions,
+    options: Any,
+    model: Any,
+    manifest: Manifest,
+    provider_options: Mapping[str, str] = _NOTHING,
+) -> ResidentGraph:
+    """Rewrite a graph so that its states stay, and start it."""
+    make_resident(model, manifest)
+    name_nodes(model)
+    on_cuda = device.kind == "cuda"
+    stream = {} if device.stream is None else {"user_compute_stream": str(device.stream)}
+    session = start(
+        content(model, folder),
+        "cuda" if on_cuda else "cpu",
+        threads,
+        cuda,
+        recurrent_path(model, sources(manifest)),
+        {**stream, **provider_options} if on_cuda else _NOTHING,
+        {"session.model_external_initializers_file_folder_path": str(folder)},
+    )
+    where = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+    # On the CPU's own provider all of them are read where they are.
+    on_host = frozenset(value.name for value, info in where if on_cuda and info.name.lower() == "cpu")
+    constants = {one.name: from_text(one.value, one.dtype, one.shape) for one in manifest.constants}
+    return ResidentGraph(manifest, session, options, device, constants, on_host, manifest.lengths)
+
+
+def _idle(workspace: ResidentWorkspace) -> None:
+    """Run on the initial states, and keep nothing."""
+    workspace.begin(workspace.rows, _nothing)
+    moves: Moves = workspace.states
+    moves.before[:], moves.after[:] = INITIAL, UNWANTED
+    if moves.between is not None:
+        moves.between[:] = UNWANTED
+    if workspace.lengths is not None:
+        workspace.lengths[:] = 1
+    workspace.start()
+    workspace.run()
+
+
+def _drawn(random: np.random.Generator, spec: TensorSpec, rows: int) -> Array:
+    """Random input of one step."""
+    shape = sizes(spec, rows, 1)
+    if spec.dtype.startswith("float"):
+        return random.uniform(-1, 1, shape).astype(spec.dtype)
+    return random.integers(0, min(spec.below or 2, 2), shape).astype(spec.dtype)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _as_served(inside: Manifest) -> Manifest:

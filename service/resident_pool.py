@@ -64,6 +64,7 @@ class ResidentPool:
         device: where they live.
         in_flight: most ticks under way.
         count: told of each copy, with its direction and its bytes.
+        settle_in: what there is to do once, in the thread in which its ticks run.
 
     Raises:
         LoadError: if the device has no memory for so many.
@@ -77,11 +78,13 @@ class ResidentPool:
         device: Device,
         in_flight: int = 1,
         count: Callable[[str, int], None] = lambda direction, size: None,
+        settle_in: Callable[[ResidentPool], str] = lambda pool: "",
     ) -> None:
         self.limit = limit
         self.in_flight = in_flight
         self.copied: Counter[str] = Counter()
         self._count = count
+        self._settle_in = settle_in
         self._specs = specs
         self._device = device
         places = limit + moving + _RESERVED
@@ -106,6 +109,10 @@ class ResidentPool:
     def free_places(self) -> int:
         """How many places hold nothing that anybody needs."""
         return self._free
+
+    def settle_in(self) -> str:
+        """Do once what there is to do in the thread in which ticks run, and return what has come of it, for people."""
+        return self._settle_in(self)
 
     def allocate(self, states: Sequence[Array] | None = None) -> int:
         """Take a slot.
@@ -150,6 +157,13 @@ class ResidentPool:
 
     def read(self, slot: int) -> list[Array]:
         """Copy a slot's states out, each without the batch axis."""
+        states = self.peek(slot)
+        if self._place[slot] != INITIAL:
+            self._tell("down", states)
+        return states
+
+    def peek(self, slot: int) -> list[Array]:
+        """Copy a slot's states out for one's own purposes, which are not counted."""
         place = int(self._place[slot])
         if place == INITIAL:
             return [initial.copy() for initial in self._initial]
@@ -157,7 +171,6 @@ class ResidentPool:
         for buffer, state in zip(self.buffers, states, strict=True):
             self._device.download(buffer.row(place), state)
         self._device.mark().wait()
-        self._tell("down", states)
         return states
 
     def write(self, slot: int, states: Sequence[Array]) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,8 +111,22 @@ class Lane:
             kept = self._make(rows, steps)
         else:
             self._kept.move_to_end((rows, steps))
-        kept.begin(lambda: release(self))
+        kept.begin(rows, lambda: release(self))
         return kept
+
+    def own(self, graph: ResidentGraph, rows: int, options: Any) -> ResidentWorkspace:
+        """Return arrays for runs of one step that no other tick has, and that stay where they are: to be captured.
+
+        Args:
+            graph: that runs, on the same pools.
+            rows: side by side; ticks may have fewer.
+            options: of its runs.
+        """
+        up, down = _layout(graph, rows, 1)
+        areas = [_Area(graph.device, _bytes(layout)) for layout in (up, down)]
+        return ResidentWorkspace(
+            replace(graph, options=options), self._pools, rows, 1, areas[0].cut(up), areas[1].cut(down), areas
+        )
 
     def _make(self, rows: int, steps: int) -> ResidentWorkspace:
         up, down = _layout(self._graph, rows, steps)
@@ -169,14 +183,13 @@ class ResidentWorkspace(Workspace):
         self._up, self._down = up, down
         self._areas = areas
         self._sizes = [_end(tensors.values(), area) for tensors, area in zip((up, down), areas, strict=True)]
-        self.inputs = [_presented(up[spec.name].here, spec, graph) for spec in manifest.inputs]
-        self._outputs = [_presented(down[spec.name].here, spec, graph) for spec in manifest.outputs]
-        self.lengths = np.empty(rows, np.int32) if graph.stepped else None
-        if graph.lengths is not None:
-            if graph.stepped:
-                up[graph.lengths].here[:] = 1
-            else:
-                self.lengths = up[graph.lengths].here
+        self._room = [_presented(up[spec.name].here, spec, graph) for spec in manifest.inputs]
+        self._results = [_presented(down[spec.name].here, spec, graph) for spec in manifest.outputs]
+        self._lengths = None if graph.lengths is None else up[graph.lengths].here
+        self._of_rows = np.empty(rows, np.int32) if graph.stepped else self._lengths
+        self.inputs = list(self._room)
+        self._outputs = self._results
+        self.lengths = self._of_rows
         if graph.stepped or not manifest.states:
             self.states = Moves(*(np.zeros(rows, np.int32) for _ in range(3 if graph.stepped else 2)))
         else:
@@ -187,8 +200,19 @@ class ResidentWorkspace(Workspace):
         self._mark: Mark | None = None
         self._started = False
 
-    def begin(self, release: Callable[[], None]) -> None:
-        """Be the arrays of another tick."""
+    def begin(self, rows: int, release: Callable[[], None]) -> None:
+        """Be the arrays of another tick.
+
+        Args:
+            rows: of it; what there is room for beside them is padding.
+            release: called when it has ended.
+        """
+        manifest = self._graph.manifest
+        self.inputs = [_first(array, spec, rows) for array, spec in zip(self._room, manifest.inputs, strict=True)]
+        self._outputs = [_first(array, spec, rows) for array, spec in zip(self._results, manifest.outputs, strict=True)]
+        if self._lengths is not None and (self._graph.stepped or rows < self.rows):
+            self._lengths[:] = 1
+        self.lengths = None if self._of_rows is None else self._of_rows[:rows]
         self._release = release
         self._mark = None
         self._started = False
@@ -340,6 +364,11 @@ def _lying(spec: TensorSpec, rows: int, steps: int, graph: ResidentGraph) -> tup
 def _presented(lying: Array, spec: TensorSpec, graph: ResidentGraph) -> Array:
     """A tensor in the manifest's axes."""
     return np.moveaxis(lying, 0, spec.time_axis) if graph.stepped and spec.time_axis is not None else lying
+
+
+def _first(array: Array, spec: TensorSpec, rows: int) -> Array:
+    """The first rows of a tensor."""
+    return array if rows == array.shape[spec.batch_axis] else array[(slice(None),) * spec.batch_axis + (slice(rows),)]
 
 
 def state_rows_first(array: Array, state: StateSpec) -> Array:

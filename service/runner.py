@@ -280,6 +280,8 @@ class Runner:
         return True
 
     def _work(self) -> None:
+        if found := self.pool.settle_in():
+            log.info("model settled in", model=self.name, version=self.version, found=found)
         self._run_ticks()
         self._watched.put(None)
         # A run that outlasted the wait in stop may outlast the loop too.
