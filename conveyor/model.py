@@ -45,6 +45,10 @@ class Model:
         max_steps: largest number of steps that one sequence or chunk may have.
         max_batch: largest number of sequences that one ``infer`` may hold.
         max_message_bytes: largest message that the server takes; 0 where it does not say.
+        device: that runs it: "cpu" or "cuda"; empty where the server does not say.
+        fallback: whether CUDA was asked for, and the CPU runs it all the same.
+        tf32: whether products round their factors to TF32.
+        tf32_difference: how far outputs and states were from those without TF32 when it was loaded.
     """
 
     name: str
@@ -58,6 +62,10 @@ class Model:
     max_steps: int
     max_batch: int
     max_message_bytes: int
+    device: str = ""
+    fallback: bool = False
+    tf32: bool = False
+    tf32_difference: float = 0.0
 
 
 def decode_model(message: pb.Model) -> Model:
@@ -78,6 +86,10 @@ def decode_model(message: pb.Model) -> Model:
         max_steps=message.max_steps,
         max_batch=message.max_batch,
         max_message_bytes=message.max_message_bytes,
+        device=message.device,
+        fallback=message.fallback,
+        tf32=message.tf32,
+        tf32_difference=message.tf32_difference,
     )
 
 

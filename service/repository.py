@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Container, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import structlog
@@ -21,6 +22,7 @@ from service.errors import ControlRefused, ConveyorError, Draining, LoadError, L
 from service.folder import Found, ModelFolder, look_again, overlooked, scan, wanted
 from service.loading import Loaded, no_longer_than, too_long
 from service.metrics import Metrics
+from service.provider import why_no_cuda
 from service.runner import Runner
 from service.scheduler import Limits
 from service.settings import Settings
@@ -107,7 +109,16 @@ class Repository(Catalogue):
         )
         if (named or self._settings.model_control == "fixed") and not any(map(self.versions, names)):
             raise LoadError(self._why_nothing(names))
+        self._be_able()
         self._started = True
+
+    def _be_able(self) -> None:
+        """Refuse to wait for models none of which will load."""
+        settings = self._settings
+        if settings.device != "cuda" or settings.fallback == "allow":
+            return
+        if not any(map(self.versions, self._models)) and (reason := why_no_cuda(settings.gpu_id)):
+            raise LoadError(f"no model is served, and none would be: CUDA was asked for (--device cuda): {reason}")
 
     def _why_nothing(self, names: Collection[str]) -> str:
         failures = [f"{one.name} {one.number or ''}: {one.failure}" for one in self._every() if one.failure]
@@ -393,6 +404,7 @@ class Repository(Catalogue):
             "model loaded",
             model=found.name,
             version=found.version,
+            device=loaded.choice.device,
             provider=loaded.provider,
             precision=runner.manifest.precision,
             max_error=None if (parity := runner.manifest.parity) is None else float(f"{parity.max_error:.2g}"),
@@ -433,6 +445,7 @@ class Repository(Catalogue):
                 loop,
                 pace=tuning.pace,
             )
+            runner.choice = loaded.choice
             with loading(settings), no_longer_than(settings.load_timeout_s, loaded.interrupt):
                 runner.warm_up()
         except LoadError:
@@ -524,4 +537,8 @@ class Repository(Catalogue):
 
 def _same(one: Runner, other: Runner) -> bool:
     """Whether two runners give the same, and in the same way."""
-    return one.digest == other.digest and one.manifest == other.manifest
+    ways = [
+        (runner.digest, runner.manifest, replace(runner.choice, reason="", tf32_difference=None))
+        for runner in (one, other)
+    ]
+    return ways[0] == ways[1]

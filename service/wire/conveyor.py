@@ -182,7 +182,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
         )
 
     def _model(self, runner: Runner) -> pb.Model:
-        manifest = runner.manifest
+        manifest, choice = runner.manifest, runner.choice
         return pb.Model(
             name=runner.name,
             version=runner.version,
@@ -195,6 +195,10 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
             max_steps=self.settings.max_steps,
             max_batch=self.settings.max_batch,
             max_message_bytes=self.settings.max_message_bytes,
+            device=choice.device,
+            fallback=choice.fallback,
+            tf32=choice.tf32,
+            tf32_difference=choice.tf32_difference or 0.0,
         )
 
 

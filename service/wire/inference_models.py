@@ -5,7 +5,7 @@ Says what is true of how it is served, and leaves out what does not apply. Must 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from service.manifest import Manifest, StateSpec, TensorSpec
 from service.runner import Runner
@@ -67,8 +67,9 @@ def config(runner: Runner, versions: Iterable[int], settings: Settings) -> pb.Mo
             pb.ModelOutput(name=spec.name, data_type=_TYPES[spec.dtype], dims=_dims(spec, manifest))
             for spec in manifest.outputs
         ],
-        instance_group=[pb.ModelInstanceGroup(name=runner.name, count=1)],
-        default_model_filename="model.onnx",
+        instance_group=[_device(runner, settings)],
+        default_model_filename=runner.choice.file,
+        parameters={name: pb.ModelParameter(string_value=value) for name, value in _of_device(runner)},
         model_transaction_policy=pb.ModelTransactionPolicy(decoupled=False),
     )
     if manifest.streamable:
@@ -117,6 +118,25 @@ def _dims(spec: TensorSpec, manifest: Manifest) -> list[int]:
     """The axes after the batch; a model that takes one step a run is shown without time."""
     time = [-1] if spec.time_axis is not None and manifest.steps_per_run is None else []
     return time + [size or -1 for size in spec.tail]
+
+
+def _device(runner: Runner, settings: Settings) -> pb.ModelInstanceGroup:
+    if runner.choice.device == "cpu":
+        return pb.ModelInstanceGroup(name=runner.name, count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    gpu = pb.ModelInstanceGroup.KIND_GPU
+    return pb.ModelInstanceGroup(name=runner.name, count=1, kind=gpu, gpus=[settings.gpu_id])
+
+
+def _of_device(runner: Runner) -> Iterator[tuple[str, str]]:
+    """What this protocol has no fields for."""
+    choice = runner.choice
+    yield "device", choice.device
+    if choice.fallback:
+        yield "fallback", "true"
+    if choice.tf32:
+        yield "tf32", "true"
+    if choice.tf32_difference is not None:
+        yield "tf32_difference", f"{choice.tf32_difference:.2g}"
 
 
 def _state(spec: StateSpec) -> pb.ModelSequenceBatching.State:

@@ -62,6 +62,7 @@ async def test_get_model(lstm_repository: Path) -> None:
         max_steps=77,
         max_batch=5,
         max_message_bytes=99_999,
+        device="cpu",
     )
 
 

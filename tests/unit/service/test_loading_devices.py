@@ -13,11 +13,12 @@ from onnx import numpy_helper
 from structlog.testing import capture_logs
 
 from service import loading
-from service.engine import Engine
+from service.device import HostDevice
 from service.errors import LoadError
 from service.loading import load_model
 from service.placement import Choice, choose
 from service.provider import NotOnCuda, why_no_cuda
+from service.resident_engine import ResidentEngine
 from service.settings import Settings
 from tests.graphs import HIDDEN, write_lstm
 
@@ -26,16 +27,17 @@ NO_CUDA = why_no_cuda()
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """CUDA starts, and what is to run there is run by the CPU; the files that were."""
+    """CUDA starts, and its device is this machine's own memory; the files that were to run there."""
     opened: list[Path] = []
 
-    def open_engine(path: Path, device: str, *given: Any) -> Engine:
-        if device == "cuda":
+    class Opened(ResidentEngine):
+        def __init__(self, path: Path, *given: Any) -> None:
+            super().__init__(path, *given)
             opened.append(path)
-        return Engine(path, "cpu", *given)
 
     monkeypatch.setattr(loading, "why_no_cuda", lambda gpu_id: None)
-    monkeypatch.setattr(loading, "Engine", open_engine)
+    monkeypatch.setattr(loading, "CudaDevice", lambda gpu_id: HostDevice())
+    monkeypatch.setattr(loading, "ResidentEngine", Opened)
     return opened
 
 
@@ -129,12 +131,11 @@ def test_an_obstacle(tmp_path: Path, cuda: list[Path]) -> None:
 def test_what_onnxruntime_finds(tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the file shows nothing and the session does not start on CUDA, that is the reason."""
 
-    def refuse(path: Path, device: str, *given: Any) -> Engine:
-        if device == "cuda":
+    class Refused(ResidentEngine):
+        def __init__(self, path: Path, *given: Any) -> None:
             raise NotOnCuda(path.name, "node 'a' (Tanh) is run by CPUExecutionProvider")
-        return Engine(path, "cpu", *given)
 
-    monkeypatch.setattr(loading, "Engine", refuse)
+    monkeypatch.setattr(loading, "ResidentEngine", Refused)
     path = write_lstm(tmp_path)
     with pytest.raises(LoadError, match=r"does not run it: node 'a' \(Tanh\) is run by"):
         load_model(path, Settings(device="cuda"))
