@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from service.audit import Audit, audit
+from service.audit import Audit, audit, differences
 from service.cuda import CudaDevice
 from service.description import NAME, Description, read
 from service.engine import Engine, NoManifest, digest
@@ -24,7 +24,7 @@ from service.errors import LoadError
 from service.graph import Graph, Signature
 from service.manifest import METADATA_KEY, Manifest
 from service.onnx_file import OnnxFile, check_size, may_have_external_data
-from service.placement import Choice, Device, choose
+from service.placement import Asked, Choice, Device, choose
 from service.presented import present
 from service.provider import CudaOptions, NotOnCuda, why_no_cuda
 from service.recurrent_path import obstacles, told
@@ -102,8 +102,13 @@ def load_model(
         engine = opening.on_cuda() if choice.device == "cuda" else opening.on_cpu()
     _check_precision(path, engine.manifest.precision, description.precision)
     _check_sizes(engine.manifest, settings.max_message_bytes)
-    with no_longer_than(settings.load_timeout_s, engine.interrupt):
-        found = _audited(path, engine, description, threads)
+    try:
+        with no_longer_than(settings.load_timeout_s, engine.interrupt):
+            found = _audited(path, engine, description, threads)
+    except NotOnCuda as error:
+        return load_model(path, settings, threads, before, opening.choose(error.reason))
+    if choice.tf32 and choice.tf32_difference is None:
+        choice = _with_tf32_compared(choice, engine, opening)
     if before is None:
         for warning in found.warnings:
             log.warning("model served with a reservation", **_named(path), reason=warning)
@@ -135,6 +140,33 @@ class _Opening:
         self.description = description
         self.threads = threads
         self._file_digests = file_digests
+
+    @property
+    def asked(self) -> Asked:
+        """The device that was asked for."""
+        return self.description.device or self.settings.device
+
+    def choose(self, against_cuda: str | None) -> Choice:
+        """Choose the device, and say so.
+
+        Args:
+            against_cuda: why CUDA does not run it; None where it does.
+
+        Raises:
+            LoadError: if CUDA was asked for, does not run it, and nothing else may.
+        """
+        choice = choose(self.asked, against_cuda, self.description.fallback or self.settings.fallback)
+        file = self.path if choice.device == "cpu" else self.for_cuda
+        choice = replace(
+            choice,
+            file=file.name,
+            digest="" if file == self.path else digest(file),
+            tf32=self.tf32 and choice.device == "cuda",
+        )
+        told_as = log.warning if choice.fallback else log.info
+        what = "CUDA was asked for, and the CPU runs the model" if choice.fallback else "device chosen"
+        told_as(what, **_named(file), asked=self.asked, device=choice.device, file=choice.file, reason=choice.reason)
+        return choice
 
     @property
     def tf32(self) -> bool:
@@ -208,26 +240,22 @@ class _Opening:
 
 
 def _on_its_device(opening: _Opening) -> tuple[Choice, Opened]:
-    """Choose a model's device, say so, and open it there."""
-    asked = opening.description.device or opening.settings.device
-    engine, against = None, None
-    if asked != "cpu":
+    """Open a model on the device that was asked for and can be had."""
+    against = None
+    if opening.asked != "cpu":
         try:
             engine = opening.on_cuda()
+            return opening.choose(None), engine
         except NotOnCuda as error:
             against = error.reason
-    choice = choose(asked, against, opening.description.fallback or opening.settings.fallback)
-    if engine is None:
-        engine = opening.on_cpu()
-        choice = replace(choice, file=opening.path.name)
-    else:
-        choice = replace(choice, tf32=opening.tf32, file=opening.for_cuda.name)
-        if opening.for_cuda != opening.path:
-            choice = replace(choice, digest=digest(opening.for_cuda))
-    told_as = log.warning if choice.fallback else log.info
-    what = "CUDA was asked for, and the CPU runs the model" if choice.fallback else "device chosen"
-    told_as(what, **_named(opening.path), asked=asked, device=choice.device, file=choice.file, reason=choice.reason)
-    return choice, engine
+    return opening.choose(against), opening.on_cpu()
+
+
+def _with_tf32_compared(choice: Choice, engine: Opened, opening: _Opening) -> Choice:
+    """Tell how far results with TF32 are from those without it."""
+    outputs, states = differences(engine, opening.on_cuda(tf32=False))
+    log.info("TF32 compared", **_named(opening.path), outputs=float(f"{outputs:.2g}"), states=float(f"{states:.2g}"))
+    return replace(choice, tf32_difference=max(outputs, states))
 
 
 def _check_twins(own: OnnxFile, other: OnnxFile) -> None:
@@ -321,7 +349,7 @@ def _audited(path: Path, engine: Opened, description: Description, threads: int)
     log.info("model to be audited", **_named(path))
     found = audit(graph, description.strict, description.tolerance, description.of_graph)
     if resident and found.graph is not engine:
-        raise LoadError(f"{'; '.join(found.warnings) or 'it is to be run row by row'}: say device: cpu in {NAME}")
+        raise NotOnCuda(path.name, "; ".join(found.warnings) or "it is to be run row by row")
     log.info(
         "model audited",
         **_named(path),

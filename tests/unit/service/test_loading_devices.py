@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from onnx import numpy_helper
 from structlog.testing import capture_logs
 
 from service import loading
+from service.audit import audit
 from service.device import HostDevice
 from service.errors import LoadError
 from service.loading import load_model
@@ -20,6 +22,7 @@ from service.placement import Choice, choose
 from service.provider import NotOnCuda, why_no_cuda
 from service.resident_engine import ResidentEngine
 from service.settings import Settings
+from service.stepping import RowByRow
 from tests.graphs import HIDDEN, write_lstm
 
 NO_CUDA = why_no_cuda()
@@ -196,3 +199,61 @@ def test_the_file_for_cuda_of_a_precision(tmp_path: Path, cuda: list[Path]) -> N
     own = rewritten(exact, "model.float32.cuda.onnx")
     load_model(path, Settings(device="cuda"))
     assert cuda == [exact, own]
+
+
+@pytest.mark.parametrize(
+    ("server", "yaml", "on"), [("on", "", True), ("off", "tf32: true", True), ("on", "tf32: false", False)]
+)
+def test_tf32_is_compared(
+    tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch, server: Any, yaml: str, on: bool
+) -> None:
+    """With it, how far results are from those without it is measured at the load, said, and kept."""
+    path = write_lstm(tmp_path)
+    (tmp_path / "lstm/model.yaml").write_text(yaml)
+    coarse = write_lstm(tmp_path / "coarse")
+    rounded = vars(loading)["ResidentEngine"]
+
+    class Rounded(rounded):  # type: ignore[misc, valid-type]
+        def __init__(self, path: Path, *given: Any) -> None:
+            super().__init__(to_tf32(coarse) if given[-1].tf32 else path, *given)
+
+    monkeypatch.setattr(loading, "ResidentEngine", Rounded)
+    with capture_logs() as logs:
+        choice = load_model(path, Settings(device="cuda", tf32=server)).choice
+    compared = [one for one in logs if one["event"] == "TF32 compared"]
+    assert choice.tf32 == on == bool(compared)
+    if on:
+        difference = choice.tf32_difference
+        assert difference is not None
+        assert 1e-6 < difference < 1e-2
+        assert max(compared[0]["outputs"], compared[0]["states"]) == float(f"{difference:.2g}")
+    else:
+        assert choice.tf32_difference is None
+
+
+def to_tf32(path: Path) -> Path:
+    """Cut the weights of a file to 10 bits behind the point."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            cut = (array.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(cut, tensor.name))
+    onnx.save(model, path)
+    return path
+
+
+def test_what_the_audit_finds(tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that would have to run row by row is none for CUDA: the CPU runs it, where that may be."""
+
+    def finding(graph: Any, *given: Any) -> Any:
+        found = audit(graph, *given)
+        if isinstance(graph, ResidentEngine):
+            return replace(found, graph=RowByRow(graph), warnings=("rows differ",))
+        return found
+
+    monkeypatch.setattr(loading, "audit", finding)
+    path = write_lstm(tmp_path)
+    assert load_model(path, Settings(device="auto")).choice == Choice("cpu", "rows differ")
+    with pytest.raises(LoadError, match="does not run it: rows differ"):
+        load_model(path, Settings(device="cuda"))
