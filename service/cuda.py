@@ -18,8 +18,8 @@ from service.provider import NotOnCuda
 
 Array = NDArray[Any]
 
-_TO_DEVICE, _TO_HOST = 1, 2
-"""cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost (CUDA runtime API, cudaMemcpyKind)."""
+_TO_DEVICE, _TO_HOST, _THERE = 1, 2, 3
+"""cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice (CUDA runtime API, cudaMemcpyKind)."""
 _NO_MEMORY = 2
 """cudaErrorMemoryAllocation (CUDA runtime API, cudaError_t)."""
 
@@ -82,6 +82,10 @@ class CudaDevice:
     def download(self, buffer: Buffer, array: Array) -> None:
         """Copy; see ``Device``."""
         self._copy(array.ctypes.data, buffer.pointer, buffer.nbytes, _TO_HOST)
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy; see ``Device``."""
+        self._copy(target.pointer, source.pointer, source.nbytes, _THERE)
 
     def mark(self) -> _Event:
         """Mark this moment of its stream."""

@@ -117,6 +117,9 @@ class Device(Protocol):
     def download(self, buffer: Buffer, array: Array) -> None:
         """Copy a buffer here. The array may be read after a mark."""
 
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy a buffer to another of its size, both there."""
+
     def mark(self) -> Mark:
         """Mark this moment."""
 
@@ -163,6 +166,10 @@ class HostDevice:
     def download(self, buffer: Buffer, array: Array) -> None:
         """Copy; see ``Device``."""
         array.reshape(-1).view(np.uint8)[:] = _bytes_of(buffer)
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy; see ``Device``."""
+        _bytes_of(target)[:] = _bytes_of(source)
 
     def mark(self) -> Mark:
         """Everything has been done already."""

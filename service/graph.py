@@ -36,8 +36,8 @@ class StatePool(Protocol):
     def settle_in(self) -> str:
         """Do once what there is to do in the thread in which ticks run, and return what has come of it, for people."""
 
-    def allocate(self, states: Sequence[Array] | None = None) -> int:
-        """Take a slot, with the states that are given, or the initial ones.
+    def allocate(self, states: Sequence[Array] | int | None = None) -> int:
+        """Take a slot, with the states that are given, or those of another slot, or the initial ones.
 
         Raises:
             Full: if too many are taken.

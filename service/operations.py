@@ -99,7 +99,12 @@ class Operations:
     # --- sessions ---
 
     def open(
-        self, owner: bytes, identity: str, runner: Runner, states: Sequence[Array] | None = None, position: int = 0
+        self,
+        owner: bytes,
+        identity: str,
+        runner: Runner,
+        states: Sequence[Array] | int | None = None,
+        position: int = 0,
     ) -> Session:
         """Open a session.
 
@@ -107,7 +112,7 @@ class Operations:
             owner: digest of the caller's key.
             identity: the id to give it; empty for a new one.
             runner: the model.
-            states: to begin from, each without the batch axis; None for the initial ones.
+            states: to begin from, each without the batch axis, or the slot that has them; None for the initial ones.
             position: to begin at.
 
         Raises:
@@ -117,7 +122,7 @@ class Operations:
         return self._open(owner, identity, runner, states, position)
 
     def _open(
-        self, owner: bytes, identity: str, runner: Runner, states: Sequence[Array] | None, position: int
+        self, owner: bytes, identity: str, runner: Runner, states: Sequence[Array] | int | None, position: int
     ) -> Session:
         self.check_streamable(runner)
         identity = self.sessions.check_new(owner, identity)
@@ -438,7 +443,7 @@ class Operations:
         async with self._at_rest(owner, identity, position) as session:
             runner = self.runner(session)
             self.sessions.touch(session)
-            return self.open(owner, new_identity, runner, runner.pool.read(session.track.slot), session.position)
+            return self.open(owner, new_identity, runner, session.track.slot, session.position)
 
     async def reset(self, owner: bytes, identity: str, position: int | None, epoch: int = 0) -> Session:
         """Put a session back to its model's initial state, after the chunks that it has accepted.

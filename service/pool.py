@@ -73,11 +73,12 @@ class Pool:
         """There is nothing to do."""
         return ""
 
-    def allocate(self, states: Sequence[Array] | None = None) -> int:
+    def allocate(self, states: Sequence[Array] | int | None = None) -> int:
         """Take a slot and fill it.
 
         Args:
-            states: the value of each state, without the batch axis; None for the initial ones.
+            states: the value of each state, without the batch axis, or the slot that has them; None for the initial
+                ones.
 
         Raises:
             Full: if ``limit`` slots are taken.
@@ -85,6 +86,8 @@ class Pool:
         with self._lock:
             (slot,) = self._slots.take(1)
         try:
+            if isinstance(states, int):
+                states = self.read(states)
             self.write(slot, self._initial if states is None else states)
         except BaseException:
             self.free(slot)

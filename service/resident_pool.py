@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.device import Buffer, Device
+from service.device import Buffer, Device, Mark
 from service.errors import LoadError
 from service.manifest import StateSpec
 from service.pool import initial_value
@@ -90,6 +90,7 @@ class ResidentPool:
         places = limit + moving + _RESERVED
         self.buffers = self._take_memory(places)
         self._initial = [initial_value(spec) for spec in specs]
+        self._going_up: list[tuple[Mark, list[Array]]] = []
         self._lock = threading.Lock()
         self._slots = Slots(limit, shelf=limit, spare=limit)
         self._place: Places = np.zeros(limit, np.int32)
@@ -114,11 +115,12 @@ class ResidentPool:
         """Do once what there is to do in the thread in which ticks run, and return what has come of it, for people."""
         return self._settle_in(self)
 
-    def allocate(self, states: Sequence[Array] | None = None) -> int:
+    def allocate(self, states: Sequence[Array] | int | None = None) -> int:
         """Take a slot.
 
         Args:
-            states: the value of each state, without the batch axis; None for the initial ones, which costs no copy.
+            states: the value of each state, without the batch axis, or the slot that has them, which are copied on the
+                device; None for the initial ones, which costs no copy.
 
         Raises:
             Full: if ``limit`` slots are taken.
@@ -128,7 +130,10 @@ class ResidentPool:
             self._place[slot] = INITIAL
         if states is not None:
             try:
-                self.write(slot, states)
+                if isinstance(states, int):
+                    self._copy(states, slot)
+                else:
+                    self.write(slot, states)
             except BaseException:
                 self.free(slot)
                 raise
@@ -178,15 +183,30 @@ class ResidentPool:
         given = [
             np.array(state, spec.dtype).reshape(spec.tail) for state, spec in zip(states, self._specs, strict=True)
         ]
+        place = self._own_place(slot)
+        for buffer, state in zip(self.buffers, given, strict=True):
+            self._device.upload(state, buffer.row(place))
+        # What is copied from has to stay till then. Waiting for it would be waiting for the ticks under way.
+        mark = self._device.mark()
+        with self._lock:
+            self._going_up = [one for one in self._going_up if not one[0].done]
+            self._going_up.append((mark, given))
+        self._tell("up", given)
+
+    def _copy(self, source: int, slot: int) -> None:
+        """Give a slot the states that another has."""
+        if self._place[source] == INITIAL:
+            return
+        there, here = int(self._place[source]), self._own_place(slot)
+        for buffer in self.buffers:
+            self._device.copy(buffer.row(there), buffer.row(here))
+
+    def _own_place(self, slot: int) -> int:
+        """The place that a slot's states can be written to."""
         with self._lock:
             if self._place[slot] == INITIAL:
                 self._place[slot] = self._take(1)[0]
-            place = int(self._place[slot])
-        for buffer, state in zip(self.buffers, given, strict=True):
-            self._device.upload(state, buffer.row(place))
-        # What is copied from is nobody's any more after this.
-        self._device.mark().wait()
-        self._tell("up", given)
+            return int(self._place[slot])
 
     def reset(self, slot: int) -> None:
         """Put a slot back to the initial states."""

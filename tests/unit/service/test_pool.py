@@ -281,3 +281,13 @@ def test_threads_that_take_and_give_back_while_others_gather() -> None:
     for thread in threads:
         thread.join()
     assert (wrong, pool.taken) == ([], 0)
+
+
+def test_a_slot_that_begins_where_another_is() -> None:
+    """A copy: what becomes of one is nothing to the other."""
+    state = spec((1, None, 3))
+    pool = Pool([state], limit=3)
+    source = pool.allocate([value(state, 1)])
+    copy = pool.allocate(source)
+    pool.write(source, [value(state, 2)])
+    assert np.array_equal(pool.read(copy)[0], value(state, 1))

@@ -132,6 +132,21 @@ def test_reset_and_write(pool: ResidentPool) -> None:
     assert pool.free_places == free + 1
 
 
+def test_a_slot_that_begins_where_another_is(pool: ResidentPool) -> None:
+    """Copied on the device; what becomes of one is nothing to the other."""
+    for given in (None, [np.full(3, 4, np.float32), np.full(2, 5.0)]):
+        source = pool.allocate(given)
+        before = value(pool, source)
+        copied = dict(pool.copied)
+        copy = pool.allocate(source)
+        assert pool.copied == copied
+        tick = pool.gather(slots(source), moves(1))
+        run(pool, tick, 1)
+        pool.scatter(slots(source), slots(0), tick)
+        assert value(pool, copy) == before
+        assert value(pool, source) != before
+
+
 def test_too_many_slots(pool: ResidentPool) -> None:
     """All or none, and the limit is said."""
     pool.allocate_many(9)
