@@ -35,15 +35,17 @@ def copied(server: Server, direction: str) -> float:
 @pytest.mark.parametrize("name", NAMES)
 async def test_any_cut_gives_the_same(models: Models, device: str, name: str) -> None:
     """Forty steps whole, one by one, and in three random cuts: the same outputs and the same states."""
+    model = models.get(name)
     x = draw(40, INPUT)
     random = np.random.default_rng(4)
     cuts = [[0, 40], list(range(41)), *([0, *sorted(random.choice(39, 6, replace=False) + 1), 40] for _ in range(3))]
-    async with serving(models.get(name), device) as (_, client):
+    async with serving(model, device) as (_, client):
         found = []
         for cut in cuts:
             async with client.session(name) as session:
                 y = [await session.step(x[begin:end]) for begin, end in itertools.pairwise(cut)]
                 found.append((np.concatenate(y), (await session.export()).states))
+    np.testing.assert_allclose(found[0][0], model.expected(x)[0], rtol=0, atol=BOUND)
     for outputs, states in found[1:]:
         np.testing.assert_allclose(outputs, found[0][0], rtol=0, atol=BOUND)
         for key, array in states.items():
