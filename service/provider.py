@@ -27,6 +27,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _RECORD = "session.record_ep_graph_assignment_info"
+_DRIVER = "libcuda.so.1"
 _CUDNN = "libcudnn.so.9"
 _INSTALL = "install onnxruntime-gpu[cuda,cudnn]"
 _NO_DEVICE = 100
@@ -161,7 +162,7 @@ def why_no_cuda(gpu_id: int = 0) -> str | None:
 
 def _why_no_device(gpu_id: int, load: Callable[[str], Any]) -> str | None:
     try:
-        driver = load("libcuda.so.1")
+        driver = load(_DRIVER)
     except OSError as error:
         return (
             f"no NVIDIA driver ({error}): a machine needs one, and a container to be given the device "
@@ -176,6 +177,23 @@ def _why_no_device(gpu_id: int, load: Callable[[str], Any]) -> str | None:
     if gpu_id >= count.value:
         return f"there is no CUDA device {gpu_id} (--gpu-id); there are {count.value}, counted from 0"
     return None
+
+
+def gpu_name(gpu_id: int, load: Callable[[str], Any] = ctypes.CDLL) -> str:
+    """What a CUDA device calls itself; empty where there is none.
+
+    Args:
+        gpu_id: which, from 0.
+        load: loads a library by its name.
+    """
+    try:
+        driver = load(_DRIVER)
+    except OSError:
+        return ""
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), gpu_id):
+        return ""
+    return "" if driver.cuDeviceGetName(name, len(name), device) else name.value.decode(errors="replace")
 
 
 def _why_no_libraries(preload: Callable[[], None], load: Callable[[str], Any]) -> str | None:

@@ -1,6 +1,7 @@
 """A model that is ready to run, run as well as this machine can: as was measured before, or by measuring now.
 
-Owns whether to measure, and with which thread counts. Must not know runners or sessions. Called in a thread of its own.
+Owns whether to measure, on which devices, and with which thread counts. Must not know runners or sessions. Called in a
+thread of its own.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from service import tuning_file
 from service.errors import LoadError
 from service.graph import Graph
 from service.loading import Loaded, TooLong, load_model, no_longer_than
-from service.provider import VERSION
+from service.placement import Choice
+from service.provider import VERSION, gpu_name
 from service.quiet import Quiet
 from service.settings import Settings
 from service.trial import measure
-from service.tuning import WIDEST, Bounds, Measurement, Tuning, choose, thread_counts
+from service.tuning import WIDEST, Bounds, Measurement, Tuning, choose, speedup, thread_counts
 from service.tuning_file import Subject, Unusable
 
 log = structlog.get_logger()
@@ -43,7 +45,7 @@ def _patience_s(settings: Settings) -> float:
 
 
 def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, Tuning]:
-    """Load a model with as many threads as pay.
+    """Load a model on the device that is quicker, where either may run it, with as many threads as pay.
 
     A number of threads in model.yaml or in the settings is taken as it is; measured are the sizes of ticks all the
     same. Where nothing is to be measured a run has one thread.
@@ -56,9 +58,41 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
     Raises:
         LoadError: if it cannot be served; the text says why.
     """
+    loaded, tuning = _tuned(path, settings, anew)
+    asked = loaded.description.device or settings.device
+    if asked != "auto" or loaded.choice.device == "cpu" or not tuning.measured:
+        return loaded, tuning
+    told = log.bind(model=path.parent.parent.name, version=path.parent.name)
+    try:
+        other, of_cpu = _tuned(path, settings, anew, Choice("cpu", "", file=loaded.path.name))
+    except LoadError as error:
+        told.info("only CUDA runs the model", reason=str(error))
+        return loaded, tuning
+    times = speedup(tuning, of_cpu)
+    if times is None:
+        return loaded, tuning
+    reason = f"CUDA does {times:.2g} times the CPU's steps per second, as measured"
+    device = "cuda" if times >= 1 else "cpu"
+    told.info("devices compared", device=device, reason=reason, **_side_by_side(tuning, of_cpu))
+    if times >= 1:
+        return replace(loaded, choice=replace(loaded.choice, reason=reason)), tuning
+    return replace(other, choice=replace(other.choice, reason=reason)), of_cpu
+
+
+def _side_by_side(cuda: Tuning, cpu: Tuning) -> dict[str, str]:
+    """What runs of one step took on either, in microseconds, for people."""
+    micros = [
+        {one.rows: one.seconds * 1e6 for one in each.measured if (one.threads, one.steps) == (each.threads, 1)}
+        for each in (cuda, cpu)
+    ]
+    rows = [number for number in (1, 16, 64, 256) if all(number in one for one in micros)]
+    return {f"rows_{number}": " against ".join(f"{one[number]:.0f} us" for one in micros) for number in rows}
+
+
+def _tuned(path: Path, settings: Settings, anew: bool, choice: Choice | None = None) -> tuple[Loaded, Tuning]:
     with loading(settings):
         began = time.perf_counter()
-        loaded = load_model(path, settings)
+        loaded = load_model(path, settings, 0, None, choice)
         load_s = time.perf_counter() - began
     if not settings.tune_s:
         return loaded, Tuning(loaded.threads)
@@ -66,7 +100,7 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
     counts = (loaded.threads,) if fixed else thread_counts(tuning_file.cores())
     name, version = path.parent.parent.name, path.parent.name
     folder = path.parent if settings.cache_dir is None else settings.cache_dir / name / version
-    file, subject = folder / tuning_file.NAME, _subject(loaded, counts)
+    file, subject = folder / tuning_file.NAME, _subject(loaded, counts, settings.gpu_id)
     told = log.bind(model=name, version=version, file=str(file))
     measured: tuple[Measurement, ...] = ()
     if not anew:
@@ -127,7 +161,9 @@ def _tell(told: Any, when: str, counts: tuple[int, ...], tuning: Tuning, seconds
         )
 
 
-def _subject(loaded: Loaded, counts: tuple[int, ...]) -> Subject:
+def _subject(loaded: Loaded, counts: tuple[int, ...], gpu_id: int) -> Subject:
+    choice = loaded.choice
+    how = [gpu_name(gpu_id), choice.file, choice.digest, "tf32" if choice.tf32 else ""]
     return Subject(
         digest=loaded.graph.digest,
         row_by_row=loaded.graph.manifest.rows_per_run == 1,
@@ -136,6 +172,7 @@ def _subject(loaded: Loaded, counts: tuple[int, ...]) -> Subject:
         cpu=tuning_file.cpu_name(),
         cores=tuning_file.cores(),
         counts=counts,
+        gpu=" ".join(filter(None, how)) if choice.device == "cuda" else "",
     )
 
 

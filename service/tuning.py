@@ -7,7 +7,7 @@ files, or how anything is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -160,15 +160,41 @@ def choose(measured: Sequence[Measurement]) -> Tuning:
     return Tuning(threads, _useful_rows(one for one in measured if one.threads == threads), tuple(measured))
 
 
+def speedup(tuning: Tuning, other: Tuning) -> float | None:
+    """Tell how many times the steps per second of one way to run a model another has, for a busy server.
+
+    That is in ticks of 16 rows or more, in the geometric mean, where they were seen in both.
+
+    Args:
+        tuning: the one.
+        other: the other, on another device.
+
+    Returns:
+        None where no size was measured in both.
+    """
+    ours, theirs = (
+        {(one.rows, one.steps): one.seconds for one in each.measured if one.threads == each.threads}
+        for each in (tuning, other)
+    )
+    return _gain(theirs, ours)
+
+
 def worth_it(measured: Sequence[Measurement], fewer: int, more: int) -> bool:
     """Whether some more threads buy enough steps per second; see ``choose``."""
-    seconds = {(one.rows, one.steps, one.threads): one.seconds for one in measured}
-    both = {(rows, steps) for rows, steps, count in seconds if count == fewer and (rows, steps, more) in seconds}
+    slow, quick = (
+        {(one.rows, one.steps): one.seconds for one in measured if one.threads == threads} for threads in (fewer, more)
+    )
+    gain = _gain(slow, quick)
+    return gain is not None and gain >= 1 + _WORTH * (more / fewer - 1)
+
+
+def _gain(slow: Mapping[tuple[int, int], float], quick: Mapping[tuple[int, int], float]) -> float | None:
+    """How many times as quick one way is as the other, by the seconds of each size, where many rows run if any do."""
+    both = slow.keys() & quick.keys()
     both = {size for size in both if size[0] >= _BUSY_ROWS} or both
     if not both:
-        return False
-    gains = [math.log(seconds[*size, fewer] / seconds[*size, more]) for size in both]
-    return math.exp(sum(gains) / len(gains)) >= 1 + _WORTH * (more / fewer - 1)
+        return None
+    return math.exp(sum(math.log(slow[size] / quick[size]) for size in both) / len(both))
 
 
 def _useful_rows(measured: Iterable[Measurement]) -> int:

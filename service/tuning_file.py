@@ -40,6 +40,7 @@ class Subject(_Part):
         onnxruntime: its version.
         cpu: as it calls itself.
         cores: that this process may use.
+        gpu: what runs it apart from the CPU, and in what form; empty where nothing does.
         counts: of threads that were to be looked at.
     """
 
@@ -50,6 +51,7 @@ class Subject(_Part):
     cpu: Text
     cores: int
     counts: Annotated[tuple[int, ...], Field(max_length=64)]
+    gpu: Text = ""
 
 
 class _Record(_Part):

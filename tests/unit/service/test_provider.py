@@ -56,6 +56,16 @@ class Driver:
         """Start the driver."""
         return self._status
 
+    def cuDeviceGet(self, device: Any, number: int) -> int:
+        """Find a device."""
+        ctypes.cast(device, ctypes.POINTER(ctypes.c_int))[0] = number
+        return 0 if number < self._devices else 101
+
+    def cuDeviceGetName(self, name: Any, size: int, device: ctypes.c_int) -> int:
+        """Write what a device calls itself."""
+        name.value = f"GPU number {device.value}".encode()[: size - 1]
+        return 0
+
     def cuDeviceGetCount(self, count: Any) -> int:
         """Write how many devices there are."""
         ctypes.cast(count, ctypes.POINTER(ctypes.c_int))[0] = self._devices
@@ -88,6 +98,14 @@ def test_no_device(driver: Driver, gpu_id: int, says: str | None) -> None:
     """The driver's own word, and which device was meant."""
     reason = provider._why_no_device(gpu_id, lambda name: driver)
     assert reason is None if says is None else str(reason).startswith(says)
+
+
+def test_the_name_of_a_device() -> None:
+    """As the driver says it; none where there is no such device, or no driver."""
+    assert provider.gpu_name(1, lambda name: Driver(devices=2)) == "GPU number 1"
+    assert provider.gpu_name(2, lambda name: Driver(devices=2)) == ""
+    assert provider.gpu_name(0, lambda name: Driver(status=100)) == ""
+    assert provider.gpu_name(0, lambda name: ctypes.CDLL("libthere-is-none.so")) == ""
 
 
 def test_libraries_that_do_not_load(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from service import tuner, tuning_file
+from service import loading, tuner, tuning_file
+from service.device import HostDevice
 from service.errors import LoadError
 from service.loading import Loaded, load_model
+from service.resident_engine import ResidentEngine
 from service.settings import Settings
 from service.trial import measure
 from service.tuner import tuned
@@ -237,3 +240,50 @@ def test_models_from_elsewhere(tmp_path: Path, case: Case) -> None:
     loaded, tuning = tuned(case.write(tmp_path), SETTINGS.model_copy(update={"tune_s": 1e-3}))
     assert tuning.measured
     assert loaded.threads == tuning.threads
+
+
+def timed(on_cuda: float, on_cpu: float) -> Callable[..., tuple[Measurement, ...]]:
+    """A measurement, without measuring, in which runs take so many seconds on either device."""
+
+    def found(graph_with: Any, counts: tuple[int, ...], *more: Any) -> tuple[Measurement, ...]:
+        seconds = on_cuda if isinstance(graph_with(counts[0]), ResidentEngine) else on_cpu
+        return tuple(
+            Measurement(threads=count, rows=rows, steps=1, seconds=seconds, cpu_s=seconds)
+            for count in counts
+            for rows in (1, 16, 64)
+        )
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_cuda", "on_cpu", "device", "reason"),
+    [
+        ("auto", 1.0, 4.0, "cuda", "CUDA does 4 times the CPU's steps per second, as measured"),
+        ("auto", 4.0, 1.0, "cpu", "CUDA does 0.25 times the CPU's steps per second, as measured"),
+        ("cuda", 4.0, 1.0, "cuda", "asked for"),
+    ],
+)
+def test_the_quicker_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, on_cuda: float, on_cpu: float, device: str, reason: str
+) -> None:
+    """Where either may run a model the quicker one does, and the figures are told; asked for by name nothing is tried.
+
+    CUDA's place is taken by this machine's memory; what runs take is handed in.
+    """
+    monkeypatch.setattr(loading, "why_no_cuda", lambda gpu_id: None)
+    monkeypatch.setattr(loading, "CudaDevice", lambda gpu_id: HostDevice())
+    monkeypatch.setattr(tuner, "measure", timed(on_cuda, on_cpu))
+    path = write_lstm(tmp_path)
+    settings = Settings(device=asked, tune_s=0.05, threads=1, cache_dir=tmp_path / "measured")
+    with capture_logs() as logs:
+        loaded, tuning = tuned(path, settings)
+    assert (loaded.choice.device, loaded.choice.reason) == (device, reason)
+    assert isinstance(loaded.graph, ResidentEngine) == (device == "cuda")
+    assert {one.seconds for one in tuning.measured} == {on_cuda if device == "cuda" else on_cpu}
+    compared = [one for one in logs if one["event"] == "devices compared"]
+    if asked == "auto":
+        assert (compared[0]["device"], compared[0]["reason"]) == (device, reason)
+        assert compared[0]["rows_64"] == f"{on_cuda * 1e6:.0f} us against {on_cpu * 1e6:.0f} us"
+    else:
+        assert compared == []

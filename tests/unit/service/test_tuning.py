@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.tuning import Bounds, Measurement, Tuning, choose, sizes, thread_counts, worth_it
+from service.tuning import Bounds, Measurement, Tuning, choose, sizes, speedup, thread_counts, worth_it
 
 
 def took(threads: int, rows: int, steps: int, seconds: float) -> Measurement:
@@ -96,3 +96,12 @@ def test_sizes_have_bounds() -> None:
     assert max(sizes(True, step_bytes=2**20)) == (64, 1)
     assert max(sizes(True, step_bytes=1, state_bytes=2**21)) == (16, 16)
     assert sizes(True, Bounds(1, 1, 1), step_bytes=2**30) == [(1, 1)]
+
+
+def test_devices_are_judged_by_busy_ticks() -> None:
+    """How many times the steps per second: of 16 rows and more, where both were seen, with each one's own threads."""
+    cuda = Tuning(1, measured=(took(1, 1, 1, 9.0), took(1, 16, 1, 2.0), took(1, 64, 1, 2.0), took(1, 256, 1, 9.0)))
+    cpu = Tuning(2, measured=(took(2, 1, 1, 1.0), took(2, 16, 1, 4.0), took(2, 64, 1, 16.0), took(1, 64, 1, 1.0)))
+    assert speedup(cuda, cpu) == pytest.approx(4)
+    assert speedup(cpu, cuda) == pytest.approx(1 / 4)
+    assert speedup(cuda, Tuning(1)) is None
