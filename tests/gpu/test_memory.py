@@ -13,7 +13,7 @@ from tests.gpu.devices import INPUT, Model, Models, draw, serving
 
 BOUND = 1e-5
 LIMIT_BYTES = 20 << 20
-"""Room for the weights, 4 MiB, twice, and for runs of few rows; not for 512 rows of 16 steps, whose h alone takes 16."""
+"""Room for the weights, 4 MiB, twice, and for runs of few rows; not for 512 rows of 16 steps: h alone takes 16."""
 ROWS, STEPS = 512, 16
 SETTINGS = {
     "gpu_memory_limit_bytes": LIMIT_BYTES,
