@@ -30,6 +30,7 @@ _RECORD = "session.record_ep_graph_assignment_info"
 _DRIVER = "libcuda.so.1"
 _CUDNN = "libcudnn.so.9"
 _INSTALL = "install onnxruntime-gpu[cuda,cudnn]"
+_FAILED = "Failed to load "
 _NO_DEVICE = 100
 """CUDA_ERROR_NO_DEVICE (CUDA driver API)."""
 
@@ -202,11 +203,17 @@ def _why_no_libraries(preload: Callable[[], None], load: Callable[[str], Any]) -
         # It prints what it does not find, and of cuDNN says nothing at all.
         with contextlib.redirect_stdout(said):
             preload()
-        failed = [line for line in said.getvalue().splitlines() if line.startswith("Failed to load")]
+        failed = [_which(line) for line in said.getvalue().splitlines() if line.startswith(_FAILED)]
     except Exception as error:  # whatever a loader raises
         failed = [str(error)]
     try:
         load(_CUDNN)
     except OSError as error:
-        failed.append(f"Failed to load {_CUDNN}: {error}")
+        failed.append(_which(f"{_FAILED}{_CUDNN}: {error}"))
     return f"CUDA's libraries do not load: {'; '.join(failed)}: {_INSTALL}" if failed else None
+
+
+def _which(line: str) -> str:
+    """The library and why, of a line that names it once or, where the loader does so too, twice."""
+    name, _, error = line.removeprefix(_FAILED).partition(": ")
+    return error if error.startswith(name) else f"{name}: {error}"

@@ -113,14 +113,15 @@ def test_libraries_that_do_not_load(capsys: pytest.CaptureFixture[str]) -> None:
 
     def preload() -> None:
         print("Failed to load libcublas.so.13: no such file")
+        print("Failed to load libcurand.so.10: libcurand.so.10: not found")
         print("Please follow a link to install CUDA.")
 
     def load(name: str) -> Any:
         raise OSError("no such file either")
 
     assert provider._why_no_libraries(preload, load) == (
-        "CUDA's libraries do not load: Failed to load libcublas.so.13: no such file; "
-        "Failed to load libcudnn.so.9: no such file either: install onnxruntime-gpu[cuda,cudnn]"
+        "CUDA's libraries do not load: libcublas.so.13: no such file; libcurand.so.10: not found; "
+        "libcudnn.so.9: no such file either: install onnxruntime-gpu[cuda,cudnn]"
     )
     assert capsys.readouterr().out == ""
     assert provider._why_no_libraries(lambda: None, lambda name: None) is None
