@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return "cpu"
 
 
+@pytest.fixture
+def capturing(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, where ticks of one step run with room for more rows whether that is quicker or not."""
+    monkeypatch.setattr("service.capture._WORTH", float("inf"))
+    if device == "cpu":
+        monkeypatch.setattr("service.loading.Engine", partial(_as_cuda_would, capture=True))
+    return device
+
+
 def _as_cuda_would(
     path: Path,
     device: Device,
@@ -47,8 +57,11 @@ def _as_cuda_would(
     external: Sequence[Path] = (),
     file_digests: Sequence[str] = (),
     cuda: Any = None,
+    capture: bool | None = None,
 ) -> ResidentEngine:
     own = path.with_name(f"{path.stem}.cuda{path.suffix}")
     # By whatever file it is run, it is one model.
     known = tuple(file_digests) or tuple(digest(part) for part in (path, *external))
-    return ResidentEngine(own if own.is_file() else path, HostDevice(), threads, describe, external, known, cuda)
+    return ResidentEngine(
+        own if own.is_file() else path, HostDevice(), threads, describe, external, known, cuda, capture
+    )
