@@ -177,7 +177,12 @@ class ResidentEngine:
             feeds: as for ``run``; each tick begins with these states.
         """
         workspace, _ = self._prepare(feeds)
-        return workspace.run
+
+        def tick() -> Results:
+            workspace.start()
+            return workspace.run()
+
+        return tick
 
     def _prepare(self, feeds: Mapping[str, Array]) -> tuple[ResidentWorkspace, Sequence[Buffer]]:
         """Fill the arrays of a tick, with memory of its own: states before it, after it, and between its runs."""
