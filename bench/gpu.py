@@ -163,7 +163,9 @@ class Bench:
     def _measure_ticks(self, cases: list[Case], say: Callable[[str], None]) -> list[Measured]:
         from bench.gpu_peer import peer_ticks
 
-        engine_ticks = self._load(model_file(cases[0].stack, self.folder), self.device, self.device == "cpu")
+        engine_ticks = self._load(
+            model_file(cases[0].stack, self.folder), self.device, max(case.rows for case in cases), self.device == "cpu"
+        )
         found = [Measured(case) for case in cases]
         for number in range(1, self.runs + 1):
             for one in found:
@@ -177,8 +179,8 @@ class Bench:
         found = Measured(case)
         path = model_file(case.stack, self.folder)
         engines = {
-            "engine": self._load(path, self.device, self.device == "cpu"),
-            "engine_cpu": self._load(path, "cpu"),
+            "engine": self._load(path, self.device, case.rows, self.device == "cpu"),
+            "engine_cpu": self._load(path, "cpu", case.rows),
         }
         for number in range(1, self.runs + 1):
             for subject, engine_ticks in engines.items():
@@ -201,18 +203,18 @@ class Bench:
         found.runs["service"] = [figures]
         rows, steps = max(1, round(figures["rows_per_tick"])), max(1, round(figures["steps_per_row"]))
         # On the CPU the server has no device either.
-        engine_ticks = self._load(model_file(case.stack, self.folder), self.device)
+        engine_ticks = self._load(model_file(case.stack, self.folder), self.device, rows)
         alone = replace(case, rows=rows, steps=steps)
         say(f"{alone.title}: the engine alone")
         self._one(found, "engine", partial(engine_ticks, alone, True), rows * steps)
         return found
 
-    def _load(self, path: Path, device: Device, stand_in: bool = False) -> Callable[[Case, bool], Ticks]:
+    def _load(self, path: Path, device: Device, rows: int, stand_in: bool = False) -> Callable[[Case, bool], Ticks]:
         """Load an engine and return its ticks; where it does not load, asking for them says why."""
         from bench.gpu_engine import Engine
 
         try:
-            return Engine(path, device, self.cores, stand_in).ticks
+            return Engine(path, device, self.cores, rows, stand_in).ticks
         except LoadError as error:
             why = str(error)
 

@@ -197,7 +197,7 @@ def test_without_a_gpu_it_says_what_is_missing_and_writes_nothing(tmp_path: Path
 @pytest.mark.parametrize("stand_in", [True, False], ids=["as on a device", "on the host"])
 def test_the_engine_s_ticks_step(lstm_repository: Path, stand_in: bool, copies: bool) -> None:
     """Ticks of the engine run, as often as they are launched, and again for another shape."""
-    engine = Engine(lstm_repository / "lstm" / "1" / "model.onnx", "cpu", 1, stand_in)
+    engine = Engine(lstm_repository / "lstm" / "1" / "model.onnx", "cpu", 1, 5, stand_in)
     stack = cast(Stack, SimpleNamespace(input_size=INPUT))
     for rows, steps in ((3, 1), (5, 4)):
         figures = measure(engine.ticks(Case(stack, rows, steps), copies), rows * steps, 0.02)
