@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from service.chunks import runner_of
 from service.errors import ConveyorError, SessionLost
 from service.operations import Operations
 from service.stores.file import Saved, load, save
@@ -106,7 +107,7 @@ class Restart:
         now = self._clock()
         for session in self._operations.sessions:
             if session.at_rest:
-                runner = self._operations.runner(session)
+                runner = runner_of(session)
                 yield Saved(
                     owner=session.owner,
                     identity=session.identity,

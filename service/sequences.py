@@ -21,6 +21,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from service.chunks import runner_of
 from service.errors import (
     ConveyorError,
     EngineFailed,
@@ -205,7 +206,7 @@ class Sequences:
         """
         if not start:
             with suppress(NotFound):
-                return self._operations.runner(self._operations.find(*_key(owner, model, identity)))
+                return runner_of(self._operations.find(*_key(owner, model, identity)))
         return self._operations.repository.find(model, version)
 
     def submit(self, step: Step, answer: Answer) -> Ticket:
@@ -239,7 +240,7 @@ class Sequences:
         if not step.load.steps:
             self._waiting_bytes += step.load.size
         step.load.steps += 1
-        self._operations.count_in(1)
+        self._operations.intake.count_in(1)
         return ticket
 
     def abandon(self, ticket: Ticket) -> None:
@@ -253,10 +254,10 @@ class Sequences:
             self._wait_no_more(ticket.step.load)
             ticket.let_go()
         elif ticket.pending is not None and ticket.session is not None:
-            self._operations.cancel(ticket.session, ticket.pending)
+            self._operations.chunks.cancel(ticket.session, ticket.pending)
 
     def _check_room(self, load: Load) -> None:
-        self._operations.take_new_work()
+        self._operations.intake.check()
         if self._waiting >= self._max_waiting:
             raise Full(
                 f"{self._waiting} steps are waiting for earlier ones of their sequences, which is the limit; "
@@ -274,7 +275,7 @@ class Sequences:
         load.steps -= 1
         if not load.steps:
             self._waiting_bytes -= load.size
-        self._operations.count_out(1)
+        self._operations.intake.count_out(1)
 
     def _go_on(self, key: Key, line: Line) -> None:
         """Begin the next step of a sequence, and the one behind it where it has ended at once, and so on."""
@@ -327,16 +328,16 @@ class Sequences:
                     f"sequence {step.identity} is on version {session.home.version} of model {step.model!r}, and this "
                     f"request is for version {step.version}: START it anew to change"
                 )
-            runner = operations.runner(session)
+            runner = runner_of(session)
             inputs = step.read(runner.manifest)
         elif ended is not None and position is not None and self._is_answered(step, position, ended):
-            operations.count_replay()
+            operations.chunks.count_replay()
             self._finish(ticket, Stepped(ended.reply, ended.version, ended.manifest, ended.position, ended.epoch))
             return
         else:
             raise self._missing(step, gone, ended)
         ticket.session = session
-        ticket.pending = operations.step(
+        ticket.pending = operations.chunks.step(
             session,
             runner,
             step.epoch,
@@ -388,7 +389,7 @@ class Sequences:
         if ticket.start is not None:
             operations.keep(ticket.start)
             operations.replies.forget(ticket.key)
-        version, manifest = session.home.version, operations.runner(session).manifest
+        version, manifest = session.home.version, runner_of(session).manifest
         position = result.position + result.steps
         if step.end:
             operations.sessions.end(session)

@@ -124,7 +124,7 @@ class Server:
         saved = await self._restart.read()
         await self.repository.load(needed={(one.model, one.version) for one in saved})
         self._restart.restore(saved)
-        self.operations.ready = True
+        self.operations.intake.ready = True
         # What was loaded for sessions that are not there after all.
         await self.repository.free()
         for name in {entry.name for entry in self.repository.index()}:
@@ -136,12 +136,12 @@ class Server:
 
     async def drain(self) -> None:
         """Stop being ready, refuse new work, finish what was accepted, answer it, and end the streams."""
-        self.operations.draining = True
+        self.operations.intake.draining = True
         self.repository.close()
         await self._health.enter_graceful_shutdown()
         log.info("draining", sessions=len(self.operations.sessions), timeout_s=self.settings.drain_timeout_s)
         try:
-            await asyncio.wait_for(self.operations.rest(), self.settings.drain_timeout_s)
+            await asyncio.wait_for(self.operations.intake.rest(), self.settings.drain_timeout_s)
         except TimeoutError:
             log.warning("drain timed out; what is left is cancelled")
         for servicer in self._servicers:
@@ -165,7 +165,7 @@ class Server:
             servicer.close()
         # Even at once, a thread that has nothing to do is given the moment that it takes to end.
         whole = await self.repository.stop(max(grace_s, 0.5))
-        if self.operations.draining:
+        if self.operations.intake.draining:
             # The last thing of all: nothing can move a session any more.
             await self._restart.save()
         if self._exporter is not None:
@@ -211,7 +211,7 @@ async def serve(settings: Settings) -> int:
     start = asyncio.create_task(server.start())
     first = asyncio.create_task(signals.get())
     await asyncio.wait({start, first}, return_when=asyncio.FIRST_COMPLETED)
-    if not start.done() and not server.operations.ready:
+    if not start.done() and not server.operations.intake.ready:
         # Nothing is served yet, and what an earlier process left is as it was.
         log.info("signal", name=first.result().name)
         start.cancel()

@@ -12,6 +12,7 @@ import grpc
 
 from conveyor.v1 import conveyor_pb2 as pb
 from conveyor.v1 import conveyor_pb2_grpc as stubs
+from service.chunks import runner_of
 from service.errors import InvalidRequest
 from service.manifest import StateSpec, TensorSpec
 from service.runner import Runner
@@ -54,7 +55,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
     @told
     async def Infer(self, request: pb.InferRequest, context: Context) -> Written:
         """Run a batch of whole sequences."""
-        self.operations.take_new_work()
+        self.operations.intake.check()
         runner = self._find(request.model, request.version)
         with runner.in_use(), self.counting(runner), self.finishing():
             codec = self.codec_of(runner)
@@ -140,7 +141,7 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
     async def ExportSession(self, request: pb.ExportSessionRequest, context: Context) -> pb.ExportSessionResponse:
         """Copy a session's state out."""
         session, states = await self.operations.export(owner(context), request.session_id)
-        specs = self.operations.runner(session).manifest.states
+        specs = runner_of(session).manifest.states
         return pb.ExportSessionResponse(
             state=pb.SessionState(
                 model=session.home.name,

@@ -129,11 +129,11 @@ class Door:
     @contextmanager
     def finishing(self) -> Iterator[None]:
         """Have a drain wait for what goes on within, which ends with a reply."""
-        self.operations.count_in(1)
+        self.operations.intake.count_in(1)
         try:
             yield
         finally:
-            self.operations.count_out(1)
+            self.operations.intake.count_out(1)
 
     @contextmanager
     def counting(self, runner: Runner) -> Iterator[None]:

@@ -94,7 +94,7 @@ class InferenceServicer(Door, stubs.GRPCInferenceServiceServicer):
 
     @property
     def _ready(self) -> bool:
-        return self.operations.ready and not self.operations.draining
+        return self.operations.intake.ready and not self.operations.intake.draining
 
     # --- what is served ---
 

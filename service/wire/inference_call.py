@@ -154,7 +154,7 @@ class Inference:
 
     async def _infer(self, request: Request, runner: Runner, deadline: float | None) -> None:
         try:
-            self._door.operations.take_new_work()
+            self._door.operations.intake.check()
             with runner.in_use(), self._door.finishing():
                 reply = await self._infer_batch(request, runner, deadline)
                 result = await self._door.aside(size(reply), partial(assemble, reply))

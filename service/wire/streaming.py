@@ -9,8 +9,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 
 from conveyor.v1 import conveyor_pb2 as pb
+from service.chunks import Chunk, runner_of
 from service.errors import ConveyorError, EngineFailed, InvalidRequest, NotFound
-from service.operations import Chunk, Operations
+from service.operations import Operations
 from service.runner import Runner
 from service.session import Pending, Reply, Session
 from service.wire.assembly import Written
@@ -78,7 +79,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
         began, runner = self._clock(), None
         try:
             session = self._operations.find(self._owner, chunk.session_id)
-            runner = self._operations.runner(session)
+            runner = runner_of(session)
             if chunk.position < 0 or chunk.timeout_us < 0:
                 raise InvalidRequest(
                     f"position is {chunk.position} and timeout_us {chunk.timeout_us}; expected neither to be negative"
@@ -89,7 +90,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
             waiting = _WaitingChunk(self, self._operations, session, runner, chunk.position, began)
             self.wait(waiting, max(_size(tensors), runner.manifest.reply_bytes(len(inputs[0]))))
             try:
-                waiting.pending = self._operations.step(
+                waiting.pending = self._operations.chunks.step(
                     session, runner, chunk.epoch, chunk.position, inputs, deadline, waiting, caller=self._caller
                 )
             except BaseException:
@@ -137,7 +138,9 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
         for n, wrong_with in errors.items():
             waiting.take(n, wrong_with)
         if chunks:
-            waiting.pending = self._operations.step_together(runner, chunks, steps, inputs, deadline, self._caller)
+            waiting.pending = self._operations.chunks.step_together(
+                runner, chunks, steps, inputs, deadline, self._caller
+            )
 
     def _check(self, block: pb.Block) -> None:
         """Refuse a block that contradicts itself."""
@@ -166,7 +169,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
             if isinstance(session, NotFound):
                 errors[n] = session
             elif home is None:
-                home = self._operations.runner(session)
+                home = runner_of(session)
             elif session.home is not home:
                 errors[n] = InvalidRequest(
                     f"session {session.identity!r} is on model {session.home.name!r}, version {session.home.version}, "
@@ -218,7 +221,7 @@ class _WaitingChunk:
     def abandon(self) -> None:
         self._stream.count(self._runner, self._began, 0, 1)
         if self.pending is not None:
-            self._operations.abandon(self._runner, [(self.pending, self)])
+            self._operations.chunks.abandon(self._runner, [(self.pending, self)])
 
 
 class _WaitingBlock:
@@ -257,7 +260,7 @@ class _WaitingBlock:
         applied = sum(isinstance(result, Reply) for result in self._results)
         self._stream.count(self._runner, self._began, applied, len(self._results) - applied)
         seats = {pending: waiter for pending in self.pending for waiter in pending.waiters if self._has(waiter)}
-        self._operations.abandon(self._runner, list(seats.items()))
+        self._operations.chunks.abandon(self._runner, list(seats.items()))
 
     def _has(self, waiter: object) -> bool:
         return isinstance(waiter, _Seat) and waiter.block is self

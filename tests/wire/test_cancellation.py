@@ -211,7 +211,7 @@ async def test_drain_finishes_what_was_accepted(house: House) -> None:
     await house.caller.send(chunk(session, 0, x[:2]))
     await house.gate.entered()
     drain = asyncio.create_task(house.server.drain())
-    await until(lambda: house.server.operations.draining)
+    await until(lambda: house.server.operations.intake.draining)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await house.caller.open()
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -182,11 +182,11 @@ async def test_a_block_for_a_server_that_drains_for_a_moment(lstm_repository: Pa
     async with running(lstm_repository) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
         sessions = await opened(client)
         await client.step_many(sessions, x[:, :4])
-        server.operations.draining = True
+        server.operations.intake.draining = True
         step = asyncio.create_task(client.step_many(sessions, x[:, 4:]))
         _, stream = client._opened()
         await until(lambda: len(stream._refused) == len(x))
-        server.operations.draining = False
+        server.operations.intake.draining = False
         check(await step, 4, 40)
 
 

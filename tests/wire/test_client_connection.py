@@ -194,11 +194,11 @@ async def test_a_server_that_is_not_in_service_for_a_moment(
     async with running(lstm_repository) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
         session = await client.session("lstm")
         await session.step(x[:4])
-        setattr(server.operations, room, away)
+        setattr(server.operations.intake, room, away)
         work = asyncio.gather(session.step(x[4:]), client.infer("lstm", x[None]), client.session("lstm"))
         _, stream = client._opened()
         await until(lambda: bool(stream._refused))
-        setattr(server.operations, room, back)
+        setattr(server.operations.intake, room, back)
         y, whole, _ = await work
         np.testing.assert_array_equal(whole[0, 4:], y)
         assert len(server.operations.sessions) == 2

@@ -42,7 +42,7 @@ async def test_health(lstm_repository: Path) -> None:
         status, text = await refusal(stub.ModelReady(pb.ModelReadyRequest(name="lstm", version="first")))
         assert status is grpc.StatusCode.INVALID_ARGUMENT
         assert "version 'first' is none; expected a positive integer" in text
-        server.operations.draining = True
+        server.operations.intake.draining = True
         assert await ready() == (False, False)
         assert (await stub.ServerLive(pb.ServerLiveRequest())).live
 

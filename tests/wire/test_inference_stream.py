@@ -206,7 +206,7 @@ async def test_drain(lstm_repository: Path) -> None:
             await gate.until_queued(server, 3)
             await until(lambda: server.sequences.waiting == 1)
             drain = asyncio.create_task(server.drain())
-            await until(lambda: server.operations.draining)
+            await until(lambda: server.operations.intake.draining)
             await call.write(request(x, id="late"))
             assert (await error(call))[0] == "late"
             gate.let(3)

@@ -92,7 +92,7 @@ async def test_a_caller_that_goes_away_costs_no_more(lstm_repository: Path, held
         cancel = await calls.begin_infer(x)
         await held.entered.wait()
         cancel()
-        await server.operations.rest()
+        await server.operations.intake.rest()
         held.released.set()
         y, _ = await calls.infer(x)
         np.testing.assert_allclose(y, [expected(row) for row in x], rtol=0, atol=2e-6)
@@ -106,7 +106,7 @@ async def test_a_drain_waits_for_what_is_being_written(lstm_repository: Path, he
         batch = asyncio.create_task(calls.infer(x))
         await held.entered.wait()
         drain = asyncio.create_task(server.drain())
-        await until(lambda: server.operations.draining)
+        await until(lambda: server.operations.intake.draining)
         for _ in range(100):
             await asyncio.sleep(0)
         assert not drain.done()

@@ -176,9 +176,9 @@ async def test_a_session_costs_its_state_its_reply_and_little_more(lstm_reposito
             sessions = [operations.open(b"", f"session-{first + n}", runner) for n in range(count)]
             for at in range(0, count, together):
                 chunks = [(session, 0, 0, answers) for session in sessions[at : at + together]]
-                operations.step_together(runner, chunks, 1, inputs, None)
+                operations.chunks.step_together(runner, chunks, 1, inputs, None)
                 expected = answers.count + together
-                await until(lambda expected=expected: answers.count == expected)
+                await answers.reach(expected)
             del sessions, chunks
             return tracemalloc.get_traced_memory()[0] - before, operations.replies.held - replies
 
@@ -203,3 +203,7 @@ class _Answers:
         """Take the answer."""
         assert isinstance(result, Reply)
         self.count += 1
+
+    async def reach(self, count: int) -> None:
+        """Wait for so many."""
+        await until(lambda: self.count == count)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from conveyor.v1 import conveyor_pb2 as pb
 from conveyor.v1 import conveyor_pb2_grpc as stubs
 from models.reference import run_model
+from service.chunks import runner_of
 from service.server import Server
 from tests.clock import Clock
 from tests.conftest import calling, running
@@ -50,7 +51,7 @@ def equal(answer: Answer, reference: NDArray[np.float64]) -> None:
 def states(server: Server, door: Door, session: str) -> list[NDArray[Any]]:
     """A session's states, each without the batch axis, as they are inside the server."""
     inside = door.find(server, session)
-    return server.operations.runner(inside).pool.read(inside.track.slot)
+    return runner_of(inside).pool.read(inside.track.slot)
 
 
 @dataclass

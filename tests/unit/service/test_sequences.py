@@ -129,7 +129,7 @@ class House:
             metrics=self.metrics,
             clock=self.clock,
         )
-        self.operations.ready = True
+        self.operations.intake.ready = True
         self.sequences = Sequences(self.operations, max_waiting, max_waiting_bytes, self.clock)
         self.order: list[Asked] = []
         self.serve(1)
@@ -289,7 +289,7 @@ def test_an_id_that_is_none(house: House) -> None:
 
 def test_a_server_that_loads(house: House) -> None:
     """Whether a sequence is live is not known before those of the last process are there."""
-    house.operations.ready = False
+    house.operations.intake.ready = False
     for start in (True, False):
         assert isinstance(house.run(1, start=start).error, Loading)
 
@@ -634,8 +634,8 @@ def test_a_step_of_another_epoch_is_refused(house: House) -> None:
 async def test_a_drain_finishes_what_waits(house: House) -> None:
     """Steps that were accepted are applied, STARTs among them; new ones are refused; resting waits for the last."""
     asked = [house.ask(1, start=True), house.ask(2, end=True), house.ask(3, start=True), house.ask(4)]
-    house.operations.draining = True
-    rest = asyncio.create_task(house.operations.rest())
+    house.operations.intake.draining = True
+    rest = asyncio.create_task(house.operations.intake.rest())
     for late in (house.ask(9), house.ask(9, identity="6", start=True)):
         assert isinstance(late.error, Draining)
     for _ in asked:
@@ -780,7 +780,7 @@ def test_random_traffic(data: st.DataObject) -> None:
     live = sum(1 for _ in house.operations.sessions)
     assert house.slots == live
     assert not house.sequences._lines
-    assert (house.sequences._waiting, house.sequences._waiting_bytes, house.operations._working) == (0, 0, 0)
+    assert (house.sequences._waiting, house.sequences._waiting_bytes, house.operations.intake._working) == (0, 0, 0)
 
 
 def poisoned(x: Array) -> None:
