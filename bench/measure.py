@@ -193,7 +193,9 @@ def _compute(case: Case, at: dict[str, float], settings: Settings) -> dict[str, 
     if not at:
         raise Failed("the rows per tick are not known")
     rows, steps = max(1, round(at["rows_per_tick"])), max(1, round(at["steps_per_row"]))
-    flags = ("--rows", str(rows), "--steps", str(steps), "--seconds", str(_seconds(case, settings) / 2))
+    flags = ["--rows", str(rows), "--steps", str(steps), "--seconds", str(_seconds(case, settings) / 2)]
+    if case.target:
+        flags += ["--period-s", str(rows * steps / at["steps_per_s"])]
     command = python("bench.compute", str(model_file(case.model, settings.folder)), *flags)
     try:
         done = subprocess.run(

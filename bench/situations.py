@@ -7,6 +7,7 @@ each round by name.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ import numpy as np
 
 from bench.load import lognormal_lengths
 from bench.measure import load_of, run_load
-from bench.models import LARGE, SMALL, Model, make
+from bench.models import LARGE, SMALL, SMALL_GRU, Model, make
 from bench.opening import open_residents
 from bench.processes import Process, Worker
 from bench.servers import Say, Settings, start_conveyor
@@ -164,6 +165,53 @@ def residents(settings: Settings, say: Say) -> list[Figures]:
     return rounds
 
 
+def several_models(settings: Settings, say: Say) -> list[Figures]:
+    """Two models on one server, each with 64 sessions in closed loop: one alone, the other alone, and both at once.
+
+    Returns:
+        ``lstm_alone_steps_per_s`` and ``gru_alone_steps_per_s``; the same ``together``; and ``shares``, of what each
+        does alone what it does beside the other, both added up: 1 if they merely took turns. ``cpu_us_per_step`` of
+        the server alone, the mean of both, and together.
+    """
+    repository = settings.folder / "repositories" / "several"
+    pair = {"lstm": SMALL, "gru": SMALL_GRU}
+    for model in pair.values():
+        shutil.copytree(make(model, settings.folder, say) / model.name, repository / model.name, dirs_exist_ok=True)
+    rounds = []
+    with (
+        start_conveyor(repository, settings) as server,
+        Worker("bench.load") as lstm_client,
+        Worker("bench.load") as gru_client,
+    ):
+        clients = {"lstm": lstm_client, "gru": gru_client}
+        loads = {
+            name: load_of(model, server, "blocks", sessions=64, chunks=64, seconds=settings.seconds)
+            for name, model in pair.items()
+        }
+        for number in range(settings.runs):
+            alone = {}
+            for name, load in loads.items():
+                say(f"{name} alone, round {number + 1}")
+                alone[name] = run_load(clients[name], load)
+            say(f"both at once, round {number + 1}")
+            for name, load in loads.items():
+                clients[name].ask(load.to_line())
+            together = {name: clients[name].answer(60) for name in loads}
+            rate = {name: figures["steps_per_s"] for name, figures in together.items()}
+            # Each client has counted the CPU time of the whole server, over its own steps.
+            cpu_us = [figures["cpu_us_per_step"] * figures["steps_per_s"] for figures in together.values()]
+            rounds.append(
+                {f"{name}_alone_steps_per_s": figures["steps_per_s"] for name, figures in alone.items()}
+                | {f"{name}_together_steps_per_s": rate[name] for name in rate}
+                | {
+                    "shares": sum(rate[name] / alone[name]["steps_per_s"] for name in rate),
+                    "alone_cpu_us_per_step": sum(figures["cpu_us_per_step"] for figures in alone.values()) / len(alone),
+                    "together_cpu_us_per_step": max(cpu_us) / sum(rate.values()),
+                }
+            )
+    return rounds
+
+
 def _server(model: Model, settings: Settings, say: Say, *flags: str) -> Process:
     return start_conveyor(make(model, settings.folder, say), settings, *flags)
 
@@ -230,4 +278,5 @@ SITUATIONS = {
     "streams beside batches": Situation(streams_beside_batches, 6, 5),
     "overload": Situation(overload, 4, 5),
     "resident sessions": Situation(residents, 2, 40),
+    "several models": Situation(several_models, 3, 5),
 }

@@ -49,13 +49,19 @@ class Target:
 
 
 def _ratio(
-    figure: str, model: Model, load: dict[str, int], subject: Subject, other: Model, other_load: dict[str, int]
+    figure: str,
+    model: Model,
+    load: dict[str, int],
+    subject: Subject,
+    other: Model,
+    other_load: dict[str, int],
+    of_other: str = "",
 ) -> Callable[[Results], float]:
-    """Conveyor's median over another subject's."""
+    """Conveyor's median over another subject's, of the same figure unless that is given."""
 
     def find(results: Results) -> float:
         ours, theirs = results.find("conveyor", model, **load), results.find(subject, other, **other_load)
-        return ours.median(figure) / theirs.median(figure) if ours and theirs else float("nan")
+        return ours.median(figure) / theirs.median(of_other or figure) if ours and theirs else float("nan")
 
     return find
 
@@ -83,6 +89,21 @@ def _triton_runs(results: Results) -> str:
     return f" (Triton: {len(found.runs)} runs came through, {found.failed} did not)"
 
 
+def _paced(sessions: int) -> Callable[[Results], str]:
+    """What the same figure is over the graph alone when that runs as often as the server's ticks."""
+    of_paced = _ratio(
+        "cpu_us_per_step", LARGE, _many(sessions), "compute", LARGE, _many(sessions), "paced_cpu_us_per_step"
+    )
+
+    def beside(results: Results) -> str:
+        ratio = of_paced(results)
+        return (
+            "" if math.isnan(ratio) else f" ({ratio:.3g} over the graph's when it runs as often as the server's ticks)"
+        )
+
+    return beside
+
+
 def _parity(results: Results) -> str:
     quick, exact = (results.parity.get(model.title) for model in (LARGE_INT8, LARGE))
     if quick is None or exact is None:
@@ -98,6 +119,7 @@ TARGETS = (
             1.15,
             True,
             _ratio("cpu_us_per_step", LARGE, _many(sessions), "compute", LARGE, _many(sessions)),
+            beside=_paced(sessions),
         )
         for sessions in (64, 256)
     ),
