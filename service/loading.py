@@ -106,6 +106,8 @@ def load_model(
         with no_longer_than(settings.load_timeout_s, engine.interrupt):
             found = _audited(path, engine, description, threads)
     except NotOnCuda as error:
+        if choice.device == "cpu":
+            raise
         return load_model(path, settings, threads, before, opening.choose(error.reason))
     if choice.tf32 and choice.tf32_difference is None:
         choice = _with_tf32_compared(choice, engine, opening)
