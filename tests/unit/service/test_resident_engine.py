@@ -17,7 +17,6 @@ from onnx import helper
 
 from service.device import HostDevice
 from service.engine import Engine
-from service.errors import LoadError
 from service.graph import Graph
 from service.loading import load_model
 from service.manifest import Manifest, StateSpec, TensorSpec
