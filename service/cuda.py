@@ -48,10 +48,11 @@ class CudaDevice:
         self.kind = "cuda"
         self.number = number
         self._cuda = cupy.cuda
+        # Which device is current is a thread's own, and any thread may come here: each call says it anew.
         self._device = cupy.cuda.Device(number)
         try:
-            with self._device:
-                self._stream = cupy.cuda.Stream(non_blocking=True)
+            self._device.use()
+            self._stream = cupy.cuda.Stream(non_blocking=True)
         except Exception as error:  # CuPy's errors share no base below RuntimeError
             raise NotOnCuda("a model", f"device {number} does not start: {error}") from error
         self.stream: int | None = self._stream.ptr
@@ -60,8 +61,8 @@ class CudaDevice:
         """Take memory; see ``Device``. It goes back to the device, not into a pool of CuPy's."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         try:
-            with self._device:
-                memory = self._cuda.Memory(max(1, size))
+            self._device.use()
+            memory = self._cuda.Memory(max(1, size))
         except self._cuda.runtime.CUDARuntimeError as error:
             if error.status != _NO_MEMORY:
                 raise
@@ -70,8 +71,8 @@ class CudaDevice:
 
     def staging(self, size: int) -> NDArray[np.uint8]:
         """Take pinned memory; see ``Device``."""
-        with self._device:
-            memory = self._cuda.alloc_pinned_memory(max(1, size))
+        self._device.use()
+        memory = self._cuda.alloc_pinned_memory(max(1, size))
         return np.frombuffer(memory, np.uint8, size)
 
     def upload(self, array: Array, buffer: Buffer) -> None:
@@ -89,21 +90,21 @@ class CudaDevice:
 
     def mark(self) -> _Event:
         """Mark this moment of its stream."""
-        with self._device:
-            event = self._cuda.Event(block=True, disable_timing=True)
-            event.record(self._stream)
+        self._device.use()
+        event = self._cuda.Event(block=True, disable_timing=True)
+        event.record(self._stream)
         return _Event(event)
 
     def memory(self) -> tuple[int, int]:
         """How many bytes are free, and how many there are."""
-        with self._device:
-            free, there = self._cuda.runtime.memGetInfo()
+        self._device.use()
+        free, there = self._cuda.runtime.memGetInfo()
         return free, there
 
     def _copy(self, to: int, source: int, size: int, kind: int) -> None:
         if size:
-            with self._device:
-                self._cuda.runtime.memcpyAsync(to, source, size, kind, self._stream.ptr)
+            self._device.use()
+            self._cuda.runtime.memcpyAsync(to, source, size, kind, self._stream.ptr)
 
 
 class _Event:

@@ -22,7 +22,7 @@ class Metrics:
         self.steps = Counter("conveyor_steps", "Steps applied.", labels, registry=self.registry)
         self.padding = Counter(
             "conveyor_padding_steps",
-            "Steps computed and thrown away: rows shorter than their tick.",
+            "Steps computed and thrown away: rows shorter than their tick, rows that only fill it up.",
             labels,
             registry=self.registry,
         )
