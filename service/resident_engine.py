@@ -27,7 +27,7 @@ from service.provider import CudaOptions, NotOnCuda, start
 from service.recurrent_path import name_nodes, recurrent_path
 from service.resident import content, make_resident, row_size, sources
 from service.resident_pool import INITIAL, UNWANTED, Moves, ResidentPool
-from service.resident_workspace import Lane, ResidentGraph, ResidentWorkspace, state_rows_first
+from service.resident_workspace import Lane, Options, ResidentGraph, ResidentWorkspace, state_rows_first
 from service.values import from_text
 from service.workspace import Results, sizes
 
@@ -35,6 +35,8 @@ Array = NDArray[Any]
 
 IN_FLIGHT = 2
 """How many ticks are under way at once: while one runs the next is filled, and the results of the last are told."""
+_HOST_MEMORY = ("Cpu", "CudaPinned")
+"""Names of onnxruntime's allocators (allocator.h)."""
 _RUNS_BEFORE_CAPTURE = 3
 _TURNS = 5
 _SEEN = 16
@@ -87,7 +89,8 @@ class ResidentEngine:
         inside, self.digest = identify(file.metadata, signature, describe, self.file_digests)
         signature.check(inside)
         self._device = device
-        self._options = run_options(waits=device.stream is None)
+        waits = device.stream is None
+        self._options = Options(run_options(waits), None if waits else run_options())
         self._start = partial(_started, path.parent, device, threads, cuda or CudaOptions(), self._options)
         self._one_step: Callable[[], ResidentGraph] | None = None
         if device.kind == "cuda" if capture is None else capture:
@@ -238,7 +241,7 @@ class ResidentEngine:
         times: dict[bool, list[float]] = {False: [], True: []}
         worst = 0.0
         for lane in self._lanes:
-            options = run_options(self._device.stream is None, graph_id=len(self._captured))
+            options = Options(run_options(self._device.stream is None, graph_id=len(self._captured)))
             self._captured[lane, rows] = captured = lane.own(graph, rows, options)
             # The first runs of a graph take memory, the next one is captured.
             for _ in range(_RUNS_BEFORE_CAPTURE):
@@ -294,7 +297,7 @@ class ResidentEngine:
 
     def interrupt(self) -> None:
         """End the run that is under way, from another thread; it raises, and so does every later one."""
-        self._options.terminate = True
+        self._options.interrupt()
 
 
 def _started(
@@ -302,7 +305,7 @@ def _started(
     device: Device,
     threads: int,
     cuda: CudaOptions,
-    options: Any,
+    options: Options,
     model: Any,
     manifest: Manifest,
     provider_options: Mapping[str, str] = _NOTHING,
@@ -323,7 +326,7 @@ def _started(
     )
     where = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
     # On the CPU's own provider all of them are read where they are.
-    on_host = frozenset(value.name for value, info in where if on_cuda and info.name.lower() == "cpu")
+    on_host = frozenset(value.name for value, info in where if on_cuda and info.name in _HOST_MEMORY)
     constants = {one.name: from_text(one.value, one.dtype, one.shape) for one in manifest.constants}
     return ResidentGraph(manifest, session, options, device, constants, on_host, manifest.lengths)
 

@@ -30,6 +30,36 @@ _ALIGNMENT = 256
 _KEPT_BYTES = 64 << 20
 """Larger memory than this is not kept from one tick to the next."""
 _MOST_SHAPES = 128
+_RUNS_UNTIL_ONE_WAITS = 64
+
+
+class Options:
+    """Options of runs that go on in their stream, and now and then of one that waits.
+
+    What a kernel has copied from the host, as a recurrent operator does with the lengths in each run, onnxruntime frees
+    at the end of a run that waits, and never otherwise.
+
+    Args:
+        usual: onnxruntime's options of most runs.
+        waiting: those of one that waits; None where each does.
+    """
+
+    def __init__(self, usual: Any, waiting: Any = None) -> None:
+        self._usual = usual
+        self._waiting = waiting
+        self._runs = 0
+
+    def next(self) -> Any:
+        """The options of the next run."""
+        self._runs += 1
+        wait = self._waiting is not None and self._runs % _RUNS_UNTIL_ONE_WAITS == 0
+        return self._waiting if wait else self._usual
+
+    def interrupt(self) -> None:
+        """End the run that is under way, from another thread; it raises, and so does every later one."""
+        for options in (self._usual, self._waiting):
+            if options is not None:
+                options.terminate = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +78,7 @@ class ResidentGraph:
 
     manifest: Manifest
     session: Any
-    options: Any
+    options: Options
     device: Device
     constants: Mapping[str, Array]
     on_host: frozenset[str]
@@ -114,7 +144,7 @@ class Lane:
         kept.begin(rows, lambda: release(self))
         return kept
 
-    def own(self, graph: ResidentGraph, rows: int, options: Any) -> ResidentWorkspace:
+    def own(self, graph: ResidentGraph, rows: int, options: Options) -> ResidentWorkspace:
         """Return arrays for runs of one step that no other tick has, and that stay where they are: to be captured.
 
         Args:
@@ -235,7 +265,7 @@ class ResidentWorkspace(Workspace):
         for run in self._runs():
             if run:
                 self._tie_run(run)
-            self._graph.session.run_with_iobinding(self._binding, self._graph.options)
+            self._graph.session.run_with_iobinding(self._binding, self._graph.options.next())
         if self._steps > 1 and self._graph.stepped:
             self._tie_run(0)
 
