@@ -96,7 +96,7 @@ class ResidentEngine:
         if device.kind == "cuda" if capture is None else capture:
             one_step = type(file.model)()
             one_step.CopyFrom(file.model)
-            self._one_step = partial(self._start_one_step, one_step, inside)
+            self._one_step = partial(_one_step, self._start, one_step, inside)
         try:
             self.manifest = _as_served(inside)
             self._graph = self._start(file.model, inside)
@@ -241,6 +241,8 @@ class ResidentEngine:
         times: dict[bool, list[float]] = {False: [], True: []}
         worst = 0.0
         for lane in self._lanes:
+            # None of its runs waits: what kernels had copied from the host is freed then, and the captured graph reads
+            # it again in each run.
             options = Options(run_options(self._device.stream is None, graph_id=len(self._captured)))
             self._captured[lane, rows] = captured = lane.own(graph, rows, options)
             # The first runs of a graph take memory, the next one is captured.
@@ -287,14 +289,6 @@ class ResidentEngine:
                 pool.free_many(ours)
         return worst
 
-    def _start_one_step(self, model: Any, inside: Manifest) -> ResidentGraph:
-        served = make_one_step(model, inside)
-        graph = self._start(model, served, {"enable_cuda_graph": "1"})
-        if on_host := sorted(graph.on_host - graph.constants.keys()):
-            # A captured graph would read it again from wherever it lay when it was captured.
-            raise LoadError(f"inputs {on_host} are read on the host")
-        return graph
-
     def interrupt(self) -> None:
         """End the run that is under way, from another thread; it raises, and so does every later one."""
         self._options.interrupt()
@@ -329,6 +323,16 @@ def _started(
     on_host = frozenset(value.name for value, info in where if on_cuda and info.name in _HOST_MEMORY)
     constants = {one.name: from_text(one.value, one.dtype, one.shape) for one in manifest.constants}
     return ResidentGraph(manifest, session, options, device, constants, on_host, manifest.lengths)
+
+
+def _one_step(start: Callable[..., ResidentGraph], model: Any, inside: Manifest) -> ResidentGraph:
+    """Start the graph of one step that is to be captured."""
+    served = make_one_step(model, inside)
+    graph = start(model, served, {"enable_cuda_graph": "1"})
+    if on_host := sorted(graph.on_host - graph.constants.keys()):
+        # A captured graph would read it again from wherever it lay when it was captured.
+        raise LoadError(f"inputs {on_host} are read on the host")
+    return graph
 
 
 def _idle(workspace: ResidentWorkspace) -> None:
