@@ -5,6 +5,8 @@ Each is held against the same file with states that come and go: to the bit, for
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,17 +313,6 @@ def test_a_graph_that_runs_row_by_row(case: Case, tmp_path: Path, monkeypatch: p
         load_model(case.write(tmp_path), Settings(repository=tmp_path, tune_s=0))
 
 
-def test_a_rehearsal(tmp_path: Path) -> None:
-    """A tick that is run only to be timed gives each time what a run gives: it begins with the same states."""
-    engine = ResidentEngine(write_lstm(tmp_path), HostDevice())
-    given = feeds(engine.manifest, rows=7, steps=3)
-    (expected,), _ = engine.run(given)
-    tick = engine.rehearse(given)
-    for _ in range(2):
-        (y,), _ = tick()
-        assert y.tobytes() == expected.tobytes()
-
-
 def test_a_run_that_is_interrupted(tmp_path: Path) -> None:
     """It raises, and so does every later one."""
     engine = ResidentEngine(write_lstm(tmp_path), HostDevice())
@@ -343,3 +334,18 @@ def test_a_tick_that_is_rehearsed(tmp_path: Path) -> None:
         assert np.array_equal(y, expected[0])
         # Nobody else writes there: the next one is seen to have run.
         y[:] = 0
+
+
+def test_memory_goes_with_the_engine(tmp_path: Path) -> None:
+    """At once, without the collector: another model may be waiting for it."""
+    engine = ResidentEngine(write_lstm(tmp_path), HostDevice(), capture=True)
+    pool = engine.pool(10, 2, uncounted)
+    tick(engine, pool, pool.allocate_many(2), feeds(engine.manifest, 2, 3))
+    engine.rehearse(feeds(engine.manifest, 1, 1))()
+    held: list[weakref.ref[Any]] = [weakref.ref(engine), *(weakref.ref(buffer.memory) for buffer in pool.buffers)]
+    gc.disable()
+    try:
+        del engine, pool
+        assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()
