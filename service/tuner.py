@@ -92,7 +92,7 @@ def _side_by_side(cuda: Tuning, cpu: Tuning) -> dict[str, str]:
 def _tuned(path: Path, settings: Settings, anew: bool, choice: Choice | None = None) -> tuple[Loaded, Tuning]:
     with loading(settings):
         began = time.perf_counter()
-        loaded = load_model(path, settings, 0, None, choice)
+        loaded = load_model(path, settings) if choice is None else load_model(path, settings, choice=choice)
         load_s = time.perf_counter() - began
     if not settings.tune_s:
         return loaded, Tuning(loaded.threads)
