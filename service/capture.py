@@ -7,7 +7,7 @@ so it has a fixed number of rows, of which those that nobody has asked for are p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,16 @@ class Choice:
     def rows(self, rows: int) -> int | None:
         """Return how many rows the captured graph has that runs so many; None where they run plainly."""
         return self._rows.get(rows)
+
+
+def worst_of(trials: Sequence[Trial]) -> Trial:
+    """Return what holds of several trials of as many rows: the quickest runs, and the worst difference."""
+    return Trial(
+        trials[0].rows,
+        min(trial.plain_s for trial in trials),
+        min(trial.captured_s for trial in trials),
+        max(trial.difference for trial in trials),
+    )
 
 
 def buckets(tick_rows: int) -> list[int]:

@@ -6,7 +6,6 @@ way. Must not know sessions or grpc. Whoever calls it does so from one thread at
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,20 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.capture import Choice, Trial, buckets, difference, make_one_step
+from service.capture import Choice, Trial, buckets, make_one_step, worst_of
+from service.capture_trial import compare
 from service.device import Buffer, Device
 from service.engine import digest, identify, run_options
 from service.errors import LoadError
 from service.graph import Signature
-from service.manifest import Manifest, TensorSpec
+from service.manifest import Manifest
 from service.onnx_file import OnnxFile
 from service.provider import CudaOptions, NotOnCuda, start
 from service.recurrent_path import name_nodes, recurrent_path
 from service.resident import content, make_resident, row_size, sources
-from service.resident_pool import INITIAL, UNWANTED, Moves, ResidentPool
+from service.resident_pool import INITIAL, Moves, ResidentPool
 from service.resident_workspace import Lane, Options, ResidentGraph, ResidentWorkspace, state_rows_first
 from service.values import from_text
-from service.workspace import Results, sizes
+from service.workspace import Results
 
 Array = NDArray[Any]
 
@@ -37,10 +37,6 @@ IN_FLIGHT = 2
 """How many ticks are under way at once: while one runs the next is filled, and the results of the last are told."""
 _HOST_MEMORY = ("Cpu", "CudaPinned")
 """Names of onnxruntime's allocators (allocator.h)."""
-_RUNS_BEFORE_CAPTURE = 3
-_TURNS = 5
-_SEEN = 16
-"""Rows of which states are copied out to be compared."""
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _SCRATCH = INITIAL + 2
 """The first place of those that a run with memory of its own uses."""
@@ -237,57 +233,16 @@ class ResidentEngine:
         return f"ticks of one step are captured with room for {sorted(self._choice.graphs)} rows"
 
     def _try(self, graph: ResidentGraph, pool: ResidentPool, rows: int) -> Trial:
-        """Run a number of rows plainly and captured, in the memory of each lane."""
-        times: dict[bool, list[float]] = {False: [], True: []}
-        worst = 0.0
+        """Capture a number of rows in the memory of each lane, and hold them against plain runs there."""
+        trials = []
         for lane in self._lanes:
             # None of its runs waits: what kernels had copied from the host is freed then, and the captured graph reads
             # it again in each run.
             options = Options(run_options(self._device.stream is None, graph_id=len(self._captured)))
             self._captured[lane, rows] = captured = lane.own(graph, rows, options)
-            # The first runs of a graph take memory, the next one is captured.
-            for _ in range(_RUNS_BEFORE_CAPTURE):
-                _idle(captured)
             plain = lane.workspace(rows, 1, lambda lane: None)
-            worst = max(worst, self._compare(pool, plain, captured))
-            for _ in range(_TURNS):
-                for is_captured, workspace in ((False, plain), (True, captured)):
-                    began = time.perf_counter()
-                    _idle(workspace)
-                    times[is_captured].append(time.perf_counter() - began)
-        return Trial(rows, min(times[False]), min(times[True]), worst)
-
-    def _compare(self, pool: ResidentPool, plain: ResidentWorkspace, captured: ResidentWorkspace) -> float:
-        """Two steps of random input, each from the states that the one before has left; the largest difference."""
-        random = np.random.default_rng(0)
-        rows = plain.rows
-        slots = [pool.allocate_many(rows) for _ in range(2)]
-        worst = 0.0
-        try:
-            for _ in range(2):
-                drawn = [_drawn(random, spec, rows) for spec in self.manifest.inputs]
-                outputs = []
-                for workspace, ours in zip((plain, captured), slots, strict=True):
-                    workspace.begin(rows, _nothing)
-                    for array, given in zip(workspace.inputs, drawn, strict=True):
-                        assert array is not None
-                        array[...] = given
-                    if workspace.lengths is not None:
-                        workspace.lengths[:] = 1
-                    moves = pool.gather(ours, workspace.states)
-                    workspace.start()
-                    results, _ = workspace.run()
-                    outputs.append([result.copy() for result in results])
-                    pool.scatter(ours, np.arange(rows), moves)
-                worst = max(worst, *(difference(two, one) for one, two in zip(*outputs, strict=True)))
-                # Every state has gone into the outputs of the next step; of some it is seen as it is, too.
-                some = slice(None, None, -(-rows // _SEEN))
-                for one, two in zip(*([pool.peek(int(each)) for each in ours[some]] for ours in slots), strict=True):
-                    worst = max([worst, *(difference(b, a) for a, b in zip(one, two, strict=True))])
-        finally:
-            for ours in slots:
-                pool.free_many(ours)
-        return worst
+            trials.append(compare(pool, self.manifest.inputs, plain, captured))
+        return worst_of(trials)
 
     def interrupt(self) -> None:
         """End the run that is under way, from another thread; it raises, and so does every later one."""
@@ -333,31 +288,6 @@ def _one_step(start: Callable[..., ResidentGraph], model: Any, inside: Manifest)
         # A captured graph would read it again from wherever it lay when it was captured.
         raise LoadError(f"inputs {on_host} are read on the host")
     return graph
-
-
-def _idle(workspace: ResidentWorkspace) -> None:
-    """Run on the initial states, and keep nothing."""
-    workspace.begin(workspace.rows, _nothing)
-    moves: Moves = workspace.states
-    moves.before[:], moves.after[:] = INITIAL, UNWANTED
-    if moves.between is not None:
-        moves.between[:] = UNWANTED
-    if workspace.lengths is not None:
-        workspace.lengths[:] = 1
-    workspace.start()
-    workspace.run()
-
-
-def _drawn(random: np.random.Generator, spec: TensorSpec, rows: int) -> Array:
-    """Random input of one step."""
-    shape = sizes(spec, rows, 1)
-    if spec.dtype.startswith("float"):
-        return random.uniform(-1, 1, shape).astype(spec.dtype)
-    return random.integers(0, min(spec.below or 2, 2), shape).astype(spec.dtype)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _as_served(inside: Manifest) -> Manifest:

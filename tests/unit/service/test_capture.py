@@ -101,7 +101,7 @@ def test_ticks_with_room_for_more_rows(tmp_path: Path, monkeypatch: pytest.Monke
     """Of every number of rows, between ticks of several steps: each slot's states are those carried by hand."""
     path = write_lstm(tmp_path) if kind == "operator" else one_step(tmp_path)
     plain: Any = Engine(path) if kind == "operator" else StepByStep(Engine(path))
-    monkeypatch.setattr("service.resident_engine.Trial", Quick)
+    monkeypatch.setattr("service.capture_trial.Trial", Quick)
     engine = ResidentEngine(path, HostDevice(), capture=True)
     manifest = engine.manifest
     pool = engine.pool(40, 6, uncounted)
@@ -154,7 +154,7 @@ def test_a_captured_graph_that_gives_something_else(tmp_path: Path, monkeypatch:
         tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * np.float32(1.001)).tobytes()
         return served
 
-    monkeypatch.setattr("service.resident_engine.Trial", Quick)
+    monkeypatch.setattr("service.capture_trial.Trial", Quick)
     monkeypatch.setattr("service.resident_engine.make_one_step", other_weights)
     engine = ResidentEngine(write_lstm(tmp_path), HostDevice(), capture=True)
     pool = engine.pool(10, 4, uncounted)
