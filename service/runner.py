@@ -19,7 +19,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 from queue import SimpleQueue
 from typing import Any
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from service.admission import Limits
 from service.device import Mark, out_of_memory
 from service.errors import ConveyorError, Draining, EngineFailed, Full
+from service.flight import Flight
 from service.graph import Graph, StatePool
 from service.metrics import Metrics
 from service.pace import Pace
@@ -39,49 +39,13 @@ from service.placement import Choice
 from service.row import Block, Phase, Row, Track
 from service.scheduler import Scheduler, Sealed, Tick
 from service.statistics import Statistics
-from service.workspace import Results, Workspace
+from service.workspace import Results
 
 Array = NDArray[np.generic]
 log = structlog.get_logger()
 
 _TURNS = 8
 """Of the event loop, for which an idle engine lets chunks come together as long as each brings more."""
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A tick that has been started.
-
-    Attributes:
-        tick: it, or a part of it.
-        cut_at: when it was cut.
-        began: since when there was something to do. What is done between ticks is a part of what they take.
-        packing: when filling its arrays began.
-        packed: when that was done.
-        spare: slots for the rows that need one.
-        workspace: its arrays; None where there were none to be had.
-        gathered: whether its states are on their way.
-        error: why it did not start.
-        mark: when its run is over; None where ``run`` does all of it.
-        watched: whether somebody waits for that.
-    """
-
-    tick: Tick
-    cut_at: float
-    began: float
-    packing: float
-    packed: float
-    spare: list[int] = field(default_factory=list)
-    workspace: Workspace | None = None
-    gathered: bool = False
-    error: Exception | None = None
-    mark: Mark | None = None
-    watched: bool = False
-
-    @property
-    def done(self) -> bool:
-        """Whether it can be ended without waiting."""
-        return self.error is not None or self.mark is None or self.mark.done
 
 
 class Runner:
@@ -144,7 +108,7 @@ class Runner:
         self._wake = threading.Condition()
         self._stopping = False
         self._tick_rows_limit = limits.tick_rows
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
         self._ended_at = float("-inf")
         # Where nothing goes on by itself, nobody waits for it.
         self._watched: SimpleQueue[Mark | None] = SimpleQueue()
@@ -340,7 +304,7 @@ class Runner:
         queued = self._scheduler.queued
         return self._flights[0].done or queued >= min(self._flights[-1].tick.rows, self._tick_rows_limit)
 
-    def _over(self, flight: _Flight) -> bool:
+    def _over(self, flight: Flight) -> bool:
         """Whether a tick is to be ended now: nothing can be started meanwhile, or there is nothing to wait for."""
         if flight.done or len(self._flights) == self.pool.in_flight:
             return True
@@ -370,7 +334,7 @@ class Runner:
             log.exception("no tick could be cut", model=self.name, version=self.version)
             return None, self._scheduler.clear(EngineFailed("the tick failed"))
 
-    def _end_tick(self, flight: _Flight) -> list[Block]:
+    def _end_tick(self, flight: Flight) -> list[Block]:
         """Wait for a tick, and make everything follow from it; the blocks that have ended by it."""
         tick = flight.tick
         # With those that are split off meanwhile.
@@ -408,7 +372,7 @@ class Runner:
                     self.pool.free(slot)
             block.scratch = None
 
-    def _end(self, flight: _Flight, blocks: list[Block], going_on: list[Block]) -> bool:
+    def _end(self, flight: Flight, blocks: list[Block], going_on: list[Block]) -> bool:
         """End a tick.
 
         Args:
@@ -498,7 +462,7 @@ class Runner:
                 self._scheduler.fail([refused], full)
         return [Tick(kept, lengths)] if kept else []
 
-    def _give_up(self, flight: _Flight) -> None:
+    def _give_up(self, flight: Flight) -> None:
         """Give back what a tick had taken that came to nothing."""
         self.pool.free_many(np.array(flight.spare, np.intp))
         if flight.workspace is not None and flight.gathered:
@@ -506,7 +470,7 @@ class Runner:
         self._release_arrays(flight)
 
     @staticmethod
-    def _release_arrays(flight: _Flight) -> None:
+    def _release_arrays(flight: Flight) -> None:
         workspace, flight.workspace = flight.workspace, None
         if workspace is not None:
             workspace.release()
@@ -561,10 +525,10 @@ class Runner:
                 going_on += self._scheduler.resume(tick, sealed)
         return applied
 
-    def _start(self, tick: Tick, began: float, cut_at: float | None = None) -> _Flight:
+    def _start(self, tick: Tick, began: float, cut_at: float | None = None) -> Flight:
         """Start a run on the blocks of a tick. What fails is told when its end is waited for."""
         now = self._clock()
-        flight = _Flight(tick, now if cut_at is None else cut_at, began, packing=now, packed=now)
+        flight = Flight(tick, now if cut_at is None else cut_at, began, packing=now, packed=now)
         try:
             flight.spare = self._spare_slots(tick)
             self._pack(flight)
@@ -575,14 +539,14 @@ class Runner:
             flight.error = error
         return flight
 
-    def _wait(self, flight: _Flight) -> Results:
+    def _wait(self, flight: Flight) -> Results:
         """Return the outputs of a tick's run, and the states after it."""
         if flight.error is not None:
             raise flight.error
         assert flight.workspace is not None
         return flight.workspace.run()
 
-    def _pack(self, flight: _Flight) -> None:
+    def _pack(self, flight: Flight) -> None:
         """Fill the arrays of a tick."""
         tick = flight.tick
         blocks, lengths = tick.blocks, tick.lengths
