@@ -6,6 +6,7 @@ what lies in a buffer, sessions or onnxruntime.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -87,6 +88,13 @@ class CudaDevice:
     def copy(self, source: Buffer, target: Buffer) -> None:
         """Copy; see ``Device``."""
         self._copy(target.pointer, source.pointer, source.nbytes, _THERE)
+
+    def end_capture(self) -> None:
+        """End what may have been begun; see ``Device``."""
+        self._device.use()
+        # It fails where there was nothing to end, or what was captured is not valid: either way there is nothing after.
+        with contextlib.suppress(Exception):
+            self._stream.end_capture()
 
     def mark(self) -> _Event:
         """Mark this moment of its stream."""

@@ -120,6 +120,9 @@ class Device(Protocol):
     def copy(self, source: Buffer, target: Buffer) -> None:
         """Copy a buffer to another of its size, both there."""
 
+    def end_capture(self) -> None:
+        """Have its stream work again after something failed while it was being captured."""
+
     def mark(self) -> Mark:
         """Mark this moment."""
 
@@ -170,6 +173,9 @@ class HostDevice:
     def copy(self, source: Buffer, target: Buffer) -> None:
         """Copy; see ``Device``."""
         _bytes_of(target)[:] = _bytes_of(source)
+
+    def end_capture(self) -> None:
+        """Nothing is ever captured here."""
 
     def mark(self) -> Mark:
         """Everything has been done already."""

@@ -235,7 +235,16 @@ class _Opening:
                 if description.row_by_row:
                     raise NotOnCuda(path.name, f"{NAME} says row_by_row, which a device is no use for")
                 states_on = CudaDevice(settings.gpu_id)
-                return ResidentEngine(path, states_on, self.threads, describe, external, file_digests, cuda)
+                return ResidentEngine(
+                    path,
+                    states_on,
+                    self.threads,
+                    describe,
+                    external,
+                    file_digests,
+                    cuda,
+                    capture=settings.cuda_graphs == "on",
+                )
             return Engine(path, device, self.threads, describe, external, file_digests, cuda)
         except NoManifest as error:
             raise LoadError(f"{error}{_near_misses(folder, path)}") from error

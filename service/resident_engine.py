@@ -61,7 +61,7 @@ class ResidentEngine:
         external: files beside it that hold its data.
         file_digests: where they are known already.
         cuda: what was chosen of CUDA; None for what it is by default.
-        capture: whether to try ticks of one step as captured graphs; None for where the device can.
+        capture: whether to try ticks of one step as captured graphs.
 
     Raises:
         NotOnCuda: if its states cannot be kept on a device, or that does not run it.
@@ -77,7 +77,7 @@ class ResidentEngine:
         external: Sequence[Path] = (),
         file_digests: Sequence[str] = (),
         cuda: CudaOptions | None = None,
-        capture: bool | None = None,
+        capture: bool = False,
     ) -> None:
         self.file_digests = tuple(file_digests) or tuple(digest(part) for part in (path, *external))
         file = OnnxFile(path)
@@ -89,7 +89,7 @@ class ResidentEngine:
         self._options = Options(run_options(waits), None if waits else run_options())
         self._start = partial(_started, path.parent, device, threads, cuda or CudaOptions(), self._options)
         self._one_step: Callable[[], ResidentGraph] | None = None
-        if device.kind == "cuda" if capture is None else capture:
+        if capture:
             one_step = type(file.model)()
             one_step.CopyFrom(file.model)
             self._one_step = partial(_one_step, self._start, one_step, inside)
@@ -227,6 +227,7 @@ class ResidentEngine:
         except Exception as error:
             # Without it the model runs as well as it did before.
             self._captured.clear()
+            self._device.end_capture()
             return f"ticks of one step are not captured: {error}"
         self._choice = Choice(trials)
         self._captured = {at: one for at, one in self._captured.items() if at[1] in self._choice.graphs}

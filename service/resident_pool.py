@@ -91,6 +91,7 @@ class ResidentPool:
         self.buffers = self._take_memory(places)
         self._initial = [initial_value(spec) for spec in specs]
         self._going_up: list[tuple[Mark, list[Array]]] = []
+        self._copying = threading.RLock()
         self._lock = threading.Lock()
         self._slots = Slots(limit, shelf=limit, spare=limit)
         self._place: Places = np.zeros(limit, np.int32)
@@ -113,7 +114,9 @@ class ResidentPool:
 
     def settle_in(self) -> str:
         """Do once what there is to do in the thread in which ticks run, and return what has come of it, for people."""
-        return self._settle_in(self)
+        # A copy that came between would be captured too, and made again in each run.
+        with self._copying:
+            return self._settle_in(self)
 
     def allocate(self, states: Sequence[Array] | int | None = None) -> int:
         """Take a slot.
@@ -173,9 +176,11 @@ class ResidentPool:
         if place == INITIAL:
             return [initial.copy() for initial in self._initial]
         states: list[Array] = [np.empty(spec.tail, spec.dtype) for spec in self._specs]
-        for buffer, state in zip(self.buffers, states, strict=True):
-            self._device.download(buffer.row(place), state)
-        self._device.mark().wait()
+        with self._copying:
+            for buffer, state in zip(self.buffers, states, strict=True):
+                self._device.download(buffer.row(place), state)
+            mark = self._device.mark()
+        mark.wait()
         return states
 
     def write(self, slot: int, states: Sequence[Array]) -> None:
@@ -184,10 +189,11 @@ class ResidentPool:
             np.array(state, spec.dtype).reshape(spec.tail) for state, spec in zip(states, self._specs, strict=True)
         ]
         place = self._own_place(slot)
-        for buffer, state in zip(self.buffers, given, strict=True):
-            self._device.upload(state, buffer.row(place))
-        # What is copied from has to stay till then. Waiting for it would be waiting for the ticks under way.
-        mark = self._device.mark()
+        with self._copying:
+            for buffer, state in zip(self.buffers, given, strict=True):
+                self._device.upload(state, buffer.row(place))
+            # What is copied from has to stay till then. Waiting for it would be waiting for the ticks under way.
+            mark = self._device.mark()
         with self._lock:
             self._going_up = [one for one in self._going_up if not one[0].done]
             self._going_up.append((mark, given))
@@ -198,8 +204,9 @@ class ResidentPool:
         if self._place[source] == INITIAL:
             return
         there, here = int(self._place[source]), self._own_place(slot)
-        for buffer in self.buffers:
-            self._device.copy(buffer.row(there), buffer.row(here))
+        with self._copying:
+            for buffer in self.buffers:
+                self._device.copy(buffer.row(there), buffer.row(here))
 
     def _own_place(self, slot: int) -> int:
         """The place that a slot's states can be written to."""
