@@ -288,4 +288,8 @@ def test_threads(tmp_path: Path, threads: int) -> None:
     before = len(os.listdir("/proc/self/task"))
     loaded = load_model(path, SETTINGS, threads)
     assert loaded.threads == threads
-    assert len(os.listdir("/proc/self/task")) - before == threads - 1
+    for _ in range(1000):
+        # Those that have been joined may still be on their way out of the system.
+        if (more := len(os.listdir("/proc/self/task")) - before) <= threads - 1:
+            break
+    assert more == threads - 1
