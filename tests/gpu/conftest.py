@@ -57,7 +57,7 @@ def _as_cuda_would(
     external: Sequence[Path] = (),
     file_digests: Sequence[str] = (),
     cuda: Any = None,
-    capture: bool | None = None,
+    capture: bool = False,
 ) -> ResidentEngine:
     own = path.with_name(f"{path.stem}.cuda{path.suffix}")
     # By whatever file it is run, it is one model.

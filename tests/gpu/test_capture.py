@@ -44,7 +44,7 @@ async def test_ticks_of_one_step_are_captured(models: Models, capturing: str, na
     """What has no cuDNN operator is captured for every power of two of rows; the log says so once."""
     with capture_logs() as logs:
         async with (
-            serving(models.get(name), capturing, max_tick_rows=32) as (_, client),
+            serving(models.get(name), capturing, max_tick_rows=32, cuda_graphs="on") as (_, client),
             client.session(name) as session,
         ):
             await session.step(draw(INPUT))
