@@ -42,7 +42,7 @@ class Engine:
             own = path.with_name(f"{path.stem}.cuda{path.suffix}")
             self._graph = ResidentEngine(own if own.is_file() else path, HostDevice(), threads)
         else:
-            self._graph = load_model(path, Settings(device=device), threads).graph
+            self._graph = load_model(path, Settings(device=device, cuda_graphs="on"), threads).graph
         self._pool = self._graph.pool(2 * rows, rows, lambda way, size: None)
         # Which ticks run as captured graphs is tried out here, as in the server.
         self._pool.settle_in()

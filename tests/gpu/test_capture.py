@@ -23,7 +23,7 @@ async def test_ticks_of_every_number_of_rows(models: Models, capturing: str, nam
     counts = [*range(1, 21), 13, 7, 5, 1]
     x = draw(20, len(counts) * steps, INPUT)
     y: list[list[Array]] = [[] for _ in x]
-    async with serving(model, capturing, max_tick_rows=32) as (_, client):
+    async with serving(model, capturing, max_tick_rows=32, cuda_graphs="on") as (_, client):
         sessions = [await client.session(name) for _ in x]
         for count in counts:
             chosen = random.permutation(20)[:count].tolist()
