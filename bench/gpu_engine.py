@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from bench.gpu_cases import Case, Device
 from bench.gpu_timing import Ticks
-from service.device import HostDevice
-from service.graph import Graph
-from service.loading import load_model
-from service.resident_engine import ResidentEngine
-from service.resident_workspace import ResidentWorkspace
+from service.engines.resident_engine import ResidentEngine
+from service.engines.resident_workspace import ResidentWorkspace
+from service.graphs.graph import Graph
+from service.graphs.workspace import Workspace
 from service.settings import Settings
-from service.workspace import Workspace
+from service.states.device import HostDevice
+from service.versions.loading import load_model
 
 Slots = NDArray[np.intp]
 

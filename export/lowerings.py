@@ -1,7 +1,7 @@
 """In which form each layer is written, for the device that is to run it.
 
 Owns that choice and what the user is told of it. Must not know how a form is written; where onnxruntime runs a node
-``service.placement`` says, for the exporter as for the server.
+``service.graphs.placement`` says, for the exporter as for the server.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from export.scan import Ops
 from export.stored import Lowering, stored_layer
 from models.layouts import array_shapes
 from models.spec import Layer, ModelSpec
-from service.placement import RECURRENT, Device, place
+from service.graphs.placement import RECURRENT, Device, place
 
 
 def choose_lowerings(

@@ -30,8 +30,8 @@ from export.verify import AGAINST_CPU, Verification, check_bound, judge
 from export.versions import Beside, file_for_cpu
 from models.spec import ModelSpec
 from models.weights import Array, digest
+from service.graphs.placement import Device
 from service.manifest import Manifest, Parity, ParityRow
-from service.placement import Device
 
 MAX_ERROR: dict[Precision, float] = {"float32": 2e-6, "float16": 5e-3, "int8": 5e-2}
 """What the largest error must stay within, where the caller names no bound.

@@ -19,7 +19,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from export.errors import ExportError
 from export.stored import Lowering
 from models.spec import ModelSpec
-from service.placement import Device
+from service.graphs.placement import Device
 
 
 def check_quantizable(spec: ModelSpec, lowerings: list[Lowering], device: Device = "cpu") -> None:

@@ -16,8 +16,8 @@ from export.signature import state_tensors, unpack_states
 from export.stored import canonical_weights
 from models.spec import PREFIXES, Layer, ModelSpec
 from models.weights import Array, Weights, check_shapes
+from service.graphs.onnx_file import tensors_of
 from service.manifest import Manifest
-from service.onnx_file import tensors_of
 
 
 def restore(model: onnx.ModelProto, manifest: Manifest) -> tuple[ModelSpec, dict[str, Array]]:

@@ -24,9 +24,9 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
 from export.errors import ExportError
-from service.description import NAME as DESCRIPTION
-from service.description import read
 from service.errors import LoadError
+from service.graphs.description import NAME as DESCRIPTION
+from service.graphs.description import read
 from service.manifest import Precision
 
 FILE = "model.onnx"

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import ConveyorError
-from service.row import USUAL, Block, Row, Track
-from service.runner import Runner
+from service.ticks.row import USUAL, Block, Row, Track
+from service.ticks.runner import Runner
 
 Array = NDArray[np.generic]
 

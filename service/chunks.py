@@ -18,10 +18,10 @@ from service.errors import ConveyorError
 from service.intake import Intake
 from service.metrics import Metrics
 from service.replies import Replies
-from service.row import USUAL, Block
-from service.runner import Runner
 from service.session import Pending, Reply, Session, Waiter
 from service.sessions import SessionTable
+from service.ticks.row import USUAL, Block
+from service.ticks.runner import Runner
 
 Array = NDArray[np.generic]
 log = structlog.get_logger()

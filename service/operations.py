@@ -26,10 +26,10 @@ from service.intake import Intake
 from service.metrics import Metrics
 from service.replies import Replies
 from service.repository import Repository
-from service.row import USUAL, Track
-from service.runner import Runner
 from service.session import Reply, Session, new_epoch
 from service.sessions import SessionTable
+from service.ticks.row import USUAL, Track
+from service.ticks.runner import Runner
 
 Array = NDArray[np.generic]
 log = structlog.get_logger()

@@ -17,17 +17,17 @@ from typing import Any, TypeVar
 import structlog
 
 from service.background import in_thread
-from service.catalogue import Catalogue
+from service.engines.provider import why_no_cuda
 from service.errors import ControlRefused, ConveyorError, Draining, LoadError, LoadFailed, ModelUnknown
-from service.folder import Found, ModelFolder, look_again, overlooked, scan, wanted
-from service.loading import Loaded, no_longer_than, too_long
 from service.metrics import Metrics
-from service.provider import why_no_cuda
-from service.runner import Runner
-from service.scheduler import Limits
 from service.settings import Settings
-from service.tuner import loading, tuned
-from service.version import Version
+from service.ticks.runner import Runner
+from service.ticks.scheduler import Limits
+from service.versions.catalogue import Catalogue
+from service.versions.folder import Found, ModelFolder, look_again, overlooked, scan, wanted
+from service.versions.loading import Loaded, no_longer_than, too_long
+from service.versions.tuner import loading, tuned
+from service.versions.version import Version
 
 T = TypeVar("T")
 _LOADS_AT_ONCE = 4

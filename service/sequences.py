@@ -39,9 +39,9 @@ from service.errors import (
 from service.manifest import Manifest
 from service.operations import Operations, Start
 from service.replies import Ended
-from service.runner import Runner
 from service.session import Pending, Reply, Session
 from service.sessions import check_id
+from service.ticks.runner import Runner
 
 Array = NDArray[np.generic]
 Key = tuple[bytes, str]

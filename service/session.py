@@ -19,7 +19,7 @@ from service.errors import (
     SessionUnknown,
     Unavailable,
 )
-from service.row import Row, Track
+from service.ticks.row import Row, Track
 
 
 @dataclass(slots=True)

@@ -18,8 +18,8 @@ from service.errors import (
     SessionLost,
     SessionUnknown,
 )
-from service.row import Track
 from service.session import Home, Session
+from service.ticks.row import Track
 
 _LONGEST_ID = 128
 _REMEMBERED = 65_536

@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
-from service.description import Description
 from service.errors import LoadError
-from service.folder import Found, ModelFolder, scan, wanted
-from service.loading import Loaded
+from service.graphs.description import Description
 from service.settings import Settings
-from service.tuner import tuned
-from service.tuning import Tuning
+from service.versions.folder import Found, ModelFolder, scan, wanted
+from service.versions.loading import Loaded
+from service.versions.tuner import tuned
+from service.versions.tuning import Tuning
 
 
 def tune(settings: Settings, model: str | None) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from service.device import HostDevice
-from service.placement import Device
-from service.resident_engine import ResidentEngine
+from service.engines.resident_engine import ResidentEngine
+from service.graphs.placement import Device
+from service.states.device import HostDevice
 
 
 def _on_a_device(path: Path, device: Device, *more: Any) -> ResidentEngine:
@@ -19,7 +19,7 @@ def _on_a_device(path: Path, device: Device, *more: Any) -> ResidentEngine:
 
 def states_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every model that is loaded from here on keep its states on a device."""
-    monkeypatch.setattr("service.loading.Engine", _on_a_device)
+    monkeypatch.setattr("service.versions.loading.Engine", _on_a_device)
 
 
 MEMORIES: Sequence[str] = ("host", "device")

@@ -15,12 +15,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from service.device import Device, HostDevice
+from service.engines.resident_engine import ResidentEngine
+from service.engines.resident_workspace import ResidentWorkspace
+from service.graphs.workspace import FedWorkspace
 from service.manifest import METADATA_KEY, Manifest, StateSpec, TensorSpec
-from service.pool import Pool
-from service.resident_engine import ResidentEngine
-from service.resident_workspace import ResidentWorkspace
-from service.workspace import FedWorkspace
+from service.states.device import Device, HostDevice
+from service.states.pool import Pool
 
 Array = NDArray[np.generic]
 

@@ -18,8 +18,8 @@ from onnx import helper, numpy_helper
 from export.inspect.baked import baked_lengths, baked_outputs, baked_shapes, baked_states, baked_steps
 from export.inspect.dataflow import Dataflow, follow
 from export.inspect.shapes import MAX_INFERRED_BYTES, Axis, axes_of, infer, known_axes, name_axes
-from service.onnx_file import Node, OnnxFile, port
-from service.placement import CONTROL_FLOW, CPU_ONLY, RECURRENT, Attribute, Placement, place
+from service.graphs.onnx_file import Node, OnnxFile, port
+from service.graphs.placement import CONTROL_FLOW, CPU_ONLY, RECURRENT, Attribute, Placement, place
 
 _SHOWN_ATTRIBUTES = 12
 

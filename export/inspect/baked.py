@@ -11,7 +11,7 @@ from typing import Any
 
 from export.inspect.dataflow import Dataflow, Value
 from export.inspect.shapes import Axis, shape_text
-from service.placement import CPU_ONLY, RECURRENT
+from service.graphs.placement import CPU_ONLY, RECURRENT
 
 _KEEPS_AXES = ("Cast", "Identity")
 

@@ -21,11 +21,11 @@ from export.inspect.printing import print_anatomy, print_lines, print_own, print
 from export.inspect.proposal import Proposal, propose
 from export.show import print_written
 from export.versions import file_beside, write_file
-from service.description import NAME, Description, parse, read
 from service.errors import LoadError
+from service.graphs.description import NAME, Description, parse, read
+from service.graphs.onnx_file import OnnxFile
+from service.graphs.presented import present
 from service.manifest import METADATA_KEY
-from service.onnx_file import OnnxFile
-from service.presented import present
 
 MAX_TENSORS = 1_000
 PLAIN_WIDTH = 160

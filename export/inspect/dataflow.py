@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.placement import CPU_ONLY, RECURRENT
+from service.graphs.placement import CPU_ONLY, RECURRENT
 
 Value = tuple[str, str]
 """A tensor: the path of the body that it is made in, and its name there."""

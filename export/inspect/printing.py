@@ -16,9 +16,9 @@ from export.inspect.anatomy import Anatomy, Recurrence
 from export.inspect.proposal import Proposal, quoted
 from export.inspect.shapes import shape_text
 from export.show import layer_line, parity_table, plain, printable
-from service.description import NAME
+from service.graphs.description import NAME
+from service.graphs.placement import Placement
 from service.manifest import Manifest
-from service.placement import Placement
 
 MAX_LINES = 100
 

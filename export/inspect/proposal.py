@@ -16,7 +16,7 @@ from export.inspect.anatomy import Anatomy
 from export.inspect.axes import Axes, find_axes
 from export.inspect.roles import Roles, assign
 from export.show import printable
-from service.description import UNDECIDED
+from service.graphs.description import UNDECIDED
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TAKEN = re.compile(r"(?i:yes|no|on|off|true|false|null)")

@@ -14,7 +14,7 @@ from pydantic import Field, PlainValidator, StrictBool, field_validator, model_v
 
 from export.errors import ExportError
 from models.spec import GATES, Activation, Cell
-from service.yaml_file import MAX_BYTES, Section, parse_yaml
+from service.graphs.yaml_file import MAX_BYTES, Section, parse_yaml
 
 Size = Annotated[int, Field(ge=1, strict=True)]
 

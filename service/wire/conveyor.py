@@ -15,8 +15,8 @@ from conveyor.v1 import conveyor_pb2_grpc as stubs
 from service.chunks import runner_of
 from service.errors import InvalidRequest
 from service.manifest import StateSpec, TensorSpec
-from service.runner import Runner
 from service.session import Session
+from service.ticks.runner import Runner
 from service.wire.assembly import Part, Written, assemble, size
 from service.wire.codec import Array, Batch, join, stack
 from service.wire.conveyor_tensors import DATA_TYPES, decode, encode, parts

@@ -19,8 +19,8 @@ import grpc
 from service.errors import Full
 from service.manifest import Manifest
 from service.operations import Operations
-from service.runner import Runner
 from service.settings import Settings
+from service.ticks.runner import Runner
 from service.wire.codec import Codec
 from service.wire.flow import Flow
 from service.wire.malformed import Malformed

@@ -16,9 +16,9 @@ import grpc
 from conveyor import __version__
 from service.errors import InvalidRequest, ModelUnknown, Unsupported
 from service.operations import Operations
-from service.runner import Runner
 from service.sequences import Sequences
 from service.settings import Settings
+from service.ticks.runner import Runner
 from service.wire.assembly import Written
 from service.wire.door import Context, Door, Places, caller, owner, told, told_always
 from service.wire.inference_call import Inference, unknown

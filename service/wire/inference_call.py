@@ -14,8 +14,8 @@ from functools import partial
 
 from service.errors import ConveyorError, InvalidRequest, ModelUnknown, PositionConflict
 from service.manifest import Manifest
-from service.runner import Runner
 from service.sequences import Load, Sequences, Step, Stepped, Ticket
+from service.ticks.runner import Runner
 from service.wire.assembly import Joined, Part, Written, assemble, field, size
 from service.wire.codec import Array, Batch, join, stack
 from service.wire.door import Door

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from service.manifest import Manifest, StateSpec, TensorSpec
-from service.runner import Runner
 from service.settings import Settings
-from service.statistics import Spent
+from service.ticks.runner import Runner
+from service.ticks.statistics import Spent
 from service.wire.inference_stubs import inference_pb2 as pb
 from service.wire.inference_tensors import DATATYPES
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.errors import InvalidRequest, Unsupported
 from service.manifest import ConstantSpec, Manifest
-from service.row import USUAL
+from service.ticks.row import USUAL
 from service.values import from_text
 from service.wire import inference_parameters as parameters
 from service.wire import inference_tensors

@@ -12,8 +12,8 @@ from conveyor.v1 import conveyor_pb2 as pb
 from service.chunks import Chunk, runner_of
 from service.errors import ConveyorError, EngineFailed, InvalidRequest, NotFound
 from service.operations import Operations
-from service.runner import Runner
 from service.session import Pending, Reply, Session
+from service.ticks.runner import Runner
 from service.wire.assembly import Written
 from service.wire.codec import Codec, Tensor
 from service.wire.conveyor_results import of_block, of_chunk, of_refused_block, of_refused_chunk

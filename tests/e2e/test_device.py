@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.provider import why_no_cuda
+from service.engines.provider import why_no_cuda
 from tests.process import ROOT, ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(why_no_cuda() is None, reason="CUDA starts here")]

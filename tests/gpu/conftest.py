@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from service.device import HostDevice
-from service.engine import digest
-from service.placement import Device
-from service.provider import why_no_cuda
-from service.resident_engine import ResidentEngine
+from service.engines.engine import digest
+from service.engines.provider import why_no_cuda
+from service.engines.resident_engine import ResidentEngine
+from service.graphs.placement import Device
+from service.states.device import HostDevice
 from tests.gpu.devices import Models
 
 
@@ -36,16 +36,16 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """CUDA; and the CPU as if it were CUDA: the file that CUDA takes, states that stay in pools, ticks under way."""
     if request.param == "cuda":
         return str(request.getfixturevalue("cuda"))
-    monkeypatch.setattr("service.loading.Engine", _as_cuda_would)
+    monkeypatch.setattr("service.versions.loading.Engine", _as_cuda_would)
     return "cpu"
 
 
 @pytest.fixture
 def capturing(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same, where ticks of one step run with room for more rows whether that is quicker or not."""
-    monkeypatch.setattr("service.capture._WORTH", float("inf"))
+    monkeypatch.setattr("service.graphs.capture._WORTH", float("inf"))
     if device == "cpu":
-        monkeypatch.setattr("service.loading.Engine", partial(_as_cuda_would, capture=True))
+        monkeypatch.setattr("service.versions.loading.Engine", partial(_as_cuda_would, capture=True))
     return device
 
 

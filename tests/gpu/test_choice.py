@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from service.engines.provider import why_no_cuda
 from service.errors import LoadError
-from service.loading import load_model
-from service.provider import why_no_cuda
 from service.settings import Settings
+from service.versions.loading import load_model
 from tests.gpu.devices import CELLS, INPUT, Models, draw, serving
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from conveyor import Full, StepsFailed
-from service.device import HostDevice
+from service.engines.resident_workspace import ResidentWorkspace
 from service.errors import LoadError
-from service.resident_workspace import ResidentWorkspace
+from service.states.device import HostDevice
 from tests.gpu.devices import INPUT, Model, Models, draw, serving
 
 BOUND = 1e-5

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conveyor import AsyncClient, Full, SessionState
-from service.engine import Engine
+from service.engines.engine import Engine
 from service.server import Server
 from tests.conftest import running
 from tests.gpu.devices import INPUT, Array, Models, draw, serving
@@ -128,7 +128,7 @@ async def test_a_state_goes_from_one_device_to_another(models: Models, device: s
     expected, _ = model.expected(x)
     async with AsyncExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("service.loading.Engine", Engine)
+            patch.setattr("service.versions.loading.Engine", Engine)
             _, elsewhere = await stack.enter_async_context(serving(model, "cpu"))
         _, here = await stack.enter_async_context(serving(model, device))
         async with elsewhere.session("lstm-peephole") as session:

@@ -13,11 +13,11 @@ import pytest
 from export.model_file import make_model_files
 from models.fused import SequenceModel
 from models.spec import Layer, ModelSpec
-from service import loading
-from service.device import HostDevice
-from service.loading import Loaded, load_model
-from service.placement import Device
+from service.graphs.placement import Device
 from service.settings import Settings
+from service.states.device import HostDevice
+from service.versions import loading
+from service.versions.loading import Loaded, load_model
 from tests.unit.models.drawn import draw_weights
 
 

@@ -21,9 +21,9 @@ from export.model_file import make_model_file, make_model_files, verify_file
 from export.verify import AGAINST_CPU
 from models.fused import SequenceModel
 from models.spec import Layer, ModelSpec
+from service.graphs.onnx_file import OnnxFile
+from service.graphs.unrolled import unroll
 from service.manifest import Manifest
-from service.onnx_file import OnnxFile
-from service.unrolled import unroll
 from tests.unit.models.drawn import LAYERS, draw_weights
 
 ONE_FORM = {"lstm", "lstm_coupled", "gru, reset after", "rnn, relu"}

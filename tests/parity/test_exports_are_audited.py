@@ -11,8 +11,8 @@ from export.describe import Precision
 from export.model_file import make_model_file
 from models.fused import SequenceModel
 from models.spec import Layer, ModelSpec
-from service.loading import load_model
 from service.settings import Settings
+from service.versions.loading import load_model
 from tests.unit.models.drawn import draw_weights
 
 MODELS: dict[str, tuple[Layer, Precision]] = {

@@ -10,10 +10,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from service.graph import Graph, StatePool
+from service.graphs.graph import Graph, StatePool
+from service.graphs.workspace import Results, Workspace
 from service.manifest import Manifest
 from service.server import Server
-from service.workspace import Results, Workspace
 
 Array = NDArray[Any]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from conveyor import AsyncClient, EngineFailed, InvalidRequest
 from service.errors import LoadError
-from service.loading import load_model
 from service.settings import Settings
+from service.versions.loading import load_model
 from tests.any_graphs import CASES, CELL, Case, close, model, place
 from tests.conftest import running
 from tests.wire.doors import DOORS, MODEL, Chunk, through

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from conveyor.v1 import conveyor_pb2 as pb
-from service.row import Block
 from service.server import Server
+from service.ticks.row import Block
 from service.wire import flow
 from service.wire.streaming import Stream
 from tests.conftest import calling, running

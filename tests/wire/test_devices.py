@@ -9,8 +9,8 @@ import pytest
 from prometheus_client import generate_latest
 
 import conveyor
+from service.engines.provider import why_no_cuda
 from service.errors import LoadError
-from service.provider import why_no_cuda
 from service.server import Server
 from service.settings import Settings
 from service.wire.inference_stubs import inference_pb2 as pb

@@ -9,8 +9,8 @@ import pytest
 
 from conveyor import AsyncClient
 from service.errors import LoadError
-from service.loading import load_model
 from service.settings import Settings
+from service.versions.loading import load_model
 from tests.any_graphs import GRU, model, place
 from tests.conftest import running
 

@@ -239,7 +239,7 @@ async def test_a_load_in_progress_does_not_hold_the_end(tmp_path: Path, monkeypa
 
     write_lstm(tmp_path, "lstm", 1)
     async with running(tmp_path, model_control="poll") as server:
-        monkeypatch.setattr("service.tuner.load_model", held)
+        monkeypatch.setattr("service.versions.tuner.load_model", held)
         try:
             write_lstm(tmp_path, "lstm", 2)
             for _ in range(2):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.description import Description, Initial, InputDescription, OutputDescription, StateDescription
+from service.graphs.description import Description, Initial, InputDescription, OutputDescription, StateDescription
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,17 +55,19 @@ def test_limits_have_the_defaults_that_are_named() -> None:
     assert named == {name: Settings.model_fields[name].default for name in named}
 
 
-def test_every_room_is_in_the_table() -> None:
+@pytest.mark.parametrize("folder", ["", "versions", "ticks", "engines", "graphs", "states"])
+def test_every_room_is_in_the_table(folder: str) -> None:
     """Each module of the server, and no other, has its one line, in the order that imports are held to."""
     text = (ROOT / "docs/architecture.md").read_text()
-    table = text.partition("## The rooms of the server")[2].partition("\n## ")[0]
-    first_columns = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    table = text.partition(f"### `{folder}/`" if folder else "## The rooms of the server")[2].partition("\n##")[0]
+    first_columns = [line.split("|")[1] for line in table.splitlines() if line.startswith(("| `", "| [`"))]
     rooms = re.findall(r"`(\w+)(?:\.py|/)`", " ".join(first_columns))
-    modules = {path.stem for path in (ROOT / "service").glob("*.py")} - {"__init__"}
-    packages = {path.parent.name for path in (ROOT / "service").glob("*/__init__.py")}
+    modules = {path.stem for path in (ROOT / "service" / folder).glob("*.py")} - {"__init__"}
+    packages = {path.parent.name for path in (ROOT / "service" / folder).glob("*/__init__.py")}
     assert sorted(rooms) == sorted(modules | packages)
+    container = f"service.{folder}".rstrip(".")
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (layers,) = (contract["layers"] for contract in contracts if contract.get("containers") == ["service"])
+    (layers,) = (contract["layers"] for contract in contracts if contract.get("containers") == [container])
     level = {room: number for number, layer in enumerate(layers) for room in layer.replace(" ", "").split("|")}
     assert [level[room] for room in rooms] == sorted(level[room] for room in rooms)
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 LOADS = {
-    "server": "from service.engine import Engine; Engine(Path(sys.argv[1]))",
+    "server": "from service.engines.engine import Engine; Engine(Path(sys.argv[1]))",
     "export": "from export.verify import onnxruntime; onnxruntime.InferenceSession(sys.argv[1])",
 }
 

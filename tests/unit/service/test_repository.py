@@ -18,17 +18,17 @@ import pytest
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
-from service.engine import Engine
+from service.engines.engine import Engine
 from service.errors import ControlRefused, Draining, LoadError, LoadFailed, Loading, ModelUnknown
-from service.folder import ModelFolder, scan, wanted
-from service.loading import Loaded, load_model
 from service.metrics import Metrics
-from service.pace import Pace
 from service.repository import Repository
-from service.runner import Runner
-from service.scheduler import Limits
 from service.settings import Settings
-from service.tuning import Measurement
+from service.ticks.pace import Pace
+from service.ticks.runner import Runner
+from service.ticks.scheduler import Limits
+from service.versions.folder import ModelFolder, scan, wanted
+from service.versions.loading import Loaded, load_model
+from service.versions.tuning import Measurement
 from tests.clock import Clock
 from tests.graph_variants import LOSS, write_int8
 from tests.graphs import replace_lstm, write_broken, write_lstm
@@ -98,7 +98,7 @@ def gated(*names: str) -> Iterator[Gate]:
     """Hold the loads of some models up."""
     gate = Gate(*names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.tuner.load_model", gate.load)
+        patch.setattr("service.versions.tuner.load_model", gate.load)
         try:
             yield gate
         finally:
@@ -179,7 +179,7 @@ async def test_an_unexpected_error_is_no_exception(tmp_path: Path, monkeypatch: 
             raise MemoryError("at 0x1234")
         return load_model(path, settings)
 
-    monkeypatch.setattr("service.tuner.load_model", fail)
+    monkeypatch.setattr("service.versions.tuner.load_model", fail)
     async with loaded(tmp_path) as repository:
         assert repository.names() == ["lstm"]
         assert told(repository)["odd", 1] == ("UNAVAILABLE", "unexpected error; the server's log has it")
@@ -787,7 +787,7 @@ async def test_where_the_limits_of_a_tick_come_from(
         Measurement(threads=1, rows=rows, steps=1, seconds=max(96, rows), cpu_s=0) for rows in (1, 96, 512)
     )
     monkeypatch.setattr("service.repository.Runner", seen)
-    monkeypatch.setattr("service.tuner.measure", lambda *more: measured)
+    monkeypatch.setattr("service.versions.tuner.measure", lambda *more: measured)
     write_lstm(tmp_path)
     (tmp_path / "lstm/model.yaml").write_text(described)
     async with loaded(tmp_path, **settings):
@@ -868,7 +868,7 @@ async def test_files_that_change_while_they_are_loaded(tmp_path: Path, monkeypat
         before = repository.find("lstm")
         replace_lstm(tmp_path, "lstm", 1, seed=2)
         with monkeypatch.context() as patch:
-            patch.setattr("service.tuner.load_model", late)
+            patch.setattr("service.versions.tuner.load_model", late)
             await look(repository)
         assert told(repository)["lstm", 1] == (
             "READY",

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.admission import Limits
 from service.errors import (
     Cancelled,
     ConveyorError,
@@ -38,9 +37,10 @@ from service.manifest import Manifest
 from service.metrics import Metrics
 from service.operations import Operations
 from service.repository import Repository
-from service.row import Block
-from service.runner import Runner
 from service.sequences import Load, Sequences, Step, Stepped, Ticket
+from service.ticks.admission import Limits
+from service.ticks.row import Block
+from service.ticks.runner import Runner
 from tests.clock import Clock
 from tests.sums import POISON, Sums
 

@@ -19,9 +19,9 @@ from service.errors import (
     SessionExpired,
     SessionUnknown,
 )
-from service.row import Block, Track
 from service.session import Pending, Reply, Session
 from service.sessions import SessionTable
+from service.ticks.row import Block, Track
 from tests.clock import Clock
 
 ME, YOU = b"me", b"you"

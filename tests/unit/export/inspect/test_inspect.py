@@ -16,11 +16,11 @@ from export.__main__ import main
 from export.inspect import dataflow
 from export.inspect.anatomy import dissect
 from export.inspect.proposal import Proposal, propose
-from service.description import parse, read
 from service.errors import LoadError
+from service.graphs.description import parse, read
+from service.graphs.onnx_file import OnnxFile
+from service.graphs.presented import present
 from service.manifest import Manifest
-from service.onnx_file import OnnxFile
-from service.presented import present
 from service.values import from_text
 from tests import graphs
 from tests.any_graphs import CASES, GRU, Case, draw, model, place

@@ -1,0 +1,207 @@
+"""How much work waits and runs, and whether more of it would be done in time: the account that admission goes by.
+
+Owns the counts, the limits they are held against, and how careful experience has made it. Pure: the time is handed in.
+Must not know in which order blocks run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.errors import Full, InvalidRequest
+from service.ticks.pace import Pace
+from service.ticks.row import PRIORITIES, Block, Kind
+
+_CAUTION = 1.25
+"""How much longer than expected the work ahead may take, at least, without making late what was accepted."""
+_LESSON, _TRUST, _MOST_CAUTION = 1.05, 0.99, 2.5
+"""By what caution grows with each tick in which something is late all the same, and shrinks with each in which all that
+ends is in time; and its bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the queue and a tick.
+
+    Attributes:
+        queued_rows: most rows that wait.
+        tick_rows: most rows in one tick.
+        tick_steps: most steps in one tick, padding counted, unless one row alone has more.
+        ragged: whether rows of one tick may differ in length.
+        sliced: whether a row may run in slices. Not where a layer reads backward: it needs the whole row at once.
+        queued_bytes: most bytes that the inputs of waiting rows hold.
+        queued_s: most seconds of work that may wait in front of a row.
+        short_tick_s: how long a tick may take while chunks come.
+        long_tick_s: how long it may take otherwise.
+        delay_s: how long rows may wait for others to fill their tick. By default they do not: a tick takes what has
+            come while the engine was busy.
+    """
+
+    queued_rows: int
+    tick_rows: int
+    tick_steps: int
+    ragged: bool = True
+    sliced: bool = True
+    queued_bytes: int = 1 << 30
+    queued_s: float = 60.0
+    short_tick_s: float = 0.004
+    long_tick_s: float = 0.05
+    delay_s: float = 0.0
+
+
+class Admission:
+    """The account of one model version.
+
+    Attributes:
+        rows: how many wait.
+        blocks: how many wait.
+        efficient_rows: how many rows side by side are about as quick, step for step, as more would be.
+
+    Args:
+        limits: of its queue.
+        pace: how long ticks take.
+        efficient_rows: as it was measured with nothing else going on; what is learned later goes up and down too much.
+    """
+
+    def __init__(self, limits: Limits, pace: Pace, efficient_rows: int) -> None:
+        self.rows = 0
+        self.blocks = 0
+        self.efficient_rows = efficient_rows
+        self._limits = limits
+        self._pace = pace
+        self._bytes = 0
+        # Of the rows that wait, the steps that they have left; of those that run, what they have left after that.
+        self._steps: dict[Kind, int] = {(batch, priority): 0 for batch in (False, True) for priority in PRIORITIES}
+        self._waiting_steps = 0
+        # The blocks that run, with the steps of their rows that do and those that are left then; the sum of the former.
+        self._running: dict[Block, tuple[int, int]] = {}
+        self._running_steps = 0
+        self._caution = _CAUTION
+        # Whether anything has been late since ``learn`` was last called.
+        self._late = False
+
+    def check(self, blocks: Sequence[Block], now: float) -> None:
+        """Refuse blocks for which there is no room, or no time.
+
+        Args:
+            blocks: of one kind.
+            now: the time.
+
+        Raises:
+            InvalidRequest: if they would not fit into an empty queue.
+            Full: if they do not fit now, or would not be done in time.
+        """
+        rows = size = steps = 0
+        for block in blocks:
+            rows += len(block.rows)
+            size += block.size
+            steps += len(block.rows) * block.steps
+        self._check_room(rows, size)
+        first = min((block.deadline for block in blocks if block.deadline is not None), default=None)
+        # One step of one row after the other: mostly even that is quick enough, and there is nothing to think about.
+        under_way = self._running_steps + self._waiting_steps
+        longest = self._caution * (under_way + steps) * self._pace.slowest_s
+        if longest <= self._limits.queued_s and (first is None or now + longest <= first):
+            return
+        if self.rows or self._running_steps:
+            self._check_time(blocks, rows, steps, now)
+
+    def _check_room(self, rows: int, size: int) -> None:
+        limits = self._limits
+        if rows > limits.queued_rows or size > limits.queued_bytes:
+            raise InvalidRequest(
+                f"{rows} rows of {size} bytes never fit: a model's queue holds up to {limits.queued_rows} rows "
+                f"and {limits.queued_bytes} bytes; send fewer at a time"
+            )
+        if self.rows and self.rows + rows > limits.queued_rows:
+            raise Full(
+                f"{self.rows} rows are waiting for this model and {rows} more would pass the limit of "
+                f"{limits.queued_rows}; try again later"
+            )
+        if self.rows and self._bytes + size > limits.queued_bytes:
+            raise Full(
+                f"{self._bytes} bytes of input are waiting for this model and {size} more would pass the limit of "
+                f"{limits.queued_bytes}; try again later"
+            )
+
+    def _check_time(self, blocks: Sequence[Block], rows: int, steps: int, now: float) -> None:
+        most, limit_s = self.efficient_rows, self._limits.queued_s
+        before = self._running_steps + self._ahead(blocks[0].kind)
+        under_way = self.rows + sum(len(block.rows) for block in self._running)
+        ahead = self._pace.work_s(under_way, before, most)
+        if ahead > limit_s:
+            raise Full(
+                f"{ahead:.1f} s of work are waiting for this model, which is over the limit of {limit_s:g} s; "
+                "try again later"
+            )
+        work = self._pace.work_s(under_way + rows, before + steps, most)
+        each = self._pace.step_at_best_s(min(under_way + rows, most), 1)
+        for block in blocks:
+            # It takes part in as many ticks as it has steps at worst, and in each the others that run beside it do too.
+            needed = max(work, block.steps * each)
+            if block.deadline is not None and now < block.deadline < now + self._caution * needed:
+                raise Full(
+                    f"it would be done in {needed:.3f} s and its deadline is in {block.deadline - now:.3f} s; "
+                    "try again later"
+                )
+
+    def _ahead(self, kind: Kind) -> int:
+        """Steps that run before a new block of a kind does."""
+        batch, priority = kind
+        ours = sum(self._steps[batch, other] for other in PRIORITIES if other <= priority)
+        theirs = sum(self._steps[not batch, other] for other in PRIORITIES)
+        # They take turns: what is ahead of chunks is at most as much of the batches again.
+        return ours + (theirs if batch else min(ours, theirs))
+
+    def enter(self, block: Block) -> None:
+        """Count a block as one that waits."""
+        rows = len(block.rows)
+        steps = rows * (block.steps - block.done)
+        self.blocks += 1
+        self.rows += rows
+        self._waiting_steps += steps
+        self._steps[block.kind] += steps
+        self._bytes += block.size
+
+    def leave(self, block: Block) -> None:
+        """Count a block as one that waits no more."""
+        rows = len(block.rows)
+        steps = rows * (block.steps - block.done)
+        self.blocks -= 1
+        self.rows -= rows
+        self._waiting_steps -= steps
+        self._steps[block.kind] -= steps
+        self._bytes -= block.size
+
+    def begin(self, block: Block, length: int) -> None:
+        """Count a block that waited as one that runs, for so many steps; what it has left then still waits."""
+        self.leave(block)
+        running, rest = len(block.rows) * length, len(block.rows) * (block.left - length)
+        self._running[block] = running, rest
+        self._running_steps += running
+        self._waiting_steps += rest
+        self._steps[block.kind] += rest
+
+    def stop(self, block: Block) -> None:
+        """Count a block as one that runs no more."""
+        running, rest = self._running.pop(block, (0, 0))
+        self._running_steps -= running
+        self._waiting_steps -= rest
+        self._steps[block.kind] -= rest
+
+    def note_late(self) -> None:
+        """Note that something accepted was not done in time."""
+        self._late = True
+
+    def learn(self, in_time: bool) -> None:
+        """Be more careful from here on if anything was late, and less if it was not.
+
+        Args:
+            in_time: whether anything that had a deadline has met it.
+        """
+        if self._late:
+            self._caution = min(_MOST_CAUTION, self._caution * _LESSON)
+        elif in_time:
+            self._caution = max(_CAUTION, self._caution * _TRUST)
+        self._late = False

@@ -1,0 +1,1 @@
+"""From model files to versions that serve: found, read, audited, measured, listed. Must not know sessions."""

@@ -1,0 +1,162 @@
+"""Which ticks run as a captured graph, told from trials; and graphs of one step beside those of any, on the CPU.
+
+Nothing is captured here: that is for a machine with a GPU. The graph that would be is held against the other, the rows
+that only fill it up too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from service.engines.engine import Engine
+from service.engines.resident_engine import ResidentEngine
+from service.engines.stepping import StepByStep
+from service.graphs.capture import Choice, Trial, buckets, difference, make_one_step
+from service.manifest import METADATA_KEY, Manifest
+from service.states.device import HostDevice
+from tests.graphs import write_lstm
+from tests.unit.service.engines.test_resident_engine import equal, feeds, one_step, tick, uncounted
+
+
+def trial(rows: int, plain_s: float, captured_s: float, difference: float = 0.0) -> Trial:
+    """What was found of a number of rows."""
+    return Trial(rows, plain_s, captured_s, difference)
+
+
+def test_what_is_quicker_is_used() -> None:
+    """By enough to be told from chance."""
+    choice = Choice([trial(1, 1.0, 0.5), trial(2, 1.0, 0.96), trial(4, 1.0, 2.0), trial(8, 1.0, 0.94)])
+    assert [choice.rows(rows) for rows in (1, 2, 4, 8)] == [1, None, None, 8]
+    assert choice.graphs == {1, 8}
+
+
+def test_padding_has_to_pay() -> None:
+    """Rows between two powers of two run in the room of the upper one if that is quicker than the lower one plainly."""
+    cheap = Choice([trial(4, 1.0, 0.4), trial(8, 1.1, 0.5)])
+    assert [cheap.rows(rows) for rows in range(1, 10)] == [None, None, None, 4, 8, 8, 8, 8, None]
+    dear = Choice([trial(4, 1.0, 0.4), trial(8, 2.0, 1.5)])
+    assert [dear.rows(rows) for rows in range(4, 9)] == [4, None, None, None, 8]
+    # One row alone is not padded to two unless that is quicker than one alone; there is none between them.
+    assert Choice([trial(1, 1.0, 2.0), trial(2, 1.0, 0.1)]).rows(1) is None
+
+
+@pytest.mark.parametrize("wrong", [2e-6, float("inf"), float("nan")])
+def test_what_differs_is_never_used(wrong: float) -> None:
+    """However quick it is."""
+    choice = Choice([trial(1, 1.0, 0.1), trial(2, 1.0, 0.1, wrong)])
+    assert [choice.rows(rows) for rows in (1, 2)] == [1, None]
+    assert not Choice([trial(2, 1.0, 0.1, wrong)])
+
+
+def test_nothing_was_tried() -> None:
+    """Everything runs plainly."""
+    assert not Choice()
+    assert Choice().rows(1) is None
+
+
+@pytest.mark.parametrize(
+    ("tick_rows", "tried"),
+    [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 8]), (8, [1, 2, 4, 8]), (10**6, [2**n for n in range(11)])],
+)
+def test_which_numbers_of_rows_are_tried(tick_rows: int, tried: list[int]) -> None:
+    """Powers of two, up to the one that a whole tick fits into, within a bound."""
+    assert buckets(tick_rows) == tried
+
+
+def test_differences() -> None:
+    """Absolute up to 1, shares beyond; whole numbers are equal or not; NaN is equal to itself alone."""
+    assert difference(np.array([1.0, 100.0]), np.array([1.5, 101.0])) == pytest.approx(0.5 / 1.5)
+    assert difference(np.array([2]), np.array([2])) == 0
+    assert difference(np.array([2]), np.array([3])) == float("inf")
+    assert difference(np.array([np.nan]), np.array([1.0])) == float("inf")
+    assert difference(np.array([np.nan]), np.array([np.nan])) == 0
+    assert difference(np.array([]), np.array([])) == 0
+
+
+def test_a_graph_of_one_step_asks_for_no_lengths(tmp_path: Path) -> None:
+    """Every row has one step: what an operator would read of them on the host is gone, and so is the input."""
+    model = onnx.load(write_lstm(tmp_path))
+    (text,) = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
+    served = make_one_step(model, Manifest.model_validate_json(text))
+    assert served.lengths is None
+    assert "lengths" not in {value.name for value in model.graph.input}
+    onnx.checker.check_model(model)
+
+
+class Quick(Trial):
+    """A trial that a captured graph has won, if it gave the same."""
+
+    def __init__(self, rows: int, plain_s: float, captured_s: float, difference: float) -> None:
+        super().__init__(rows, 1.0, 0.1, difference)
+
+
+@pytest.mark.parametrize("kind", ["operator", "one step a run"])
+def test_ticks_with_room_for_more_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Of every number of rows, between ticks of several steps: each slot's states are those carried by hand."""
+    path = write_lstm(tmp_path) if kind == "operator" else one_step(tmp_path)
+    plain: Any = Engine(path) if kind == "operator" else StepByStep(Engine(path))
+    monkeypatch.setattr("service.engines.capture_trial.Trial", Quick)
+    engine = ResidentEngine(path, HostDevice(), capture=True)
+    manifest = engine.manifest
+    pool = engine.pool(40, 6, uncounted)
+    free = pool.free_places
+    assert pool.settle_in() == "ticks of one step are captured with room for [1, 2, 4, 8] rows"
+    assert (pool.taken, pool.free_places, pool.copied) == (0, free, {})
+    slots = pool.allocate_many(7)
+    carried = {
+        state.input: np.zeros([7 if n is None else n for n in state.shape], np.float32) for state in manifest.states
+    }
+    rooms = []
+    for seed, (rows, steps) in enumerate(itertools.product((1, 2, 3, 5, 6, 7), (1, 3))):
+        chosen = np.random.default_rng(seed).permutation(7)[:rows]
+        given = feeds(manifest, rows, steps, seed=seed)
+        for state in manifest.states:
+            given[state.input] = carried[state.input].take(chosen, state.batch_axis)
+        outputs, after = plain.run(given)
+        workspace = engine.workspace(rows, steps)
+        rooms.append(workspace.rows)
+        workspace.release()
+        equal((tick(engine, pool, slots[chosen], given), []), (outputs, []), manifest)
+        for state, array in zip(manifest.states, after, strict=True):
+            np.moveaxis(carried[state.input], state.batch_axis, 0)[chosen] = np.moveaxis(array, state.batch_axis, 0)
+        for n, slot in enumerate(slots):
+            for state, array in zip(manifest.states, pool.peek(int(slot)), strict=True):
+                assert np.array_equal(array, carried[state.input].take(n, state.batch_axis))
+    assert rooms == [1, 1, 2, 2, 4, 3, 8, 5, 8, 6, 8, 7]
+
+
+def test_a_graph_that_cannot_be_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, and the model runs as it did; nothing that was tried stays."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no way")
+
+    monkeypatch.setattr("service.engines.resident_engine.make_one_step", fail)
+    engine = ResidentEngine(write_lstm(tmp_path), HostDevice(), capture=True)
+    pool = engine.pool(10, 4, uncounted)
+    assert pool.settle_in() == "ticks of one step are not captured: no way"
+    assert pool.settle_in() == ""
+    tick(engine, pool, pool.allocate_many(3), feeds(engine.manifest, 3, 1))
+
+
+def test_a_captured_graph_that_gives_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found out, and not used however quick it is."""
+
+    def other_weights(model: Any, manifest: Manifest) -> Manifest:
+        served = make_one_step(model, manifest)
+        (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == "R"]
+        tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * np.float32(1.001)).tobytes()
+        return served
+
+    monkeypatch.setattr("service.engines.capture_trial.Trial", Quick)
+    monkeypatch.setattr("service.engines.resident_engine.make_one_step", other_weights)
+    engine = ResidentEngine(write_lstm(tmp_path), HostDevice(), capture=True)
+    pool = engine.pool(10, 4, uncounted)
+    assert pool.settle_in() == "ticks of one step are captured with room for [] rows"
+    assert engine.workspace(3, 1).rows == 3

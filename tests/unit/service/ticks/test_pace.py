@@ -1,0 +1,29 @@
+"""How long a tick takes, as far as it has been learned."""
+
+from __future__ import annotations
+
+from service.ticks.pace import Pace
+
+
+def test_rows_seen_at_a_bad_moment_are_tried_again() -> None:
+    """A machine that was slow for a while does not run a row at a time for ever."""
+    pace = Pace()
+    for rows in (1, 2, 4, 8):
+        pace.learn(rows, 1, 1.0)
+    for _ in range(20):
+        pace.learn(1, 1, 0.001)
+    seen = []
+    for _ in range(5000):
+        seen.append(pace.rows_within(0.1, 8))
+        pace.learn(seen[-1], 1, 0.001)
+    assert (seen[0], seen[-1]) == (1, 8)
+    assert seen[:100].count(2) == 3
+
+
+def test_rows_that_are_slow_are_tried_rarely() -> None:
+    """And never more than twice as many as are quick enough."""
+    pace = Pace()
+    for rows in (1, 2, 4, 8):
+        pace.learn(rows, 1, 0.001 * rows)
+    seen = [pace.rows_within(0.002, 8) for _ in range(320)]
+    assert (seen.count(2), seen.count(4)) == (310, 10)

@@ -1,0 +1,264 @@
+"""Ticks that are under way at once, on a device whose runs end when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.errors import EngineFailed
+from service.metrics import Metrics
+from service.states.device import HostDevice, Mark
+from service.ticks.row import Block, Row, Track
+from service.ticks.runner import Runner
+from service.ticks.scheduler import Limits
+from tests.clock import Clock
+from tests.sums import ResidentSums
+
+
+class Held:
+    """A mark that is reached when the test says so."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self._reached = threading.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been."""
+        return self._reached.is_set()
+
+    def wait(self) -> None:
+        """Wait until it is."""
+        assert self._reached.wait(30)
+        if self.error is not None:
+            raise self.error
+
+    def reach(self, error: Exception | None = None) -> None:
+        """Let it be reached, or say why it never is."""
+        self.error = error
+        self._reached.set()
+
+
+class Slow(HostDevice):
+    """A device whose marks wait for the test, once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holds = False
+        self.held: list[Held] = []
+
+    def mark(self) -> Mark:
+        """Mark this moment."""
+        if not self.holds:
+            return super().mark()
+        self.held.append(Held())
+        return self.held[-1]
+
+
+class Bench:
+    """A runner on a slow device."""
+
+    def __init__(self, folder: Path) -> None:
+        self.device = Slow()
+        self.graph = ResidentSums(folder, self.device)
+        self.clock = Clock()
+        self.metrics = Metrics()
+        limits = Limits(queued_rows=100, tick_rows=4, tick_steps=1000)
+        loop = asyncio.get_running_loop()
+        self.runner = Runner("sums", 1, self.graph, limits, 50, self.metrics, self.clock, loop)
+        self.ended: list[Block] = []
+        self.looks = 0
+        over = self.runner._over
+
+        def look(flight: Any) -> bool:
+            self.looks += 1
+            return over(flight)
+
+        self.runner._over = look  # type: ignore[method-assign]
+
+    def row(self, x: float, track: Track | None = None, position: int = 0) -> Block:
+        """A row of one step."""
+        track = track or Track(self.runner.pool.allocate())
+        return Block([Row(track, position)], 1, [np.array([[x]])], self.ended.append)
+
+    def state(self, row: Block) -> float:
+        """What the pool holds for a row."""
+        holds, self.device.holds = self.device.holds, False
+        (state,) = self.runner.pool.read(row.rows[0].track.slot)
+        self.device.holds = holds
+        return float(state)
+
+    async def until_started(self, ticks: int) -> None:
+        """Wait until so many ticks have been started."""
+        await until(lambda: len(self.device.held) >= ticks)
+
+    async def submit_in_vain(self, row: Block) -> None:
+        """Queue a row, and wait until the runner has seen it and started nothing."""
+        ticks, looks = len(self.device.held), self.looks
+        self.runner.submit([row])
+        await until(lambda: self.looks > looks)
+        assert len(self.device.held) == ticks
+
+    async def until_ended(self, *rows: Block) -> None:
+        """Wait until those rows, and no others, have ended in that order."""
+        await until(lambda: len(self.ended) >= len(rows))
+        assert self.ended == list(rows)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Let the event loop go on until something holds."""
+    async with asyncio.timeout(30):
+        while not true():  # noqa: ASYNC110  what is waited for lies in the engine's thread, which tells nobody
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    """A runner that has started on a device that holds, and is stopped in the end."""
+    bench = Bench(tmp_path)
+    bench.runner.start()
+    bench.device.holds = True
+    yield bench
+    bench.device.holds = False
+    for held in bench.device.held:
+        held.reach()
+    assert await bench.runner.stop(30)
+
+
+def output(row: Block) -> float:
+    """The row's only output."""
+    assert row.outputs is not None
+    return float(row.outputs[0][0, 0])
+
+
+async def test_as_much_as_runs_is_started_meanwhile(bench: Bench) -> None:
+    """Two ticks are under way; a third waits; results of the first are told while the second runs."""
+    first, second, third = bench.row(1), bench.row(2), bench.row(3)
+    for count, row in enumerate((first, second), start=1):
+        bench.runner.submit([row])
+        await bench.until_started(count)
+    bench.runner.submit([third])
+    assert (bench.ended, bench.runner.queued) == ([], 1)
+    bench.device.held[0].reach()
+    await bench.until_ended(first)
+    await bench.until_started(3)
+    bench.device.held[1].reach()
+    bench.device.held[2].reach()
+    await bench.until_ended(first, second, third)
+    assert [output(row) for row in (first, second, third)] == [1, 2, 3]
+    assert bench.graph.runs == [1, 1, 1]
+
+
+async def test_fewer_than_run_wait_for_more(bench: Bench) -> None:
+    """A tick of two rows is not followed by one of a single row: another comes, and they run together."""
+    running = [bench.row(1), bench.row(2)]
+    bench.runner.submit(running)
+    await bench.until_started(1)
+    waiting = [bench.row(3), bench.row(4)]
+    await bench.submit_in_vain(waiting[0])
+    bench.runner.submit(waiting[1:])
+    await bench.until_started(2)
+    for held in bench.device.held:
+        held.reach()
+    await bench.until_ended(*running, *waiting)
+    assert bench.graph.runs == [2, 2]
+
+
+async def test_what_waits_runs_when_nothing_else_does(bench: Bench) -> None:
+    """Fewer rows than run are started as soon as those have ended, without anything else coming."""
+    running = [bench.row(1), bench.row(2)]
+    bench.runner.submit(running)
+    await bench.until_started(1)
+    waiting = bench.row(3)
+    await bench.submit_in_vain(waiting)
+    bench.device.held[0].reach()
+    await bench.until_started(2)
+    bench.device.held[1].reach()
+    await bench.until_ended(*running, waiting)
+
+
+async def test_a_session_is_in_one_tick_at_a_time(bench: Bench) -> None:
+    """Its next chunk is started when the one before has ended, on the state that it left."""
+    first = bench.row(1)
+    track = first.rows[0].track
+    second = bench.row(2, track, 1)
+    bench.runner.submit([first])
+    await bench.until_started(1)
+    await bench.submit_in_vain(second)
+    bench.device.held[0].reach()
+    await bench.until_started(2)
+    bench.device.held[1].reach()
+    await bench.until_ended(first, second)
+    assert (output(second), bench.state(second), track.position) == (3, 3, 2)
+
+
+async def test_a_run_that_fails_on_its_way_leaves_the_next_alone(bench: Bench) -> None:
+    """Its rows run again, each alone; the tick that was under way beside it is applied."""
+    first, second = [bench.row(1), bench.row(2)], [bench.row(3), bench.row(4)]
+    for count, rows in enumerate((first, second), start=1):
+        bench.runner.submit(rows)
+        await bench.until_started(count)
+    bench.device.held[0].reach(RuntimeError("the device stumbled"))
+    await bench.until_started(3)
+    bench.device.held[2].reach()
+    await bench.until_started(4)
+    bench.device.held[3].reach(RuntimeError("the device stumbled"))
+    bench.device.held[1].reach()
+    await bench.until_ended(*first, *second)
+    assert [type(row.error) for row in (*first, *second)] == [type(None), EngineFailed, type(None), type(None)]
+    assert [bench.state(row) for row in (*first, *second)] == [1, 0, 3, 4]
+    # Every place that a tick had taken is back but for those of the states that moved.
+    assert bench.runner.pool.taken == 4
+
+
+async def test_a_row_that_is_cancelled_under_way_is_not_applied(bench: Bench) -> None:
+    """Nothing has moved: its state is where it was."""
+    first, second = bench.row(1), bench.row(2)
+    for count, row in enumerate((first, second), start=1):
+        bench.runner.submit([row])
+        await bench.until_started(count)
+    bench.runner.cancel(first.rows)
+    for held in bench.device.held:
+        held.reach()
+    await bench.until_ended(first, second)
+    assert (first.outputs, bench.state(first), first.rows[0].track.position) == (None, 0, 0)
+    assert output(second) == 2
+
+
+async def test_stop_ends_what_is_under_way(bench: Bench) -> None:
+    """Both ticks are applied and told, then the thread ends."""
+    first, second = bench.row(1), bench.row(2)
+    for count, row in enumerate((first, second), start=1):
+        bench.runner.submit([row])
+        await bench.until_started(count)
+    stop = asyncio.create_task(bench.runner.stop(30))
+    await until(lambda: bench.runner._stopping)
+    assert not stop.done()
+    for held in bench.device.held:
+        held.reach()
+    assert await stop
+    await bench.until_ended(first, second)
+    assert [bench.state(row) for row in (first, second)] == [1, 2]
+
+
+async def test_time_is_counted_once(bench: Bench) -> None:
+    """A tick that was started while another ran has taken the time since that one ended."""
+    learned: list[float] = []
+    bench.runner._scheduler.pace.learn = lambda rows, steps, seconds: learned.append(seconds)  # type: ignore[method-assign]
+    first, second = bench.row(1), bench.row(2)
+    for count, row in enumerate((first, second), start=1):
+        bench.runner.submit([row])
+        await bench.until_started(count)
+    bench.clock.now += 5
+    bench.device.held[0].reach()
+    await bench.until_ended(first)
+    bench.clock.now += 2
+    bench.device.held[1].reach()
+    await bench.until_ended(first, second)
+    assert learned == [5, 2]

@@ -1,0 +1,259 @@
+"""Which device a model is loaded on: what is chosen, why, by which file, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from structlog.testing import capture_logs
+
+from service.engines.provider import NotOnCuda, why_no_cuda
+from service.engines.resident_engine import ResidentEngine
+from service.engines.stepping import RowByRow
+from service.errors import LoadError
+from service.graphs.placement import Choice, choose
+from service.settings import Settings
+from service.states.device import HostDevice
+from service.versions import loading
+from service.versions.audit import audit
+from service.versions.loading import load_model
+from tests.graphs import HIDDEN, write_lstm
+
+NO_CUDA = why_no_cuda()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """CUDA starts, and its device is this machine's own memory; the files that were to run there."""
+    opened: list[Path] = []
+
+    class Opened(ResidentEngine):
+        def __init__(self, path: Path, *given: Any) -> None:
+            super().__init__(path, *given)
+            opened.append(path)
+
+    monkeypatch.setattr(loading, "why_no_cuda", lambda gpu_id: None)
+    monkeypatch.setattr(loading, "CudaDevice", lambda gpu_id: HostDevice())
+    monkeypatch.setattr(loading, "ResidentEngine", Opened)
+    return opened
+
+
+def peephole(path: Path) -> Path:
+    """Give the LSTM of a file peepholes of zeros, which change nothing but where it runs."""
+    model = onnx.load(path)
+    (lstm,) = (node for node in model.graph.node if node.op_type == "LSTM")
+    lstm.name = "lstm/peeping"
+    lstm.input.append("P")
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 3 * HIDDEN), np.float32), "P"))
+    onnx.save(model, path)
+    return path
+
+
+def rewritten(path: Path, name: str, change: Callable[[Any], None] = lambda model: None) -> Path:
+    """A copy of a model's file beside it, changed."""
+    model = onnx.load(path)
+    model.producer_name = name
+    change(model)
+    written = path.with_name(name)
+    onnx.save(model, written)
+    return written
+
+
+@pytest.mark.parametrize(
+    ("asked", "against", "fallback", "chosen"),
+    [
+        ("cpu", None, "refuse", Choice("cpu", "asked for")),
+        ("auto", None, "refuse", Choice("cuda", "CUDA runs all of its recurrent path")),
+        ("auto", "no driver", "refuse", Choice("cpu", "no driver")),
+        ("auto", "no driver", "allow", Choice("cpu", "no driver")),
+        ("cuda", None, "allow", Choice("cuda", "asked for")),
+        ("cuda", "no driver", "allow", Choice("cpu", "no driver", fallback=True)),
+    ],
+)
+def test_choices(asked: Any, against: str | None, fallback: Any, chosen: Choice) -> None:
+    """What is asked for and what CUDA cannot make the choice; only where CUDA was asked for is the CPU a fallback."""
+    assert choose(asked, against, fallback) == chosen
+
+
+def test_no_choice_is_left() -> None:
+    """CUDA by name, and it does not run: refused, with the reason and what would let it run."""
+    with pytest.raises(LoadError, match=r"does not run it: no driver\. .*device: auto or fallback: allow"):
+        choose("cuda", "no driver")
+
+
+@pytest.mark.skipif(NO_CUDA is None, reason="CUDA starts here")
+@pytest.mark.parametrize(
+    ("flags", "yaml", "says"),
+    [
+        ({}, "", Choice("cpu", str(NO_CUDA))),
+        ({"device": "cuda"}, "device: cpu", Choice("cpu", "asked for")),
+        ({"device": "cuda"}, "device: auto", Choice("cpu", str(NO_CUDA))),
+        ({"device": "cuda", "fallback": "allow"}, "", Choice("cpu", str(NO_CUDA), fallback=True)),
+        ({"device": "cuda"}, "fallback: allow", Choice("cpu", str(NO_CUDA), fallback=True)),
+        ({"device": "cpu"}, "{device: cuda, fallback: allow}", Choice("cpu", str(NO_CUDA), fallback=True)),
+        ({"device": "cuda"}, "", None),
+        ({"device": "cpu"}, "device: cuda", None),
+        ({"device": "cuda", "fallback": "allow"}, "fallback: refuse", None),
+    ],
+)
+def test_without_cuda(tmp_path: Path, flags: dict[str, Any], yaml: str, says: Choice | None) -> None:
+    """A model's own word goes before the server's; what is chosen is said once, and a fallback loudly."""
+    path = write_lstm(tmp_path)
+    (path.parent.parent / "model.yaml").write_text(yaml)
+    settings = Settings(threads=1, **flags)
+    if says is None:
+        with pytest.raises(LoadError, match="CUDA was asked for and does not run it: this onnxruntime"):
+            load_model(path, settings)
+        return
+    with capture_logs() as logs:
+        loaded = load_model(path, settings)
+        load_model(path, settings, threads=2, before=loaded)
+    assert (loaded.choice, loaded.provider) == (says, "CPUExecutionProvider")
+    (line,) = [one for one in logs if "device" in one]
+    assert (line["log_level"], line["reason"]) == ("warning" if says.fallback else "info", says.reason)
+
+
+def test_an_obstacle(tmp_path: Path, cuda: list[Path]) -> None:
+    """A node that cuDNN does not run is named, with the attribute, before anything is started."""
+    path = peephole(write_lstm(tmp_path))
+    names = r"node 'lstm/peeping' \(LSTM\) would run on the CPU: peepholes \(input P\): cuDNN has none"
+    with pytest.raises(LoadError, match=rf"does not run it: {names}; python -m export writes model\.cuda\.onnx"):
+        load_model(path, Settings(device="cuda"))
+    choice = load_model(path, Settings(device="auto")).choice
+    assert (choice.device, choice.fallback) == ("cpu", False)
+    assert "peepholes (input P)" in choice.reason
+    assert cuda == []
+
+
+def test_what_onnxruntime_finds(tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file shows nothing and the session does not start on CUDA, that is the reason."""
+
+    class Refused(ResidentEngine):
+        def __init__(self, path: Path, *given: Any) -> None:
+            raise NotOnCuda(path.name, "node 'a' (Tanh) is run by CPUExecutionProvider")
+
+    monkeypatch.setattr(loading, "ResidentEngine", Refused)
+    path = write_lstm(tmp_path)
+    with pytest.raises(LoadError, match=r"does not run it: node 'a' \(Tanh\) is run by"):
+        load_model(path, Settings(device="cuda"))
+    assert load_model(path, Settings()).choice == Choice("cpu", "node 'a' (Tanh) is run by CPUExecutionProvider")
+
+
+def test_the_file_for_cuda(tmp_path: Path, cuda: list[Path]) -> None:
+    """On CUDA the file that was exported for it runs, as the same model; on the CPU the model's own."""
+    path = write_lstm(tmp_path)
+    own = load_model(path, Settings(device="cpu"))
+    plain = load_model(path, Settings(device="cuda"))
+    assert (plain.choice.file, plain.choice.digest, cuda) == ("model.onnx", "", [path])
+    peephole(path)
+    other = rewritten(plain.path, "model.cuda.onnx", lambda model: model.graph.node[0].input.pop())
+    on_cpu = load_model(path, Settings(device="cpu"))
+    on_cuda = load_model(path, Settings(device="auto"))
+    assert cuda == [path, other]
+    assert (on_cuda.choice.device, on_cuda.choice.file) == ("cuda", "model.cuda.onnx")
+    assert on_cpu.choice.file == own.choice.file == "model.onnx"
+    # Its sessions are those of the model, whichever file runs; but another file is something else to run.
+    assert on_cuda.graph.digest == on_cpu.graph.digest != own.graph.digest
+    rewritten(other, other.name, lambda model: model.metadata_props.add(key="again"))
+    changed = load_model(path, Settings(device="auto"))
+    assert changed.graph.digest == on_cuda.graph.digest
+    assert changed.choice.digest != on_cuda.choice.digest
+
+
+@pytest.mark.parametrize(
+    ("says", "instead", "what"),
+    [
+        ('"name":"h"', '"name":"hidden"', "states"),
+        ('"weights_digest":null', '"weights_digest":"of others"', "weights_digest"),
+    ],
+)
+def test_the_file_for_cuda_is_of_another_model(
+    tmp_path: Path, cuda: list[Path], says: str, instead: str, what: str
+) -> None:
+    """Refused, and what they differ in is named."""
+    path = write_lstm(tmp_path)
+
+    def change(model: Any) -> None:
+        (entry,) = model.metadata_props
+        assert says in entry.value
+        entry.value = entry.value.replace(says, instead)
+
+    rewritten(path, "model.cuda.onnx", change)
+    with pytest.raises(LoadError, match=rf"model\.cuda\.onnx is not of the same model as model\.onnx: .* in {what};"):
+        load_model(path, Settings(device="auto"))
+
+
+def test_the_file_for_cuda_of_a_precision(tmp_path: Path, cuda: list[Path]) -> None:
+    """Each precision has its own; without one, CUDA runs the precision's file."""
+    path = write_lstm(tmp_path)
+    rewritten(path, "model.cuda.onnx")
+    exact = rewritten(path, "model.float32.onnx")
+    (tmp_path / "lstm/model.yaml").write_text("precision: float32")
+    load_model(path, Settings(device="cuda"))
+    own = rewritten(exact, "model.float32.cuda.onnx")
+    load_model(path, Settings(device="cuda"))
+    assert cuda == [exact, own]
+
+
+@pytest.mark.parametrize(
+    ("server", "yaml", "on"), [("on", "", True), ("off", "tf32: true", True), ("on", "tf32: false", False)]
+)
+def test_tf32_is_compared(
+    tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch, server: Any, yaml: str, on: bool
+) -> None:
+    """With it, how far results are from those without it is measured at the load, said, and kept."""
+    path = write_lstm(tmp_path)
+    (tmp_path / "lstm/model.yaml").write_text(yaml)
+    coarse = write_lstm(tmp_path / "coarse")
+    rounded = vars(loading)["ResidentEngine"]
+
+    class Rounded(rounded):  # type: ignore[misc, valid-type]
+        def __init__(self, path: Path, *given: Any) -> None:
+            super().__init__(to_tf32(coarse) if given[-1].tf32 else path, *given)
+
+    monkeypatch.setattr(loading, "ResidentEngine", Rounded)
+    with capture_logs() as logs:
+        choice = load_model(path, Settings(device="cuda", tf32=server)).choice
+    compared = [one for one in logs if one["event"] == "TF32 compared"]
+    assert choice.tf32 == on == bool(compared)
+    if on:
+        difference = choice.tf32_difference
+        assert difference is not None
+        assert 1e-6 < difference < 1e-2
+        assert max(compared[0]["outputs"], compared[0]["states"]) == float(f"{difference:.2g}")
+    else:
+        assert choice.tf32_difference is None
+
+
+def to_tf32(path: Path) -> Path:
+    """Cut the weights of a file to 10 bits behind the point."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            cut = (array.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(cut, tensor.name))
+    onnx.save(model, path)
+    return path
+
+
+def test_what_the_audit_finds(tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that would have to run row by row is none for CUDA: the CPU runs it, where that may be."""
+
+    def finding(graph: Any, *given: Any) -> Any:
+        found = audit(graph, *given)
+        if isinstance(graph, ResidentEngine):
+            return replace(found, graph=RowByRow(graph), warnings=("rows differ",))
+        return found
+
+    monkeypatch.setattr(loading, "audit", finding)
+    path = write_lstm(tmp_path)
+    assert load_model(path, Settings(device="auto")).choice == Choice("cpu", "rows differ")
+    with pytest.raises(LoadError, match="does not run it: rows differ"):
+        load_model(path, Settings(device="cuda"))
