@@ -21,8 +21,8 @@ Array = NDArray[Any]
 
 _TO_DEVICE, _TO_HOST, _THERE = 1, 2, 3
 """cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice (CUDA runtime API, cudaMemcpyKind)."""
-_NO_MEMORY = 2
-"""cudaErrorMemoryAllocation (CUDA runtime API, cudaError_t)."""
+_NO_MEMORY, _NOT_READY = 2, 600
+"""cudaErrorMemoryAllocation, cudaErrorNotReady (CUDA runtime API, cudaError_t)."""
 
 
 class CudaDevice:
@@ -96,12 +96,12 @@ class CudaDevice:
         with contextlib.suppress(Exception):
             self._stream.end_capture()
 
-    def mark(self) -> _Event:
+    def mark(self) -> Event:
         """Mark this moment of its stream."""
         self._device.use()
         event = self._cuda.Event(block=True, disable_timing=True)
         event.record(self._stream)
-        return _Event(event)
+        return Event(event, self._cuda.runtime)
 
     def memory(self) -> tuple[int, int]:
         """How many bytes are free, and how many there are."""
@@ -115,16 +115,17 @@ class CudaDevice:
             self._cuda.runtime.memcpyAsync(to, source, size, kind, self._stream.ptr)
 
 
-class _Event:
+class Event:
     """An event in a stream."""
 
-    def __init__(self, event: Any) -> None:
+    def __init__(self, event: Any, runtime: Any) -> None:
         self._event = event
+        self._runtime = runtime
 
     @property
     def done(self) -> bool:
-        done: bool = self._event.done
-        return done
+        # CuPy's own ``done`` is false for ever once the device has failed, as though it worked still.
+        return bool(self._runtime.eventQuery(self._event.ptr) != _NOT_READY)
 
     def wait(self) -> None:
         # Others of this process run meanwhile: CuPy lets go of the interpreter's lock here.

@@ -74,7 +74,7 @@ class Mark(Protocol):
 
     @property
     def done(self) -> bool:
-        """Whether it has been reached."""
+        """Whether it has been reached. Where the device has failed it may never be: ``wait`` says so."""
 
     def wait(self) -> None:
         """Return once it has been reached. Others may run meanwhile.

@@ -25,6 +25,7 @@ class Flight:
         error: why it did not start.
         mark: when its run is over; None where ``run`` does all of it.
         watched: whether somebody waits for that.
+        over: whether they have waited for it, and it was reached or the device has failed.
     """
 
     tick: Tick
@@ -38,8 +39,9 @@ class Flight:
     error: Exception | None = None
     mark: Mark | None = None
     watched: bool = False
+    over: bool = False
 
     @property
     def done(self) -> bool:
         """Whether it can be ended without waiting."""
-        return self.error is not None or self.mark is None or self.mark.done
+        return self.over or self.error is not None or self.mark is None or self.mark.done

@@ -32,7 +32,7 @@ from service.graphs.graph import Graph, StatePool
 from service.graphs.placement import Choice
 from service.graphs.workspace import Results
 from service.metrics import Metrics
-from service.states.device import Mark, out_of_memory
+from service.states.device import out_of_memory
 from service.ticks.admission import Limits
 from service.ticks.bell import Bell
 from service.ticks.flight import Flight
@@ -113,7 +113,7 @@ class Runner:
         self._flights: deque[Flight] = deque()
         self._ended_at = float("-inf")
         # Where nothing goes on by itself, nobody waits for it.
-        self._watched: SimpleQueue[Mark | None] = SimpleQueue()
+        self._watched: SimpleQueue[Flight | None] = SimpleQueue()
         self._watcher: threading.Thread | None = None
         self._notifying = False
         self._came = False
@@ -316,14 +316,19 @@ class Runner:
             name = f"device-{self.name}-{self.version}"
             self._watcher = threading.Thread(target=self._watch, name=name, daemon=True)
             self._watcher.start()
-        self._watched.put(flight.mark)
+        self._watched.put(flight)
         return False
 
     def _watch(self) -> None:
         """Wait for runs, and wake the engine's thread at the end of each, so that it need not wait for one alone."""
-        while (mark := self._watched.get()) is not None:
+        while (flight := self._watched.get()) is not None:
+            assert flight.mark is not None
             with contextlib.suppress(Exception):
-                mark.wait()
+                flight.mark.wait()
+            # Also where the device has failed, and its mark is never reached: whoever ends the tick is told why.
+            flight.over = True
+            # Nothing of it is held while this waits for the next one.
+            del flight
             self._bell.ring()
 
     def _cut(self) -> tuple[Tick | None, list[Block]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from service.engines.cuda import CudaDevice
+from service.engines.cuda import CudaDevice, Event
 from service.engines.provider import NotOnCuda
 from service.states.device import HostDevice, out_of_memory
 
@@ -66,6 +68,13 @@ def test_a_part_begins_at_a_byte() -> None:
 def test_which_errors_mean_that_memory_has_run_out(text: str, means: bool) -> None:
     """Told from what onnxruntime, CUDA and its libraries say."""
     assert out_of_memory(RuntimeError(text)) is means
+
+
+@pytest.mark.parametrize(("status", "done"), [(0, True), (600, False), (700, True)])
+def test_an_event_of_a_device_that_has_failed_is_over(status: int, done: bool) -> None:
+    """cudaErrorNotReady alone (600) says that there is something to wait for."""
+    event = Event(SimpleNamespace(ptr=7), SimpleNamespace(eventQuery={7: status}.get))
+    assert event.done is done
 
 
 def test_a_cuda_device_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 from service.errors import EngineFailed
 from service.metrics import Metrics
 from service.states.device import HostDevice, Mark
+from service.states.resident_pool import ResidentPool
 from service.ticks.row import Block, Row, Track
 from service.ticks.runner import Runner
 from service.ticks.scheduler import Limits
@@ -22,7 +23,7 @@ from tests.sums import ResidentSums
 
 
 class Held:
-    """A mark that is reached when the test says so."""
+    """A mark that is reached when the test says so; where the device fails it is never, as an event of CUDA's."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -31,7 +32,7 @@ class Held:
     @property
     def done(self) -> bool:
         """Whether it has been."""
-        return self._reached.is_set()
+        return self._reached.is_set() and self.error is None
 
     def wait(self) -> None:
         """Wait until it is."""
@@ -72,6 +73,9 @@ class Bench:
         limits = Limits(queued_rows=100, tick_rows=4, tick_steps=1000)
         loop = asyncio.get_running_loop()
         self.runner = Runner("sums", 1, self.graph, limits, 50, self.metrics, self.clock, loop)
+        assert isinstance(self.runner.pool, ResidentPool)
+        self.pool = self.runner.pool
+        self.places = self.pool.free_places
         self.ended: list[Block] = []
         self.looks = 0
         over = self.runner._over
@@ -214,7 +218,18 @@ async def test_a_run_that_fails_on_its_way_leaves_the_next_alone(bench: Bench) -
     assert [type(row.error) for row in (*first, *second)] == [type(None), EngineFailed, type(None), type(None)]
     assert [bench.state(row) for row in (*first, *second)] == [1, 0, 3, 4]
     # Every place that a tick had taken is back but for those of the states that moved.
-    assert bench.runner.pool.taken == 4
+    assert bench.pool.free_places == bench.places - 3
+
+
+async def test_a_run_that_fails_alone_under_way_ends(bench: Bench) -> None:
+    """Its mark is never reached: nothing else comes, and its row is refused all the same."""
+    row = bench.row(1)
+    bench.runner.submit([row])
+    await bench.until_started(1)
+    await until(lambda: bench.looks > 0)
+    bench.device.held[0].reach(RuntimeError("the device stumbled"))
+    await bench.until_ended(row)
+    assert (type(row.error), bench.state(row)) == (EngineFailed, 0)
 
 
 async def test_a_row_that_is_cancelled_under_way_is_not_applied(bench: Bench) -> None:
