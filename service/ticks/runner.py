@@ -34,7 +34,6 @@ from service.graphs.workspace import Results
 from service.metrics import Metrics
 from service.states.device import out_of_memory
 from service.ticks.admission import Limits
-from service.ticks.bell import Bell
 from service.ticks.flight import Flight
 from service.ticks.pace import Pace
 from service.ticks.packing import pack, unpack
@@ -106,8 +105,7 @@ class Runner:
         self._queue_length = lambda: scheduler.queued
         self._loop = loop
         # Guards the scheduler, and with it the phase of every block and the position of every track.
-        self._lock = threading.Lock()
-        self._bell = Bell()
+        self._wake = threading.Condition()
         self._stopping = False
         self._tick_rows_limit = limits.tick_rows
         self._flights: deque[Flight] = deque()
@@ -188,7 +186,7 @@ class Runner:
         Raises:
             Full: if they would pass the limit.
         """
-        with self._lock:
+        with self._wake:
             if self._stopping:
                 raise Draining("the model is being stopped")
             self._scheduler.submit(blocks, self._clock())
@@ -207,7 +205,8 @@ class Runner:
             self._loop.call_soon(self._notify)
             return
         self._notifying = False
-        self._bell.ring()
+        with self._wake:
+            self._wake.notify()
 
     def cancel(self, rows: Sequence[Row]) -> list[Block]:
         """Give rows up.
@@ -215,7 +214,7 @@ class Runner:
         Returns:
             The blocks of those that have ended by this, whose ``on_end`` is not called; for others it will be, or was.
         """
-        with self._lock:
+        with self._wake:
             ended = self._scheduler.cancel(rows)
         for block in ended:
             self._release(block)
@@ -227,10 +226,10 @@ class Runner:
         Returns:
             False if the run did not end in time: it cannot be stopped from outside, and goes on.
         """
-        with self._lock:
+        with self._wake:
             self._stopping = True
             refused = self._scheduler.clear(_draining())
-        self._bell.ring()
+            self._wake.notify()
         for block in refused:
             self._release(block)
         self._deliver(refused)
@@ -278,8 +277,8 @@ class Runner:
             there was something to do. None once stopped.
         """
         began = self._clock()
-        while True:
-            with self._lock:
+        with self._wake:
+            while True:
                 if self._stopping:
                     # What the last tick left over.
                     refused = self._scheduler.clear(_draining())
@@ -293,8 +292,8 @@ class Runner:
                             return tick, refused, began
                 if self._flights and self._over(self._flights[0]):
                     return None, [], began
-            self._bell.wait(delay_s or None)
-            began = self._clock()
+                self._wake.wait(delay_s or None)
+                began = self._clock()
 
     def _room(self) -> bool:
         """Whether a tick may be started now."""
@@ -329,7 +328,8 @@ class Runner:
             flight.over = True
             # Nothing of it is held while this waits for the next one.
             del flight
-            self._bell.ring()
+            with self._wake:
+                self._wake.notify()
 
     def _cut(self) -> tuple[Tick | None, list[Block]]:
         """Cut a tick, and refuse everything that waits if that fails: were the thread to die of it, nobody was told."""
@@ -360,7 +360,7 @@ class Runner:
         self._ended_at = ended_at
         if whole:
             # What failed, or ran in parts, says nothing of what others like it will take.
-            with self._lock:
+            with self._wake:
                 self._scheduler.pace.learn(rows, tick.steps, seconds)
         self._tick_seconds.observe(seconds)
         self._tick_rows.observe(rows)
@@ -434,7 +434,7 @@ class Runner:
             return self._without_newest(tick, blocks)
         if tick.rows > 1:
             # One row may be to blame: each half can run again without the other.
-            with self._lock:
+            with self._wake:
                 halves = self._scheduler.halve(tick)
             if len(tick.blocks) == 1:
                 blocks += halves[1].blocks
@@ -453,7 +453,7 @@ class Runner:
         newest = {rows[index] for index in order[len(rows) // 2 :]}
         kept: list[Block] = []
         lengths: list[int] = []
-        with self._lock:
+        with self._wake:
             for block, length in zip(tick.blocks, tick.lengths, strict=True):
                 places = [n for n, row in enumerate(block.rows) if row in newest]
                 refused = block
@@ -504,7 +504,7 @@ class Runner:
         Returns:
             How many rows were applied.
         """
-        with self._lock:
+        with self._wake:
             sealed = self._scheduler.seal(tick, self._clock())
         blocks += sealed.gone
         applied = 0
@@ -526,7 +526,7 @@ class Runner:
             self.pool.free_many(np.array(spare, np.intp))
         self._scatter(tick, sealed, widths, states)
         if sealed.advanced:
-            with self._lock:
+            with self._wake:
                 going_on += self._scheduler.resume(tick, sealed)
         return applied
 
@@ -611,7 +611,7 @@ class Runner:
                     arrays[index] = np.concatenate([*(part[n] for part in block.parts), arrays[index]], axis=1)
 
     def _refuse(self, blocks: Sequence[Block], error: ConveyorError) -> None:
-        with self._lock:
+        with self._wake:
             self._scheduler.fail(blocks, error)
 
     def _deliver(self, blocks: Sequence[Block]) -> None:

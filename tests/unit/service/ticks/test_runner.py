@@ -9,7 +9,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import numpy as np
@@ -413,7 +413,7 @@ async def test_stop_does_not_go_on_with_slices(graph: Sums | ResidentSums) -> No
 async def test_only_what_ran_as_a_whole_teaches_the_pace(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tick that failed and ran again in halves does not; and nobody reads the pace while it learns."""
     learned: list[tuple[int, bool]] = []
-    held = bench.runner._lock.locked
+    held: Callable[[], bool] = bench.runner._wake._is_owned  # type: ignore[attr-defined]
     monkeypatch.setattr(
         bench.runner._scheduler.pace, "learn", lambda rows, steps, seconds: learned.append((rows, held()))
     )
