@@ -69,7 +69,7 @@ def _versions(folder: ModelFolder, settings: Settings) -> Sequence[Found]:
 def _told(loaded: Loaded) -> str:
     manifest = loaded.graph.manifest
     parity = "" if manifest.parity is None else f", largest error {manifest.parity.max_error:.1e}"
-    return f"{loaded.path.name}, {manifest.precision}{parity}, {loaded.provider}"
+    return f"{loaded.choice.file}, {manifest.precision}{parity}, {loaded.provider}"
 
 
 def _table(tuning: Tuning) -> Iterator[str]:

@@ -50,7 +50,8 @@ class Choice:
         reason: why that one, for people.
         fallback: whether CUDA was asked for, and the CPU runs it.
         file: the name of the file that runs.
-        digest: SHA-256 of it, in hexadecimal; empty where that is the model's own file.
+        digest: SHA-256 of it, or of those of it and of the files of its data, in hexadecimal; empty where that is the
+            model's own file.
         tf32: whether products may round their factors to TF32.
         tf32_difference: how far outputs and states were from those without TF32 when it was loaded; None where that
             was not compared.

@@ -28,6 +28,8 @@ _MANY = 33
 _RAGGED = (5, 2, 4)
 _CUTS = ((2, 3), (1,) * 5)
 _TOLERANCE = {"float32": 1e-5, "float64": 1e-5, "float16": 1e-2, "int8": 5e-2}
+_TF32 = 1e-2
+"""What runs with TF32 may differ by: kernels round, or do not, by how many rows and steps they are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,9 @@ class Audit:
     warnings: tuple[str, ...]
 
 
-def audit(graph: Graph, strict: bool = False, tolerance: float | None = None, described: bool = False) -> Audit:
+def audit(
+    graph: Graph, strict: bool = False, tolerance: float | None = None, described: bool = False, tf32: bool = False
+) -> Audit:
     """Hold a graph against what the server relies on.
 
     Args:
@@ -57,11 +61,12 @@ def audit(graph: Graph, strict: bool = False, tolerance: float | None = None, de
         tolerance: largest difference that passes, as a share where values are beyond 1; of integers and bools, the
             share of them that differ. None for what suits the dtype.
         described: whether its states were paired by hand.
+        tf32: whether its products may round their factors to TF32.
 
     Raises:
         LoadError: if it does not run, gives what its manifest does not say, or its states do not carry a sequence.
     """
-    return _Auditor(graph, strict, tolerance, described).audit()
+    return _Auditor(graph, strict, tolerance, described, tf32).audit()
 
 
 def differences(graph: Graph, other: Graph) -> tuple[float, float]:
@@ -96,12 +101,15 @@ Rows = Sequence[Sequence[Array]]
 
 
 class _Auditor:
-    def __init__(self, graph: Graph, strict: bool, tolerance: float | None, described: bool) -> None:
+    def __init__(
+        self, graph: Graph, strict: bool, tolerance: float | None, described: bool, tf32: bool = False
+    ) -> None:
         self._graph = graph
         self._manifest = graph.manifest
         self._strict = strict
         self._tolerance = tolerance
         self._described = described
+        self._tf32 = tf32
         self._warnings: list[str] = []
         self._steps = _STEPS if all(spec.time_axis is not None for spec in self._manifest.inputs) else 1
         self._inputs: list[list[Array]] = []
@@ -286,7 +294,7 @@ class _Auditor:
         if not dtype.startswith("float"):
             return 0.0
         manifest = self._manifest
-        bounds = [_TOLERANCE[dtype], _TOLERANCE[manifest.precision]]
+        bounds = [_TOLERANCE[dtype], _TOLERANCE[manifest.precision], _TF32 if self._tf32 else 0.0]
         if manifest.parity is not None:
             # Two runs that are each within the bound that export held them to are within twice that of each other.
             bounds += [2 * row.bound for row in manifest.parity.rows if np.isfinite(row.bound)]

@@ -6,6 +6,7 @@ runners or sessions. Called in a thread of its own: all of it may take long.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,6 @@ from service.versions.audit import Audit, audit, differences
 
 log = structlog.get_logger()
 
-_EXPORT = "python -m export writes model.cuda.onnx beside it, in a form that CUDA runs"
 _MAY_DIFFER = {"layers", "parity", "made_with"}
 """What of the manifest may differ between the forms of a model for different devices."""
 
@@ -102,13 +102,18 @@ def load_model(
         engine = opening.on_cuda() if choice.device == "cuda" else opening.on_cpu()
     _check_precision(path, engine.manifest.precision, description.precision)
     _check_sizes(engine.manifest, settings.max_message_bytes)
+    against: str | None = None
     try:
         with no_longer_than(settings.load_timeout_s, engine.interrupt):
-            found = _audited(path, engine, description, threads)
-    except NotOnCuda as error:
-        if choice.device == "cpu":
+            found = _audited(path, engine, description, threads, choice.tf32)
+    except LoadError as error:
+        if choice.device == "cpu" or isinstance(error, TooLong):
             raise
-        return load_model(path, settings, threads, before, opening.choose(error.reason))
+        against = error.reason if isinstance(error, NotOnCuda) else str(error)
+    if against is not None:
+        # Of what has failed on the device nothing is held while the other is tried.
+        del engine
+        return load_model(path, settings, threads, before, opening.choose(against))
     if choice.tf32 and choice.tf32_difference is None:
         choice = _with_tf32_compared(choice, engine, opening)
     if before is None:
@@ -142,6 +147,7 @@ class _Opening:
         self.description = description
         self.threads = threads
         self._file_digests = file_digests
+        self._digest_for_cuda = ""
 
     @property
     def asked(self) -> Asked:
@@ -149,7 +155,7 @@ class _Opening:
         return self.description.device or self.settings.device
 
     def choose(self, against_cuda: str | None) -> Choice:
-        """Choose the device, and say so.
+        """Choose the device.
 
         Args:
             against_cuda: why CUDA does not run it; None where it does.
@@ -159,16 +165,12 @@ class _Opening:
         """
         choice = choose(self.asked, against_cuda, self.description.fallback or self.settings.fallback)
         file = self.path if choice.device == "cpu" else self.for_cuda
-        choice = replace(
+        return replace(
             choice,
             file=file.name,
-            digest="" if file == self.path else digest(file),
+            digest="" if file == self.path else self._digest_for_cuda,
             tf32=self.tf32 and choice.device == "cuda",
         )
-        told_as = log.warning if choice.fallback else log.info
-        what = "CUDA was asked for, and the CPU runs the model" if choice.fallback else "device chosen"
-        told_as(what, **_named(file), asked=self.asked, device=choice.device, file=choice.file, reason=choice.reason)
-        return choice
 
     @property
     def tf32(self) -> bool:
@@ -201,13 +203,15 @@ class _Opening:
         check_size([path], self.settings.max_model_bytes)
         file = OnnxFile(path)
         if against := obstacles(file.model):
-            hint = "" if path != self.path or METADATA_KEY not in file.metadata else f"; {_EXPORT}"
-            raise NotOnCuda(path.name, told(against) + hint)
+            raise NotOnCuda(path.name, told(against) + ("" if path != self.path else _how_to_export(file)))
         if path != self.path:
             own = OnnxFile(self.path)
             _check_twins(own, file)
             # By whatever file it is run, it is one model, and its sessions go from one to the other.
             self._file_digests = self._file_digests or [digest(each) for each in (self.path, *own.external_files())]
+            digests = [digest(each) for each in (path, *file.external_files())]
+            several = hashlib.sha256("".join(digests).encode()).hexdigest()
+            self._digest_for_cuda = several if len(digests) > 1 else digests[0]
         return self._open(path, "cuda", self._file_digests, self.tf32 if tf32 is None else tf32)
 
     def _open(self, path: Path, device: Device, file_digests: Sequence[str], tf32: bool = False) -> Opened:
@@ -262,25 +266,58 @@ def _on_its_device(opening: _Opening) -> tuple[Choice, Opened]:
     return opening.choose(against), opening.on_cpu()
 
 
+def instead_of_cuda(loaded: Loaded, settings: Settings, reason: str) -> Choice:
+    """Choose another device for a model that CUDA has run until now.
+
+    Args:
+        loaded: the model.
+        settings: of the server.
+        reason: why CUDA does not run it.
+
+    Raises:
+        LoadError: if CUDA was asked for, and nothing else may run it.
+    """
+    return _Opening(loaded.path, settings, loaded.description, loaded.threads, ()).choose(reason)
+
+
 def _with_tf32_compared(choice: Choice, engine: Opened, opening: _Opening) -> Choice:
-    """Tell how far results with TF32 are from those without it."""
-    outputs, states = differences(engine, opening.on_cuda(tf32=False))
+    """Tell how far results with TF32 are from those without it, where the model can be run without it too."""
+    try:
+        exact = opening.on_cuda(tf32=False)
+        with no_longer_than(opening.settings.load_timeout_s / 4, exact.interrupt):
+            outputs, states = differences(engine, exact)
+    except Exception as error:  # a second copy of it may be too much for the device
+        log.warning("TF32 not compared", **_named(opening.path), reason=str(error))
+        return choice
     log.info("TF32 compared", **_named(opening.path), outputs=float(f"{outputs:.2g}"), states=float(f"{states:.2g}"))
     return replace(choice, tf32_difference=max(outputs, states))
 
 
 def _check_twins(own: OnnxFile, other: OnnxFile) -> None:
     """Refuse two files that are not one model: a session goes from one to the other."""
-    texts = [file.metadata.get(METADATA_KEY) for file in (own, other)]
-    if None in texts:
-        return
-    manifests = [Manifest.model_validate_json(str(text)).model_dump(exclude=_MAY_DIFFER) for text in texts]
+    for file in (own, other):
+        if METADATA_KEY not in file.metadata:
+            raise LoadError(
+                f"{file.path.name} has no manifest inside, so that nothing tells whether {own.path.name} and "
+                f"{other.path.name} are one model: remove {other.path.name}, or export both"
+            )
+    texts = [file.metadata[METADATA_KEY] for file in (own, other)]
+    manifests = [Manifest.model_validate_json(text).model_dump(exclude=_MAY_DIFFER) for text in texts]
     wrong = sorted(name for name, value in manifests[0].items() if manifests[1][name] != value)
     if wrong:
         raise LoadError(
             f"{other.path.name} is not of the same model as {own.path.name}: they differ in {', '.join(wrong)}; "
             "export both anew, or remove the first"
         )
+
+
+def _how_to_export(file: OnnxFile) -> str:
+    """What makes a file for CUDA beside one that CUDA does not run; empty where nothing does."""
+    if METADATA_KEY not in file.metadata or (precision := file.precision) == "int8":
+        return ""
+    name = file.path.name
+    how = "" if name == "model.onnx" else f" --precision {precision} --output {name}"
+    return f"; python -m export{how} writes {file.path.stem}.cuda.onnx beside it, in a form that CUDA runs"
 
 
 def _named(path: Path) -> dict[str, str]:
@@ -348,7 +385,7 @@ def _near_misses(folder: Path, path: Path) -> str:
     return f"; there is {there[0]}, which is not read: expected {folder.name}/{NAME}" if there else ""
 
 
-def _audited(path: Path, engine: Opened, description: Description, threads: int) -> Audit:
+def _audited(path: Path, engine: Opened, description: Description, threads: int, tf32: bool) -> Audit:
     began = time.perf_counter()
     graph: Graph = engine
     resident = isinstance(engine, ResidentEngine)
@@ -357,8 +394,8 @@ def _audited(path: Path, engine: Opened, description: Description, threads: int)
     if graph.manifest.rows_per_run == 1 or description.row_by_row:
         graph = RowByRow(graph)
     # A model whose run does not end is known by this line being its last.
-    log.info("model to be audited", **_named(path))
-    found = audit(graph, description.strict, description.tolerance, description.of_graph)
+    log.info("model to be audited", **_named(path), provider=engine.provider)
+    found = audit(graph, description.strict, description.tolerance, description.of_graph, tf32)
     if resident and found.graph is not engine:
         raise NotOnCuda(path.name, "; ".join(found.warnings) or "it is to be run row by row")
     log.info(

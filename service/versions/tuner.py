@@ -32,6 +32,8 @@ _PATIENCE, _MOST_PATIENCE_S = 10, 60.0
 """How many times the seconds of a measurement others are waited for: one that never ends must not hold them up."""
 _IN_HASTE = 0.5
 """Share of the time for loading after which a model is not made ready once more."""
+_COMPARED_BY = 0.8
+"""Share of it by which the devices are compared: half of what is left then is to load on the CPU, half to measure."""
 _quiet = Quiet()
 
 
@@ -44,8 +46,8 @@ def _patience_s(settings: Settings) -> float:
     return min(_PATIENCE * settings.tune_s, _MOST_PATIENCE_S)
 
 
-def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, Tuning]:
-    """Load a model on the device that is quicker, where either may run it, with as many threads as pay.
+def tuned(path: Path, settings: Settings, anew: bool = False, choice: Choice | None = None) -> tuple[Loaded, Tuning]:
+    """Load a model on the device that is quicker, where either may run it, with as many threads as pay; say which.
 
     A number of threads in model.yaml or in the settings is taken as it is; measured are the sizes of ticks all the
     same. Where nothing is to be measured a run has one thread.
@@ -54,17 +56,40 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
         path: DIR/NAME/VERSION/model.onnx.
         settings: of the server.
         anew: measure although that was done before, and every thread count whether it pays or not.
+        choice: the device that is to run it, where that was chosen already.
 
     Raises:
         LoadError: if it cannot be served; the text says why.
     """
-    loaded, tuning = _tuned(path, settings, anew)
+    began = time.perf_counter()
+    loaded, tuning = _tuned(path, settings, anew, choice)
     asked = loaded.description.device or settings.device
-    if asked != "auto" or loaded.choice.device == "cpu" or not tuning.measured:
-        return loaded, tuning
     told = log.bind(model=path.parent.parent.name, version=path.parent.name)
+    if asked == "auto" and loaded.choice.device == "cuda" and tuning.measured:
+        spent_s = 0.0 if anew else time.perf_counter() - began
+        loaded, tuning = _quicker(path, settings, anew, loaded, tuning, spent_s, told)
+    choice = loaded.choice
+    tell = told.warning if choice.fallback else told.info
+    what = "CUDA was asked for, and the CPU runs the model" if choice.fallback else "device chosen"
+    tell(what, asked=asked, device=choice.device, file=choice.file, reason=choice.reason)
+    return loaded, tuning
+
+
+def _quicker(
+    path: Path, settings: Settings, anew: bool, loaded: Loaded, tuning: Tuning, spent_s: float, told: Any
+) -> tuple[Loaded, Tuning]:
+    """Hold a model that CUDA runs against itself on the CPU, within what is left of the time for loading."""
+    # A model that CUDA runs is not given up for a CPU that is slow: what follows for it takes of the time too.
+    left_s = settings.load_timeout_s * _COMPARED_BY - spent_s
+    if spent_s > _IN_HASTE * settings.load_timeout_s:
+        told.info("devices not compared", reason="it takes long to load on CUDA: say device in model.yaml")
+        return loaded, tuning
+    in_time = settings if anew else settings.model_copy(update={"load_timeout_s": left_s / 2})
     try:
-        other, of_cpu = _tuned(path, settings, anew, Choice("cpu", "", file=loaded.path.name))
+        other, of_cpu = _tuned(path, in_time, anew, Choice("cpu", "", file=loaded.path.name))
+    except TooLong:
+        told.info("devices not compared", reason="the CPU takes too much of the time for loading (--load-timeout-s)")
+        return loaded, tuning
     except LoadError as error:
         told.info("only CUDA runs the model", reason=str(error))
         return loaded, tuning
@@ -73,7 +98,7 @@ def tuned(path: Path, settings: Settings, anew: bool = False) -> tuple[Loaded, T
         return loaded, tuning
     reason = f"CUDA does {times:.2g} times the CPU's steps per second, as measured"
     device = "cuda" if times >= 1 else "cpu"
-    told.info("devices compared", device=device, reason=reason, **_side_by_side(tuning, of_cpu))
+    told.info("devices compared", quicker=device, **_side_by_side(tuning, of_cpu))
     if times >= 1:
         return replace(loaded, choice=replace(loaded.choice, reason=reason)), tuning
     return replace(other, choice=replace(other.choice, reason=reason)), of_cpu
@@ -127,10 +152,12 @@ def _tuned(path: Path, settings: Settings, anew: bool, choice: Choice | None = N
         except Unusable as error:
             told.info("what was measured is not kept", reason=str(error))
     tuning = choose(measured) if measured else Tuning(loaded.threads)
-    # What was measured keeps the memory of its largest runs: another one is served, where there is time to load it.
+    # What was measured keeps the memory of its largest runs: another one is served, where there is time to load it; but
+    # not on a device, which may have no memory for two.
+    on_cpu = loaded.choice.device == "cpu"
     in_haste = not anew and time.perf_counter() - began + load_s > _IN_HASTE * settings.load_timeout_s
     best = loaded
-    if not in_haste and (not known or tuning.threads != loaded.threads):
+    if on_cpu and not in_haste and (not known or tuning.threads != loaded.threads):
         with loading(settings):
             best = load_model(path, settings, tuning.threads, loaded)
     if measured:

@@ -14,6 +14,7 @@ from service.engines.provider import why_no_cuda
 from service.errors import LoadError
 from service.settings import Settings
 from service.versions.loading import load_model
+from service.versions.tuner import tuned
 from tests.gpu.devices import CELLS, INPUT, Models, draw, serving
 
 
@@ -55,7 +56,7 @@ def test_a_fallback_has_to_be_allowed_and_is_said(models: Models, cuda: str, tmp
 def test_auto_says_why(models: Models, device: str) -> None:
     """Left to choose, the server takes CUDA where there is one, and else says what is missing."""
     with capture_logs() as logs:
-        loaded = load_model(models.path("lstm"), Settings(device="auto"))
+        loaded, _ = tuned(models.path("lstm"), Settings(device="auto", tune_s=0))
     (entry,) = [entry for entry in logs if entry["event"] == "device chosen"]
     assert (entry["asked"], entry["device"], entry["reason"]) == ("auto", loaded.choice.device, loaded.choice.reason)
     if device == "cpu" and (missing := why_no_cuda()):

@@ -23,6 +23,7 @@ from service.states.device import HostDevice
 from service.versions import loading
 from service.versions.audit import audit
 from service.versions.loading import load_model
+from service.versions.tuner import tuned
 from tests.graphs import HIDDEN, write_lstm
 
 NO_CUDA = why_no_cuda()
@@ -34,8 +35,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     opened: list[Path] = []
 
     class Opened(ResidentEngine):
-        def __init__(self, path: Path, *given: Any) -> None:
-            super().__init__(path, *given)
+        def __init__(self, path: Path, *given: Any, **more: Any) -> None:
+            super().__init__(path, *given, **more)
             opened.append(path)
 
     monkeypatch.setattr(loading, "why_no_cuda", lambda gpu_id: None)
@@ -106,13 +107,13 @@ def test_without_cuda(tmp_path: Path, flags: dict[str, Any], yaml: str, says: Ch
     """A model's own word goes before the server's; what is chosen is said once, and a fallback loudly."""
     path = write_lstm(tmp_path)
     (path.parent.parent / "model.yaml").write_text(yaml)
-    settings = Settings(threads=1, **flags)
+    settings = Settings(threads=1, tune_s=0, **flags)
     if says is None:
         with pytest.raises(LoadError, match="CUDA was asked for and does not run it: this onnxruntime"):
             load_model(path, settings)
         return
     with capture_logs() as logs:
-        loaded = load_model(path, settings)
+        loaded, _ = tuned(path, settings)
         load_model(path, settings, threads=2, before=loaded)
     assert (loaded.choice, loaded.provider) == (says, "CPUExecutionProvider")
     (line,) = [one for one in logs if "device" in one]
@@ -135,7 +136,7 @@ def test_what_onnxruntime_finds(tmp_path: Path, cuda: list[Path], monkeypatch: p
     """Where the file shows nothing and the session does not start on CUDA, that is the reason."""
 
     class Refused(ResidentEngine):
-        def __init__(self, path: Path, *given: Any) -> None:
+        def __init__(self, path: Path, *given: Any, **more: Any) -> None:
             raise NotOnCuda(path.name, "node 'a' (Tanh) is run by CPUExecutionProvider")
 
     monkeypatch.setattr(loading, "ResidentEngine", Refused)
@@ -189,6 +190,84 @@ def test_the_file_for_cuda_is_of_another_model(
         load_model(path, Settings(device="auto"))
 
 
+@pytest.mark.parametrize("without", ["model.onnx", "model.cuda.onnx", "both"])
+def test_nothing_tells_whose_file_for_cuda_it_is(tmp_path: Path, cuda: list[Path], without: str) -> None:
+    """Where one of the two has no manifest inside, nothing holds them together: refused."""
+    path = write_lstm(tmp_path)
+    other = rewritten(path, "model.cuda.onnx")
+    for file in (path, other):
+        if without in (file.name, "both"):
+            rewritten(file, file.name, lambda model: model.ClearField("metadata_props"))
+    (tmp_path / "lstm/model.yaml").write_text(
+        "inputs: {x: {time_axis: 0, batch_axis: 1}, lengths: {role: lengths}}\n"
+        "states: [{input: h0, output: hT, batch_axis: 1}, {input: c0, output: cT, batch_axis: 1}]\n"
+        "outputs: {y: {time_axis: 0, batch_axis: 1}}\n"
+        if without == "both"
+        else ""
+    )
+    named = "model.onnx" if without == "both" else without
+    with pytest.raises(LoadError, match=rf"^{named} has no manifest inside, so that nothing tells whether model\.onnx"):
+        load_model(path, Settings(device="auto"))
+    other.unlink()
+    if without == "both":
+        assert load_model(path, Settings(device="auto")).choice.device == "cuda"
+
+
+def test_an_empty_file_for_cuda(tmp_path: Path, cuda: list[Path]) -> None:
+    """Is named, so that nobody looks into model.onnx."""
+    path = write_lstm(tmp_path)
+    path.with_name("model.cuda.onnx").touch()
+    with pytest.raises(LoadError, match=r"^model\.cuda\.onnx has no manifest inside"):
+        load_model(path, Settings(device="cuda"))
+
+
+def test_data_beside_the_file_for_cuda(tmp_path: Path, cuda: list[Path]) -> None:
+    """Makes its digest too: other data is something else to run."""
+    path = write_lstm(tmp_path)
+    model = onnx.load(path)
+    onnx.save(model, path.with_name("model.cuda.onnx"), save_as_external_data=True, location="data", size_threshold=0)
+    first = load_model(path, Settings(device="cuda")).choice
+    data = path.with_name("data")
+    content = bytearray(data.read_bytes())
+    content[0] ^= 1
+    data.write_bytes(content)
+    assert load_model(path, Settings(device="cuda")).choice.digest != first.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("model.onnx", r"; python -m export writes model\.cuda\.onnx beside it"),
+        (
+            "model.float32.onnx",
+            r"; python -m export --precision float32 --output model\.float32\.onnx writes model\.float32\.cuda\.onnx",
+        ),
+    ],
+)
+def test_how_to_make_the_file_for_cuda(tmp_path: Path, cuda: list[Path], name: str, hint: str) -> None:
+    """What is said to do writes the file that is looked for; to one that was not exported here nothing is said."""
+    path = peephole(write_lstm(tmp_path))
+    rewritten(path, name)
+    (tmp_path / "lstm/model.yaml").write_text("precision: float32" if name != path.name else "")
+    with pytest.raises(LoadError, match=hint):
+        load_model(path, Settings(device="cuda"))
+
+
+def test_there_is_no_file_for_cuda_in_int8(tmp_path: Path, cuda: list[Path]) -> None:
+    """So none is promised."""
+    path = peephole(write_lstm(tmp_path))
+
+    def quantize(model: Any) -> None:
+        node = model.graph.node.add(op_type="DynamicQuantizeLinear", input=["P"], output=["q", "scale", "zero"])
+        assert node.name == ""
+
+    rewritten(path, path.name, quantize)
+    with pytest.raises(LoadError) as refused:
+        load_model(path, Settings(device="cuda"))
+    assert "peepholes" in str(refused.value)
+    assert "python -m export" not in str(refused.value)
+
+
 def test_the_file_for_cuda_of_a_precision(tmp_path: Path, cuda: list[Path]) -> None:
     """Each precision has its own; without one, CUDA runs the precision's file."""
     path = write_lstm(tmp_path)
@@ -214,8 +293,8 @@ def test_tf32_is_compared(
     rounded = vars(loading)["ResidentEngine"]
 
     class Rounded(rounded):  # type: ignore[misc, valid-type]
-        def __init__(self, path: Path, *given: Any) -> None:
-            super().__init__(to_tf32(coarse) if given[-1].tf32 else path, *given)
+        def __init__(self, path: Path, *given: Any, **more: Any) -> None:
+            super().__init__(to_tf32(coarse) if given[-1].tf32 else path, *given, **more)
 
     monkeypatch.setattr(loading, "ResidentEngine", Rounded)
     with capture_logs() as logs:
@@ -257,3 +336,69 @@ def test_what_the_audit_finds(tmp_path: Path, cuda: list[Path], monkeypatch: pyt
     assert load_model(path, Settings(device="auto")).choice == Choice("cpu", "rows differ")
     with pytest.raises(LoadError, match="does not run it: rows differ"):
         load_model(path, Settings(device="cuda"))
+
+
+@pytest.mark.parametrize(("settings", "fallback"), [({}, False), ({"device": "cuda", "fallback": "allow"}, True)])
+def test_what_fails_in_its_first_run(
+    tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], fallback: bool
+) -> None:
+    """Is no more for CUDA than what is refused when it is opened; by name alone it is refused."""
+
+    class NoKernel(ResidentEngine):
+        def run(self, feeds: Any) -> Any:
+            raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(loading, "ResidentEngine", NoKernel)
+    path = write_lstm(tmp_path)
+    choice = load_model(path, Settings(**settings)).choice
+    assert (choice.device, choice.fallback, choice.file) == ("cpu", fallback, "model.onnx")
+    assert "no kernel image is available" in choice.reason
+    with pytest.raises(LoadError, match=r"CUDA was asked for and does not run it: .*no kernel image"):
+        load_model(path, Settings(device="cuda"))
+
+
+@pytest.mark.parametrize("by", ["rows", "cells"])
+def test_tf32_may_differ_by_size(tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """One row in whole float32 and several in TF32, or one step and several, are one model with TF32 on."""
+    coarse = to_tf32(write_lstm(tmp_path / "coarse"))
+
+    class BySize(ResidentEngine):
+        def __init__(self, path: Path, *given: Any, **more: Any) -> None:
+            super().__init__(path, *given, **more)
+            self._coarse = ResidentEngine(coarse, *given, **more) if given[-1].tf32 else None
+
+        def run(self, feeds: Any) -> Any:
+            steps, rows = feeds["x"].shape[:2]
+            large = rows > 1 if by == "rows" else rows * steps > 4
+            return self._coarse.run(feeds) if self._coarse is not None and large else super().run(feeds)
+
+    monkeypatch.setattr(loading, "ResidentEngine", BySize)
+    path = write_lstm(tmp_path)
+    loaded = load_model(path, Settings(device="cuda", tf32="on"))
+    assert (loaded.choice.device, loaded.choice.tf32, loaded.warnings) == ("cuda", True, ())
+
+
+@pytest.mark.parametrize("fails", ["opened", "run"])
+def test_tf32_that_cannot_be_compared(
+    tmp_path: Path, cuda: list[Path], monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """A device without memory for a second copy serves the first, and the log says what is not known of it."""
+
+    class Small(ResidentEngine):
+        def __init__(self, path: Path, *given: Any, **more: Any) -> None:
+            self._tf32 = given[-1].tf32
+            if not self._tf32 and fails == "opened":
+                raise NotOnCuda(path.name, "out of memory")
+            super().__init__(path, *given, **more)
+
+        def run(self, feeds: Any) -> Any:
+            if not self._tf32:
+                raise RuntimeError("out of memory")
+            return super().run(feeds)
+
+    monkeypatch.setattr(loading, "ResidentEngine", Small)
+    with capture_logs() as logs:
+        choice = load_model(write_lstm(tmp_path), Settings(tf32="on")).choice
+    assert (choice.device, choice.tf32, choice.tf32_difference) == ("cuda", True, None)
+    (said,) = [one for one in logs if one["event"] == "TF32 not compared"]
+    assert "out of memory" in said["reason"]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from structlog.testing import capture_logs
 
+from service.engines.provider import NotOnCuda
 from service.engines.resident_engine import ResidentEngine
 from service.errors import LoadError
+from service.graphs.placement import Choice
 from service.settings import Settings
 from service.states.device import HostDevice
 from service.versions import loading, tuner, tuning_file
-from service.versions.loading import Loaded, load_model
+from service.versions.loading import Loaded, TooLong, load_model
 from service.versions.trial import measure
 from service.versions.tuner import tuned
 from service.versions.tuning import Measurement, Tuning
@@ -283,7 +286,67 @@ def test_the_quicker_device(
     assert {one.seconds for one in tuning.measured} == {on_cuda if device == "cuda" else on_cpu}
     compared = [one for one in logs if one["event"] == "devices compared"]
     if asked == "auto":
-        assert (compared[0]["device"], compared[0]["reason"]) == (device, reason)
+        assert compared[0]["quicker"] == device
         assert compared[0]["rows_64"] == f"{on_cuda * 1e6:.0f} us against {on_cpu * 1e6:.0f} us"
     else:
         assert compared == []
+    (chosen,) = [one for one in logs if one["event"] == "device chosen"]
+    assert (chosen["device"], chosen["reason"]) == (device, reason)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA starts, and its device is this machine's own memory."""
+    monkeypatch.setattr(loading, "why_no_cuda", lambda gpu_id: None)
+    monkeypatch.setattr(loading, "CudaDevice", lambda gpu_id: HostDevice())
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_a_device_with_memory_for_one(
+    tmp_path: Path, cuda: None, monkeypatch: pytest.MonkeyPatch, asked: Literal["auto", "cuda"]
+) -> None:
+    """What was measured there is what serves: a second copy of it beside the first is not made."""
+    live: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Small(ResidentEngine):
+        def __init__(self, path: Path, *given: Any, **more: Any) -> None:
+            if live:
+                raise NotOnCuda(path.name, "out of memory")
+            super().__init__(path, *given, **more)
+            live.add(self)
+
+    monkeypatch.setattr(loading, "ResidentEngine", Small)
+    monkeypatch.setattr(tuner, "measure", timed(1.0, 4.0))
+    loaded, tuning = tuned(write_lstm(tmp_path), Settings(device=asked, tune_s=0.05))
+    assert loaded.choice.device == "cuda"
+    assert loaded.graph in live
+    assert tuning.measured
+
+
+@pytest.mark.parametrize(
+    ("takes_s", "reason"), [(0.0, "the CPU takes too much of the time"), (3.0, "it takes long to load on CUDA")]
+)
+def test_a_slow_cpu_loses_no_model_of_cuda(
+    tmp_path: Path, cuda: None, monkeypatch: pytest.MonkeyPatch, takes_s: float, reason: str
+) -> None:
+    """The CPU has a share of the time for loading to be compared in, and none where most of it is gone."""
+    given_s: list[float] = []
+    now = 0.0
+
+    def load(path: Path, settings: Settings, *given: Any, choice: Choice | None = None) -> Loaded:
+        nonlocal now
+        if choice is None:
+            now += takes_s
+            return load_model(path, settings, *given)
+        given_s.append(settings.load_timeout_s)
+        raise TooLong("too long")
+
+    monkeypatch.setattr("service.versions.tuner.time.perf_counter", lambda: now)
+    monkeypatch.setattr(tuner, "load_model", load)
+    monkeypatch.setattr(tuner, "measure", timed(1.0, 4.0))
+    with capture_logs() as logs:
+        loaded, _ = tuned(write_lstm(tmp_path), Settings(device="auto", tune_s=0.05, load_timeout_s=5.0))
+    assert loaded.choice.device == "cuda"
+    (said,) = [one for one in logs if one["event"] == "devices not compared"]
+    assert reason in said["reason"]
+    assert given_s == ([] if takes_s else [2.0])
