@@ -19,14 +19,16 @@ import structlog
 from service.background import in_thread
 from service.engines.provider import why_no_cuda
 from service.errors import ControlRefused, ConveyorError, Draining, LoadError, LoadFailed, ModelUnknown
+from service.graphs.description import read
 from service.metrics import Metrics
 from service.settings import Settings
+from service.ticks.admission import Limits
 from service.ticks.runner import Runner
-from service.ticks.scheduler import Limits
 from service.versions.catalogue import Catalogue
 from service.versions.folder import Found, ModelFolder, look_again, overlooked, scan, wanted
-from service.versions.loading import Loaded, no_longer_than, too_long
+from service.versions.loading import Loaded, TooLong, instead_of_cuda, no_longer_than, too_long
 from service.versions.tuner import loading, tuned
+from service.versions.tuning import Tuning
 from service.versions.version import Version
 
 T = TypeVar("T")
@@ -109,16 +111,20 @@ class Repository(Catalogue):
         )
         if (named or self._settings.model_control == "fixed") and not any(map(self.versions, names)):
             raise LoadError(self._why_nothing(names))
-        self._be_able()
+        if not any(map(self.versions, self._models)):
+            await in_thread(self._be_able, seen)
         self._started = True
 
-    def _be_able(self) -> None:
-        """Refuse to wait for models none of which will load."""
+    def _be_able(self, seen: Mapping[str, ModelFolder]) -> None:
+        """Refuse to wait for models none of which will load, as far as those that are there show."""
         settings = self._settings
         if settings.device != "cuda" or settings.fallback == "allow":
             return
-        if not any(map(self.versions, self._models)) and (reason := why_no_cuda(settings.gpu_id)):
-            raise LoadError(f"no model is served, and none would be: CUDA was asked for (--device cuda): {reason}")
+        if (reason := why_no_cuda(settings.gpu_id)) and not any(map(_does_without_cuda, seen.values())):
+            raise LoadError(
+                f"no model is served, and CUDA was asked for (--device cuda), which none that is there does without: "
+                f"{reason}"
+            )
 
     def _why_nothing(self, names: Collection[str]) -> str:
         failures = [f"{one.name} {one.number or ''}: {one.failure}" for one in self._every() if one.failure]
@@ -417,6 +423,27 @@ class Repository(Catalogue):
     def _make(self, found: Found, loop: asyncio.AbstractEventLoop) -> tuple[Runner, Loaded]:
         settings = self._settings
         loaded, tuning = tuned(found.path, settings)
+        runner = None
+        try:
+            runner = self._runner(found, loop, loaded, tuning)
+        except LoadError as error:
+            if loaded.choice.device == "cpu" or isinstance(error, TooLong):
+                raise
+            choice = instead_of_cuda(loaded, settings, str(error))
+        if runner is None:
+            # Of what has failed on the device nothing is held while the other is tried.
+            del loaded, tuning
+            loaded, tuning = tuned(found.path, settings, choice=choice)
+            runner = self._runner(found, loop, loaded, tuning)
+        # What was read at different times may be of different models, and its digest of neither.
+        now = look_again(found)
+        if now is None or now.content != found.content:
+            raise LoadError("its files changed while they were loaded")
+        return runner, loaded
+
+    def _runner(self, found: Found, loop: asyncio.AbstractEventLoop, loaded: Loaded, tuning: Tuning) -> Runner:
+        """Make a runner of what was loaded, and warm it."""
+        settings = self._settings
         description = loaded.description
         tick_rows = description.max_tick_rows or settings.max_tick_rows or tuning.tick_rows
         delay_us = description.max_queue_delay_us
@@ -452,11 +479,7 @@ class Repository(Catalogue):
             raise
         except Exception as error:
             raise LoadError(f"the model does not run: {error}") from error
-        # What was read at different times may be of different models, and its digest of neither.
-        now = look_again(found)
-        if now is None or now.content != found.content:
-            raise LoadError("its files changed while they were loaded")
-        return runner, loaded
+        return runner
 
     def _in_use(self, name: str) -> int:
         """How many runners of a model only finish their sessions."""
@@ -533,6 +556,15 @@ class Repository(Catalogue):
             return "unexpected error; the server's log has it"
         log.error("model not loaded", **what, reason=str(error))
         return str(error).replace(f"{self._settings.repository}/", "")[:_LONGEST_REASON]
+
+
+def _does_without_cuda(model: ModelFolder) -> bool:
+    """Whether a model's own description has the CPU run it where CUDA is missing."""
+    try:
+        said = read(model.path)
+    except LoadError:
+        return False
+    return said is not None and (said.device in ("cpu", "auto") or said.fallback == "allow")
 
 
 def _same(one: Runner, other: Runner) -> bool:

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.errors import Cancelled, ConveyorError, Late, PositionConflict
-from service.ticks.admission import Admission
-from service.ticks.admission import Limits as Limits
+from service.ticks.admission import Admission, Limits
 from service.ticks.fair import Fair
 from service.ticks.pace import Pace
 from service.ticks.row import PRIORITIES, Block, Kind, Phase, Row

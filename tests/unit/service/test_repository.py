@@ -23,9 +23,10 @@ from service.errors import ControlRefused, Draining, LoadError, LoadFailed, Load
 from service.metrics import Metrics
 from service.repository import Repository
 from service.settings import Settings
+from service.states.device import HostDevice
+from service.ticks.admission import Limits
 from service.ticks.pace import Pace
 from service.ticks.runner import Runner
-from service.ticks.scheduler import Limits
 from service.versions.folder import ModelFolder, scan, wanted
 from service.versions.loading import Loaded, load_model
 from service.versions.tuning import Measurement
@@ -1019,3 +1020,57 @@ async def test_what_is_being_loaded_is_not_forgotten(tmp_path: Path) -> None:
             gate.open()
             await call
             assert repository.names() == ["a", "b"]
+
+
+# --- devices ---
+
+
+@pytest.mark.parametrize(("settings", "fallback"), [({}, False), ({"device": "cuda", "fallback": "allow"}, True)])
+async def test_states_that_do_not_fit_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], fallback: bool
+) -> None:
+    """The CPU runs the model where it may, and says why; by name alone it is not served."""
+
+    class Little(HostDevice):
+        def empty(self, shape: Any, dtype: Any) -> Any:
+            if shape[0] > 50_000:
+                raise MemoryError("out of memory")
+            return super().empty(shape, dtype)
+
+    monkeypatch.setattr("service.versions.loading.why_no_cuda", lambda gpu_id: None)
+    monkeypatch.setattr("service.versions.loading.CudaDevice", lambda gpu_id: Little())
+    write_lstm(tmp_path)
+    async with loaded(tmp_path, max_sessions=60_000, **settings) as repository:
+        choice = repository.find("lstm").choice
+        assert (choice.device, choice.fallback) == ("cpu", fallback)
+        assert "states" in choice.reason
+    with pytest.raises(LoadError, match=r"CUDA was asked for and does not run it: .*states"):
+        await repository_of(tmp_path, max_sessions=60_000, device="cuda").load()
+
+
+@pytest.mark.parametrize(
+    ("control", "yaml", "starts"),
+    [
+        ("explicit", "device: cpu", True),
+        ("explicit", "device: auto", True),
+        ("explicit", "fallback: allow", True),
+        ("explicit", "", False),
+        ("explicit", "device: cuda", False),
+        ("explicit", None, False),
+        ("poll", None, False),
+    ],
+)
+async def test_waiting_for_models_without_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: str, yaml: str | None, starts: bool
+) -> None:
+    """A server that is told to use CUDA waits for none but models that do without, as those that are there say."""
+    monkeypatch.setattr("service.repository.why_no_cuda", lambda gpu_id: "no driver")
+    if yaml is not None:
+        write_lstm(tmp_path)
+        (tmp_path / "lstm/model.yaml").write_text(yaml)
+    repository = repository_of(tmp_path, device="cuda", model_control=control)
+    if starts:
+        await repository.load()
+    else:
+        with pytest.raises(LoadError, match=r"none that is there does without: no driver"):
+            await repository.load()

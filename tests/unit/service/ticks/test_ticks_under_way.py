@@ -15,9 +15,9 @@ from service.errors import EngineFailed
 from service.metrics import Metrics
 from service.states.device import HostDevice, Mark
 from service.states.resident_pool import ResidentPool
+from service.ticks.admission import Limits
 from service.ticks.row import Block, Row, Track
 from service.ticks.runner import Runner
-from service.ticks.scheduler import Limits
 from tests.clock import Clock
 from tests.sums import ResidentSums
 
