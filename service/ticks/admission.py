@@ -74,9 +74,11 @@ class Admission:
         # Of the rows that wait, the steps that they have left; of those that run, what they have left after that.
         self._steps: dict[Kind, int] = {(batch, priority): 0 for batch in (False, True) for priority in PRIORITIES}
         self._waiting_steps = 0
-        # The blocks that run, with the steps of their rows that do and those that are left then; the sum of the former.
-        self._running: dict[Block, tuple[int, int]] = {}
+        # The blocks that run, with the steps of their rows that do, those that are left then, and the rows; the sums of
+        # the first and the last.
+        self._running: dict[Block, tuple[int, int, int]] = {}
         self._running_steps = 0
+        self._running_rows = 0
         self._caution = _CAUTION
         # Whether anything has been late since ``learn`` was last called.
         self._late = False
@@ -128,7 +130,7 @@ class Admission:
     def _check_time(self, blocks: Sequence[Block], rows: int, steps: int, now: float) -> None:
         most, limit_s = self.efficient_rows, self._limits.queued_s
         before = self._running_steps + self._ahead(blocks[0].kind)
-        under_way = self.rows + sum(len(block.rows) for block in self._running)
+        under_way = self.rows + self._running_rows
         ahead = self._pace.work_s(under_way, before, most)
         if ahead > limit_s:
             raise Full(
@@ -177,16 +179,19 @@ class Admission:
     def begin(self, block: Block, length: int) -> None:
         """Count a block that waited as one that runs, for so many steps; what it has left then still waits."""
         self.leave(block)
-        running, rest = len(block.rows) * length, len(block.rows) * (block.left - length)
-        self._running[block] = running, rest
+        rows = len(block.rows)
+        running, rest = rows * length, rows * (block.left - length)
+        self._running[block] = running, rest, rows
         self._running_steps += running
+        self._running_rows += rows
         self._waiting_steps += rest
         self._steps[block.kind] += rest
 
     def stop(self, block: Block) -> None:
         """Count a block as one that runs no more."""
-        running, rest = self._running.pop(block, (0, 0))
+        running, rest, rows = self._running.pop(block, (0, 0, 0))
         self._running_steps -= running
+        self._running_rows -= rows
         self._waiting_steps -= rest
         self._steps[block.kind] -= rest
 

@@ -34,6 +34,8 @@ class Pace:
     def __init__(self) -> None:
         self.slowest_s = 0.0
         self._seen: dict[int, dict[int, _Seen]] = {}
+        # What ``step_at_best_s`` found since something was learned: over capacity each chunk that comes asks for it.
+        self._best: dict[tuple[int, int], float] = {}
         self._asked = 0
 
     def learn(self, rows: int, steps: int, seconds: float) -> None:
@@ -44,6 +46,7 @@ class Pace:
             steps: of the longest.
             seconds: of the whole tick.
         """
+        self._best.clear()
         known = self._seen.setdefault(_bucket(rows), {})
         bucket, each = _bucket(steps), seconds / steps
         if rows == 1:
@@ -68,8 +71,12 @@ class Pace:
         A number of rows that was once seen at a bad moment would otherwise be refused, and never be seen again.
         """
         bucket, length = _bucket(rows), _bucket(steps)
-        fewer = [seen[length] for other, seen in self._seen.items() if other < bucket and length in seen]
-        return min(self.step_s(rows, steps), *[seen.step_s * rows / seen.rows for seen in fewer], float("inf"))
+        best = self._best.get((rows, length))
+        if best is None:
+            fewer = [seen[length] for other, seen in self._seen.items() if other < bucket and length in seen]
+            best = min(self.step_s(rows, steps), *[seen.step_s * rows / seen.rows for seen in fewer], float("inf"))
+            self._best[rows, length] = best
+        return best
 
     def steps_within(self, rows: int, seconds: float, most: int) -> int:
         """How many steps that many rows can run within some time; at least 1, at most ``most``."""
