@@ -1,6 +1,6 @@
 # Every target sets up what it needs by itself: git, make and Python 3.11 or later are enough.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench proto test-gpu bench-gpu
+.PHONY: help venv demo test lint bench proto gpu test-gpu bench-gpu
 
 export PYTHON
 RUN := .venv/bin/python
@@ -29,6 +29,9 @@ proto: venv  ## the stubs of the wire contracts, from proto/
 
 bench: venv  ## throughput and latency, beside ceilings and peers: under ten minutes on two cores; into docs/performance
 	$(RUN) -m bench --write docs/performance
+
+gpu: venv  ## onnxruntime for CUDA, its libraries and CuPy into .venv, to serve on a GPU from the checkout
+	@sh scripts/gpu.sh
 
 test-gpu: venv  ## the tests that need a GPU; skipped, with the reason, where there is none
 	@sh scripts/gpu.sh

@@ -105,7 +105,8 @@ class Settings(BaseModel):
     max_batch: Positive = 1024
     """Most sequences in one batch."""
     max_sessions: Positive = 100_000
-    """Most sessions open at once."""
+    """Most sessions open at once. On CUDA it bounds the states on the device: memory for so many is taken when a model is
+    loaded."""
     max_queued_rows: Positive = 8192
     """Most chunks and batch rows waiting for one model; over it, new ones are refused at once. As many steps, of all
     sequences together, may wait for earlier ones of theirs."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 _RECORD = "session.record_ep_graph_assignment_info"
 _DRIVER = "libcuda.so.1"
 _CUDNN = "libcudnn.so.9"
-_INSTALL = "install onnxruntime-gpu[cuda,cudnn]"
+_INSTALL = "run sh scripts/gpu.sh in the checkout, or install the extra gpu in an environment of its own"
 _FAILED = "Failed to load "
 _NO_DEVICE = 100
 """CUDA_ERROR_NO_DEVICE (CUDA driver API)."""
@@ -156,9 +157,13 @@ def why_no_cuda(gpu_id: int = 0) -> str | None:
     Args:
         gpu_id: the device that is meant.
     """
-    if CUDA not in onnxruntime.get_available_providers():
-        return f"this onnxruntime ({VERSION}) is built without CUDA: {_INSTALL} in place of onnxruntime"
-    return _why_no_device(gpu_id, ctypes.CDLL) or _why_no_libraries(onnxruntime.preload_dlls, ctypes.CDLL)
+    # The machine first: where it has no device, nothing that is installed helps.
+    return (
+        _why_no_device(gpu_id, ctypes.CDLL)
+        or _why_no_build(onnxruntime.get_available_providers())
+        or _why_no_libraries(onnxruntime.preload_dlls, ctypes.CDLL)
+        or _why_no_cupy()
+    )
 
 
 def _why_no_device(gpu_id: int, load: Callable[[str], Any]) -> str | None:
@@ -178,6 +183,10 @@ def _why_no_device(gpu_id: int, load: Callable[[str], Any]) -> str | None:
     if gpu_id >= count.value:
         return f"there is no CUDA device {gpu_id} (--gpu-id); there are {count.value}, counted from 0"
     return None
+
+
+def _why_no_build(providers: Sequence[str]) -> str | None:
+    return None if CUDA in providers else f"this onnxruntime ({VERSION}) is built without CUDA: {_INSTALL}"
 
 
 def gpu_name(gpu_id: int, load: Callable[[str], Any] = ctypes.CDLL) -> str:
@@ -211,6 +220,12 @@ def _why_no_libraries(preload: Callable[[], None], load: Callable[[str], Any]) -
     except OSError as error:
         failed.append(_which(f"{_FAILED}{_CUDNN}: {error}"))
     return f"CUDA's libraries do not load: {'; '.join(failed)}: {_INSTALL}" if failed else None
+
+
+def _why_no_cupy(name: str = "cupy") -> str | None:
+    if importlib.util.find_spec(name) is not None:
+        return None
+    return f"CuPy, which keeps the states on the device, is not installed: {_INSTALL}"
 
 
 def _which(line: str) -> str:

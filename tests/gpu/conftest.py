@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def cuda() -> str:
     """The device of a test that shows what CUDA alone can."""
     if reason := why_no_cuda():
-        pytest.skip(f"no CUDA device: {reason}")
+        pytest.skip(f"CUDA does not start here: {reason}")
     return "cuda"
 
 

@@ -121,18 +121,35 @@ def test_libraries_that_do_not_load(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert provider._why_no_libraries(preload, load) == (
         "CUDA's libraries do not load: libcublas.so.13: no such file; libcurand.so.10: not found; "
-        "libcudnn.so.9: no such file either: install onnxruntime-gpu[cuda,cudnn]"
+        f"libcudnn.so.9: no such file either: {provider._INSTALL}"
     )
     assert capsys.readouterr().out == ""
     assert provider._why_no_libraries(lambda: None, lambda name: None) is None
 
 
-@pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
-def test_a_build_without_cuda(tmp_path: Path) -> None:
-    """Refused before anything is read, with what to install."""
-    with pytest.raises(
-        NotOnCuda, match=r"model\.onnx: this onnxruntime .* without CUDA: install onnxruntime-gpu\["
-    ) as refused:
+def test_what_is_not_installed() -> None:
+    """A build for the CPU, and CuPy, with one remedy, which has all of it."""
+    for reason in (provider._why_no_build([CPU]), provider._why_no_cupy("there_is_no_such_package")):
+        assert str(reason).endswith(
+            "run sh scripts/gpu.sh in the checkout, or install the extra gpu in an environment of its own"
+        )
+    assert provider._why_no_build([CUDA, CPU]) is None
+    assert provider._why_no_cupy("numpy") is None
+
+
+def test_the_machine_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no driver nobody is sent to install anything else."""
+    monkeypatch.setattr(provider, "_why_no_device", lambda gpu_id, load: "no NVIDIA driver")
+    assert provider.why_no_cuda.__wrapped__() == "no NVIDIA driver"
+    monkeypatch.setattr(provider, "_why_no_device", lambda gpu_id, load: None)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    assert "is built without CUDA" in str(provider.why_no_cuda.__wrapped__())
+
+
+@pytest.mark.skipif(provider.why_no_cuda() is None, reason="CUDA starts here")
+def test_no_cuda(tmp_path: Path) -> None:
+    """Refused before anything is read, with the reason."""
+    with pytest.raises(NotOnCuda, match=r"does not run model\.onnx: ") as refused:
         start(write_lstm(tmp_path), "cuda", threads=1)
     assert isinstance(refused.value, LoadError)
     assert refused.value.reason == provider.why_no_cuda()
