@@ -126,7 +126,7 @@ def verify(options: argparse.Namespace, console: Console) -> None:
     with console.status("importing"):
         from export.model_file import verify_file
         from export.show import parity_table, print_written
-        from export.versions import file_beside
+        from export.versions import file_beside, file_for_cpu
 
         data = _load_data(options.data)
     for_cuda = file_beside(options.file, "cuda")
@@ -135,6 +135,8 @@ def verify(options: argparse.Namespace, console: Console) -> None:
             parity = verify_file(file, data, options.max_error, status.update)
         console.print(parity_table(parity))
         print_written(file, console, "verified")
+    if (own := file_for_cpu(options.file)) is not None and not own.is_file():
+        console.print(f"it was not held against {own.name}, which is not beside it", highlight=False, markup=False)
 
 
 def inspect(options: argparse.Namespace, console: Console) -> int:

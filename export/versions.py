@@ -77,8 +77,14 @@ def check_file(path: Path, overwrite: bool) -> None:
     """See whether one file can be written, and one for CUDA beside it.
 
     Raises:
-        ExportError: one is there and may not be overwritten, or its place cannot be written to.
+        ExportError: one is there and may not be overwritten, its place cannot be written to, or the name is that of
+            the one for CUDA.
     """
+    if (own := file_for_cpu(path)) is not None:
+        raise ExportError(
+            f"{path.name} would be taken for what CUDA runs of {own.name}: choose another name; where CUDA takes another "
+            f"form, that is written beside {own.name}"
+        )
     _check_file(path, overwrite)
     _check_file(file_beside(path, "cuda"), overwrite)
 
@@ -150,8 +156,12 @@ def write_files(
     write_file(path, content)
     with _told(path):
         for what in replaced:
+            beside = file_beside(path, what)
             if what not in others:
-                file_beside(path, what).unlink(missing_ok=True)
+                beside.unlink(missing_ok=True)
+            if what != "cuda":
+                # The form for CUDA of another precision is written by itself, and is of the model before.
+                file_beside(beside, "cuda").unlink(missing_ok=True)
     return path
 
 

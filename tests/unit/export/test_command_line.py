@@ -145,6 +145,8 @@ def test_a_file_for_cuda(capsys: pytest.CaptureFixture[str]) -> None:
     assert "verified out.onnx" in printed
     assert "verified out.cuda.onnx" in printed
     assert "against the CPU's form, ragged" in printed
+    assert main(["verify", "out.cuda.onnx"]) == 0
+    assert "not held against" not in capsys.readouterr().out
     assert main(["inspect", "out.onnx"]) == 0
     printed = capsys.readouterr().out
     assert "falls back to the CPU" in printed
@@ -155,6 +157,16 @@ def test_a_file_for_cuda(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--overwrite", "--devices", "cuda"]) == 0
     assert not Path("out.cuda.onnx").exists()
     assert [layer.lowering for layer in read_manifest(onnx.load("out.onnx")).layers] == ["scan"]
+
+
+def test_a_file_for_cuda_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Is verified, and what it was not held against is said."""
+    assert main(["user_models:gru", "--output", "out.onnx"]) == 0
+    Path("out.onnx").unlink()
+    capsys.readouterr()
+    assert main(["verify", "out.cuda.onnx"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "it was not held against out.onnx, which is not beside it" in printed
 
 
 def test_a_wrong_file_for_cuda(capsys: pytest.CaptureFixture[str]) -> None:

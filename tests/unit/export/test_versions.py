@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from export.errors import ExportError
 from export.versions import (
+    Beside,
     check_file,
     choose_version,
     file_beside,
@@ -68,6 +70,22 @@ def test_a_file_for_cuda_goes_with_its_model(tmp_path: Path) -> None:
     alone.with_name("out.int8.onnx").touch()  # somebody's own, of which no more was asked than that it is there
     write_files(alone, b"c", {})
     assert everything(alone.parent) == ["out.int8.onnx", "out.onnx"]
+
+
+def test_what_cuda_ran_of_a_precision_before_goes(tmp_path: Path) -> None:
+    """A version that is replaced has none of the model before, whether that precision is given again or not."""
+    path = write_version(tmp_path, "digits", 1, b"a", False, {"float16": b"b"})
+    again: Mapping[Beside, bytes]
+    for again in ({"float16": b"c"}, {}):
+        write_file(path.with_name("model.float16.cuda.onnx"), b"d")
+        write_version(tmp_path, "digits", 1, b"e", True, again)
+        assert not path.with_name("model.float16.cuda.onnx").exists()
+
+
+def test_a_name_that_is_the_one_for_cuda(tmp_path: Path) -> None:
+    """No model has it as its own: what is written there would be run in place of another's."""
+    with pytest.raises(ExportError, match=r"x\.cuda\.onnx would be taken for what CUDA runs of x\.onnx"):
+        check_file(tmp_path / "x.cuda.onnx", overwrite=True)
 
 
 def test_a_file_for_cuda_is_not_replaced_unasked(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from service.errors import LoadError
 from service.graphs.placement import Choice
 from service.settings import Settings
 from service.states.device import HostDevice
+from service.tune import tune
 from service.versions import loading, tuner, tuning_file
 from service.versions.loading import Loaded, TooLong, load_model
 from service.versions.trial import measure
@@ -350,3 +351,13 @@ def test_a_slow_cpu_loses_no_model_of_cuda(
     (said,) = [one for one in logs if one["event"] == "devices not compared"]
     assert reason in said["reason"]
     assert given_s == ([] if takes_s else [2.0])
+
+
+def test_the_file_that_ran_is_the_one_that_is_told(
+    tmp_path: Path, cuda: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``service tune`` names the form for CUDA where that is what was measured."""
+    path = write_lstm(tmp_path)
+    path.with_name("model.cuda.onnx").write_bytes(path.read_bytes())
+    assert tune(Settings(repository=tmp_path, device="cuda", tune_s=0.01), None) == 0
+    assert "lstm 1: model.cuda.onnx, float32" in capsys.readouterr().out
