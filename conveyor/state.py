@@ -25,18 +25,20 @@ class SessionState:
         version: that produced the state.
         position: how many steps have been applied.
         states: by name, each without the batch axis.
+        digest: tells the model's file from any other; empty where it is not known, and then nothing is compared.
     """
 
     model: str
     version: int
     position: int
     states: dict[str, Array]
+    digest: str = ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an .npz file, under exactly this name."""
         arrays: dict[str, Any] = {_PREFIX + name: array for name, array in self.states.items()}
         with open(path, "wb") as file:
-            np.savez(file, model=self.model, version=self.version, position=self.position, **arrays)
+            np.savez(file, model=self.model, version=self.version, position=self.position, digest=self.digest, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SessionState:
@@ -54,7 +56,9 @@ class SessionState:
             try:
                 with np.load(file, allow_pickle=False) as arrays:
                     states = {name.removeprefix(_PREFIX): arrays[name] for name in arrays if name.startswith(_PREFIX)}
-                    return cls(str(arrays["model"]), int(arrays["version"]), int(arrays["position"]), states)
+                    # Files of before there was one have none.
+                    digest = str(arrays["digest"]) if "digest" in arrays else ""
+                    return cls(str(arrays["model"]), int(arrays["version"]), int(arrays["position"]), states, digest)
             except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
                 raise ValueError(f"{refusal}: {error}") from error
 
@@ -62,7 +66,9 @@ class SessionState:
 def encode_state(state: SessionState) -> pb.SessionState:
     """Writes the state for the wire."""
     tensors = [encode_tensor(name, array) for name, array in state.states.items()]
-    return pb.SessionState(model=state.model, version=state.version, position=state.position, states=tensors)
+    return pb.SessionState(
+        model=state.model, version=state.version, position=state.position, states=tensors, digest=state.digest
+    )
 
 
 def decode_state(message: pb.SessionState) -> SessionState:
@@ -71,4 +77,5 @@ def decode_state(message: pb.SessionState) -> SessionState:
     Raises:
         ProtocolError: the bytes of a tensor do not fit its shape.
     """
-    return SessionState(message.model, message.version, message.position, decode_named(message.states))
+    states = decode_named(message.states)
+    return SessionState(message.model, message.version, message.position, states, message.digest)

@@ -329,16 +329,18 @@ class ExportSessionRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ...) -> None: ...
 
 class SessionState(_message.Message):
-    __slots__ = ("model", "version", "position", "states")
+    __slots__ = ("model", "version", "position", "states", "digest")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     position: int
     states: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., position: _Optional[int] = ..., states: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+    digest: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., position: _Optional[int] = ..., states: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class ExportSessionResponse(_message.Message):
     __slots__ = ("state",)

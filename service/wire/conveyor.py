@@ -141,13 +141,14 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
     async def ExportSession(self, request: pb.ExportSessionRequest, context: Context) -> pb.ExportSessionResponse:
         """Copy a session's state out."""
         session, states = await self.operations.export(owner(context), request.session_id)
-        specs = runner_of(session).manifest.states
+        runner = runner_of(session)
         return pb.ExportSessionResponse(
             state=pb.SessionState(
                 model=session.home.name,
                 version=session.home.version,
                 position=session.position,
-                states=[encode(spec.name, state) for spec, state in zip(specs, states, strict=True)],
+                states=[encode(spec.name, state) for spec, state in zip(runner.manifest.states, states, strict=True)],
+                digest=runner.digest,
             )
         )
 
@@ -158,6 +159,11 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
         runner = self._find(state.model, state.version)
         if not 0 <= state.position <= _LAST_POSITION:
             raise InvalidRequest(f"the state is at position {state.position}; expected 0 to {_LAST_POSITION}")
+        if state.digest and state.digest != runner.digest:
+            raise InvalidRequest(
+                f"the state is of another file than the one served as {runner.name!r} {runner.version}: its digest is "
+                f"{state.digest[:12]!r}..., expected {runner.digest[:12]!r}..."
+            )
         states = self.codec_of(runner).states(decode(state.states), rows=None)
         if states is None and runner.manifest.states:
             raise InvalidRequest(f"the state is empty; expected {[spec.name for spec in runner.manifest.states]}")

@@ -502,7 +502,9 @@ async def test_non_finite_numbers_are_taken_where_they_are_accepted(lstm_reposit
         infinite = [tensor(np.full((1, HIDDEN), np.inf), name) for name in ("h", "c")]
         state = pb.SessionState(model="lstm", version=1, position=4, states=infinite)
         imported = (await stub.ImportSession(pb.ImportSessionRequest(state=state))).session
-        assert (await stub.ExportSession(pb.ExportSessionRequest(session_id=imported.session_id))).state == state
+        exported = (await stub.ExportSession(pb.ExportSessionRequest(session_id=imported.session_id))).state
+        exported.ClearField("digest")
+        assert exported == state
 
 
 async def test_bytes_that_are_no_message(lstm_repository: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,18 @@ async def test_fork_reset_export_and_import(client: AsyncClient, tmp_path: Path)
             assert [each.position for each in (session, fork, imported, attached)] == [6, 6, 6, 6]
             for each in (fork, imported, attached):
                 np.testing.assert_array_equal(await each.step(x[6:]), y[6:])
+
+
+async def test_a_state_of_another_model(client: AsyncClient) -> None:
+    """Under the same name and number it is refused, with what was expected; without a digest it is taken on trust."""
+    async with client.session("lstm") as session:
+        await session.step(x[:6])
+        state = await session.export()
+    assert len(state.digest) == 64
+    with pytest.raises(InvalidRequest, match=f"of another file than the one .* expected '{state.digest[:12]}'"):
+        await client.import_session(replace(state, digest="0" * 64))
+    async with client.import_session(replace(state, digest="")) as imported:
+        assert imported.position == 6
 
 
 async def test_many_sessions_at_once(client: AsyncClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from conveyor import SessionState
 from conveyor.state import decode_state, encode_state
 
 STATE = SessionState(
-    "speech", 3, 40, {"h": np.arange(6, dtype=np.float16).reshape(2, 3), "file": np.array([1.5, -0.0], np.float32)}
+    "speech",
+    3,
+    40,
+    {"h": np.arange(6, dtype=np.float16).reshape(2, 3), "file": np.array([1.5, -0.0], np.float32)},
+    "0a1b",
 )
 
 
 def _equal(a: SessionState, b: SessionState) -> bool:
-    same = (a.model, a.version, a.position, list(a.states)) == (b.model, b.version, b.position, list(b.states))
-    return same and all(
+    same = (a.model, a.version, a.position, a.digest) == (b.model, b.version, b.position, b.digest)
+    return (same and list(a.states) == list(b.states)) and all(
         a.states[name].dtype == b.states[name].dtype and a.states[name].tobytes() == b.states[name].tobytes()
         for name in a.states
     )
@@ -30,8 +35,15 @@ def test_a_state_survives_a_file(tmp_path: Path) -> None:
     assert _equal(SessionState.load(tmp_path / "state"), STATE)
 
 
+def test_a_file_without_a_digest(tmp_path: Path) -> None:
+    """Written before there was one, it is read as before."""
+    arrays: dict[str, Any] = {f"state.{name}": array for name, array in STATE.states.items()}
+    np.savez(tmp_path / "old.npz", model=STATE.model, version=STATE.version, position=STATE.position, **arrays)
+    assert _equal(SessionState.load(tmp_path / "old.npz"), replace(STATE, digest=""))
+
+
 def test_a_state_survives_the_wire() -> None:
-    """Model, version, position, names, dtypes and bits."""
+    """Model, version, position, digest, names, dtypes and bits."""
     assert _equal(decode_state(encode_state(STATE)), STATE)
 
 
