@@ -82,8 +82,8 @@ def check_file(path: Path, overwrite: bool) -> None:
     """
     if (own := file_for_cpu(path)) is not None:
         raise ExportError(
-            f"{path.name} would be taken for what CUDA runs of {own.name}: choose another name; where CUDA takes another "
-            f"form, that is written beside {own.name}"
+            f"{path.name} would be taken for what CUDA runs of {own.name}: choose another name; where CUDA takes "
+            f"another form, that is written beside {own.name}"
         )
     _check_file(path, overwrite)
     _check_file(file_beside(path, "cuda"), overwrite)

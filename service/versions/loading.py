@@ -163,7 +163,8 @@ class _Opening:
         Raises:
             LoadError: if CUDA was asked for, does not run it, and nothing else may.
         """
-        choice = choose(self.asked, against_cuda, self.description.fallback or self.settings.fallback)
+        said = [name for name in ("device", "fallback") if getattr(self.description, name) is not None]
+        choice = choose(self.asked, against_cuda, self.description.fallback or self.settings.fallback, said)
         file = self.path if choice.device == "cpu" else self.for_cuda
         return replace(
             choice,
@@ -316,7 +317,7 @@ def _how_to_export(file: OnnxFile) -> str:
     if METADATA_KEY not in file.metadata or (precision := file.precision) == "int8":
         return ""
     name = file.path.name
-    how = "" if name == "model.onnx" else f" --precision {precision} --output {name}"
+    how = "" if name == "model.onnx" else f" --precision {precision} --output {name} --overwrite"
     return f"; python -m export{how} writes {file.path.stem}.cuda.onnx beside it, in a form that CUDA runs"
 
 

@@ -75,8 +75,8 @@ def test_a_file_for_cuda_goes_with_its_model(tmp_path: Path) -> None:
 def test_what_cuda_ran_of_a_precision_before_goes(tmp_path: Path) -> None:
     """A version that is replaced has none of the model before, whether that precision is given again or not."""
     path = write_version(tmp_path, "digits", 1, b"a", False, {"float16": b"b"})
-    again: Mapping[Beside, bytes]
-    for again in ({"float16": b"c"}, {}):
+    others: tuple[Mapping[Beside, bytes], ...] = ({"float16": b"c"}, {})
+    for again in others:
         write_file(path.with_name("model.float16.cuda.onnx"), b"d")
         write_version(tmp_path, "digits", 1, b"e", True, again)
         assert not path.with_name("model.float16.cuda.onnx").exists()

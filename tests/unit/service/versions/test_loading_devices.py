@@ -138,6 +138,7 @@ def test_what_onnxruntime_finds(tmp_path: Path, cuda: list[Path], monkeypatch: p
 
     class Refused(ResidentEngine):
         def __init__(self, path: Path, *given: Any, **more: Any) -> None:
+            super().__init__(path, *given, **more)
             raise NotOnCuda(path.name, "node 'a' (Tanh) is run by CPUExecutionProvider")
 
     monkeypatch.setattr(loading, "ResidentEngine", Refused)
@@ -241,7 +242,7 @@ def test_data_beside_the_file_for_cuda(tmp_path: Path, cuda: list[Path]) -> None
         ("model.onnx", r"; python -m export writes model\.cuda\.onnx beside it"),
         (
             "model.float32.onnx",
-            r"; python -m export --precision float32 --output model\.float32\.onnx writes model\.float32\.cuda\.onnx",
+            r"--precision float32 --output model\.float32\.onnx --overwrite writes model\.float32\.cuda\.onnx",
         ),
     ],
 )
@@ -387,10 +388,10 @@ def test_tf32_that_cannot_be_compared(
 
     class Small(ResidentEngine):
         def __init__(self, path: Path, *given: Any, **more: Any) -> None:
+            super().__init__(path, *given, **more)
             self._tf32 = given[-1].tf32
             if not self._tf32 and fails == "opened":
                 raise NotOnCuda(path.name, "out of memory")
-            super().__init__(path, *given, **more)
 
         def run(self, feeds: Any) -> Any:
             if not self._tf32:
