@@ -7,7 +7,7 @@ those of onnxruntime 1.31, and of cuDNN behind its CUDA provider; its own record
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,13 +66,19 @@ class Choice:
     tf32_difference: float | None = None
 
 
-def choose(asked: Asked, against_cuda: str | None, fallback: Literal["refuse", "allow"] = "refuse") -> Choice:
+def choose(
+    asked: Asked,
+    against_cuda: str | None,
+    fallback: Literal["refuse", "allow"] = "refuse",
+    said: Collection[str] = (),
+) -> Choice:
     """Choose the device of a model.
 
     Args:
         asked: by its model.yaml, or by the server's settings.
         against_cuda: why CUDA does not run it; None where it does.
         fallback: what to do where CUDA was asked for and does not run it.
+        said: by its model.yaml, which goes before the server's settings: ``device``, ``fallback``, both or neither.
 
     Raises:
         LoadError: if CUDA was asked for, does not run it, and nothing else may.
@@ -85,9 +91,11 @@ def choose(asked: Asked, against_cuda: str | None, fallback: Literal["refuse", "
         return Choice("cpu", against_cuda)
     if fallback == "allow":
         return Choice("cpu", against_cuda, fallback=True)
+    flags = [flag for name, flag in (("device", "--device auto"), ("fallback", "--fallback allow")) if name not in said]
     raise LoadError(
-        f"CUDA was asked for and does not run it: {against_cuda}. To run it on the CPU instead, say device: auto or "
-        "fallback: allow in model.yaml, or --device auto or --fallback allow"
+        f"CUDA was asked for and does not run it: {against_cuda}. It was asked for by "
+        f"{'device: cuda in model.yaml' if 'device' in said else '--device cuda'}; to run it on the CPU instead, say "
+        f"device: auto or fallback: allow in model.yaml{''.join(f', or {flag}' for flag in flags)}"
     )
 
 

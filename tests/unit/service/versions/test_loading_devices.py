@@ -83,10 +83,23 @@ def test_choices(asked: Any, against: str | None, fallback: Any, chosen: Choice)
     assert choose(asked, against, fallback) == chosen
 
 
-def test_no_choice_is_left() -> None:
-    """CUDA by name, and it does not run: refused, with the reason and what would let it run."""
-    with pytest.raises(LoadError, match=r"does not run it: no driver\. .*device: auto or fallback: allow"):
-        choose("cuda", "no driver")
+@pytest.mark.parametrize(
+    ("said", "where", "remedies"),
+    [
+        ([], "--device cuda", ", or --device auto, or --fallback allow"),
+        (["fallback"], "--device cuda", ", or --device auto"),
+        (["device"], "device: cuda in model.yaml", ", or --fallback allow"),
+        (["device", "fallback"], "device: cuda in model.yaml", ""),
+    ],
+)
+def test_no_choice_is_left(said: list[str], where: str, remedies: str) -> None:
+    """CUDA by name, and it does not run: refused, with the reason, who asked for it, and only what helps there."""
+    with pytest.raises(LoadError) as refused:
+        choose("cuda", "no driver", said=said)
+    assert str(refused.value) == (
+        f"CUDA was asked for and does not run it: no driver. It was asked for by {where}; to run it on the CPU "
+        f"instead, say device: auto or fallback: allow in model.yaml{remedies}"
+    )
 
 
 @pytest.mark.skipif(NO_CUDA is None, reason="CUDA starts here")
@@ -110,8 +123,10 @@ def test_without_cuda(tmp_path: Path, flags: dict[str, Any], yaml: str, says: Ch
     (path.parent.parent / "model.yaml").write_text(yaml)
     settings = Settings(threads=1, tune_s=0, **flags)
     if says is None:
-        with pytest.raises(LoadError, match=f"CUDA was asked for and does not run it: {re.escape(str(NO_CUDA))}"):
+        with pytest.raises(LoadError, match=f"does not run it: {re.escape(str(NO_CUDA))}") as refused:
             load_model(path, settings)
+        assert ("--device auto" in str(refused.value)) == ("device" not in yaml)
+        assert ("--fallback allow" in str(refused.value)) == ("fallback" not in yaml)
         return
     with capture_logs() as logs:
         loaded, _ = tuned(path, settings)
