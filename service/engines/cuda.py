@@ -7,8 +7,10 @@ what lies in a buffer, sessions or onnxruntime.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,30 @@ _TO_DEVICE, _TO_HOST, _THERE = 1, 2, 3
 """cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice (CUDA runtime API, cudaMemcpyKind)."""
 _NO_MEMORY, _NOT_READY = 2, 600
 """cudaErrorMemoryAllocation, cudaErrorNotReady (CUDA runtime API, cudaError_t)."""
+_THREAD_LOCAL = 1
+"""CU_STREAM_CAPTURE_MODE_THREAD_LOCAL (CUDA driver API, CUstreamCaptureMode)."""
+_alongside = threading.local()
+
+
+def work_alongside_captures(load: Callable[[str], Any] = ctypes.CDLL) -> None:
+    """Have this thread's calls succeed, and spoil nothing, while another thread captures a graph.
+
+    onnxruntime captures in mode Global, in which an allocation of any other thread fails and makes the captured graph
+    invalid, but for threads that have said that captures of others are none of theirs (CUDA driver API,
+    cuThreadExchangeStreamCaptureMode).
+
+    Args:
+        load: loads a library by its name.
+
+    Raises:
+        RuntimeError: if the driver refuses.
+    """
+    if getattr(_alongside, "said", False):
+        return
+    mode = ctypes.c_int(_THREAD_LOCAL)
+    if status := load("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)):
+        raise RuntimeError(f"cuThreadExchangeStreamCaptureMode gives {status}")
+    _alongside.said = True
 
 
 class CudaDevice:
@@ -52,29 +78,27 @@ class CudaDevice:
         # Which device is current is a thread's own, and any thread may come here: each call says it anew.
         self._device = cupy.cuda.Device(number)
         try:
-            self._device.use()
+            self.enter()
             self._stream = cupy.cuda.Stream(non_blocking=True)
         except Exception as error:  # CuPy's errors share no base below RuntimeError
             raise NotOnCuda("a model", f"device {number} does not start: {error}") from error
         self.stream: int | None = self._stream.ptr
 
+    def enter(self) -> None:
+        """Have this thread work on it; see ``Device``."""
+        self._device.use()
+        work_alongside_captures()
+
     def empty(self, shape: Sequence[int], dtype: str) -> Buffer:
         """Take memory; see ``Device``. It goes back to the device, not into a pool of CuPy's."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        try:
-            self._device.use()
-            memory = self._cuda.Memory(max(1, size))
-        except self._cuda.runtime.CUDARuntimeError as error:
-            if error.status != _NO_MEMORY:
-                raise
-            raise MemoryError(f"out of memory: {size} bytes are wanted on CUDA device {self.number}") from error
+        memory = self._taken(self._cuda.Memory, size, f"on CUDA device {self.number}")
         return Buffer(memory.ptr, tuple(shape), dtype, memory)
 
     def staging(self, size: int) -> NDArray[np.uint8]:
-        """Take pinned memory; see ``Device``."""
-        self._device.use()
-        memory = self._cuda.alloc_pinned_memory(max(1, size))
-        return np.frombuffer(memory, np.uint8, size)
+        """Take pinned memory; see ``Device``. It goes back too: a pool of CuPy's rounds up, and keeps what it has."""
+        memory = self._taken(self._cuda.PinnedMemory, size, "of pinned memory")
+        return np.frombuffer(self._cuda.PinnedMemoryPointer(memory, 0), np.uint8, size)
 
     def upload(self, array: Array, buffer: Buffer) -> None:
         """Copy; see ``Device``."""
@@ -91,32 +115,42 @@ class CudaDevice:
 
     def end_capture(self) -> None:
         """End what may have been begun; see ``Device``."""
-        self._device.use()
+        self.enter()
         # It fails where there was nothing to end, or what was captured is not valid: either way there is nothing after.
         with contextlib.suppress(Exception):
             self._stream.end_capture()
 
     def mark(self) -> Event:
         """Mark this moment of its stream."""
-        self._device.use()
+        self.enter()
         event = self._cuda.Event(block=True, disable_timing=True)
         event.record(self._stream)
         return Event(event, self._cuda.runtime)
 
     def memory(self) -> tuple[int, int]:
         """How many bytes are free, and how many there are."""
-        self._device.use()
+        self.enter()
         free, there = self._cuda.runtime.memGetInfo()
         return free, there
 
+    def _taken(self, take: Callable[[int], Any], size: int, where: str) -> Any:
+        """Take memory; a size of 0 has an address too."""
+        self.enter()
+        try:
+            return take(max(1, size))
+        except self._cuda.runtime.CUDARuntimeError as error:
+            if error.status != _NO_MEMORY:
+                raise
+            raise MemoryError(f"out of memory: {size} bytes are wanted {where}") from error
+
     def _copy(self, to: int, source: int, size: int, kind: int) -> None:
         if size:
-            self._device.use()
+            self.enter()
             self._cuda.runtime.memcpyAsync(to, source, size, kind, self._stream.ptr)
 
 
 class Event:
-    """An event in a stream."""
+    """An event in a stream; see ``Mark``."""
 
     def __init__(self, event: Any, runtime: Any) -> None:
         self._event = event
@@ -124,9 +158,12 @@ class Event:
 
     @property
     def done(self) -> bool:
+        """Whether it has been reached, or the device has failed."""
         # CuPy's own ``done`` is false for ever once the device has failed, as though it worked still.
         return bool(self._runtime.eventQuery(self._event.ptr) != _NOT_READY)
 
     def wait(self) -> None:
+        """Return once it has been reached. Some threads do nothing else with the device."""
+        work_alongside_captures()
         # Others of this process run meanwhile: CuPy lets go of the interpreter's lock here.
         self._event.synchronize()

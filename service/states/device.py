@@ -97,6 +97,9 @@ class Device(Protocol):
     number: int
     stream: int | None
 
+    def enter(self) -> None:
+        """Have this thread work on it; every other call does that too. For threads in which others use it directly."""
+
     def empty(self, shape: Sequence[int], dtype: str) -> Buffer:
         """Take memory there. It goes back when nobody holds the buffer any more.
 
@@ -152,6 +155,9 @@ class HostDevice:
         self.kind = "cpu"
         self.number = 0
         self.stream: int | None = None
+
+    def enter(self) -> None:
+        """There is nothing to do."""
 
     def empty(self, shape: Sequence[int], dtype: str) -> Buffer:
         """Take memory; see ``Device``."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
-from service.engines.cuda import CudaDevice, Event
+from service.engines.cuda import CudaDevice, Event, work_alongside_captures
 from service.engines.provider import NotOnCuda
 from service.states.device import HostDevice, out_of_memory
 
@@ -72,9 +77,62 @@ def test_which_errors_mean_that_memory_has_run_out(text: str, means: bool) -> No
 
 @pytest.mark.parametrize(("status", "done"), [(0, True), (600, False), (700, True)])
 def test_an_event_of_a_device_that_has_failed_is_over(status: int, done: bool) -> None:
-    """cudaErrorNotReady alone (600) says that there is something to wait for."""
+    """Of what CUDA says, cudaErrorNotReady alone (600) means that there is something to wait for."""
     event = Event(SimpleNamespace(ptr=7), SimpleNamespace(eventQuery={7: status}.get))
     assert event.done is done
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_thread_says_once_that_captures_of_others_are_none_of_its_own(status: int) -> None:
+    """CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, by the driver; what that refuses is raised, and said anew."""
+    said: list[int] = []
+
+    def exchange(mode: Any) -> int:
+        said.append(mode._obj.value)
+        return status
+
+    def load(name: str) -> SimpleNamespace:
+        assert name == "libcuda.so.1"
+        return SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange)
+
+    def work() -> None:
+        for _ in range(2):
+            with nullcontext() if status == 0 else pytest.raises(RuntimeError, match="Mode gives 3"):
+                work_alongside_captures(load)
+        ended.append(True)
+
+    ended: list[bool] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ended == [True]
+    assert said == ([1] if status == 0 else [1, 1])
+
+
+class OutOfMemory(RuntimeError):
+    """As CuPy says that an allocation failed."""
+
+    status = 2
+
+
+def test_memory_that_cuda_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There or pinned here, it is a MemoryError that says how much; of pinned memory no more is taken than that."""
+    asked: list[int] = []
+
+    def take(size: int) -> None:
+        asked.append(size)
+        raise OutOfMemory
+
+    cuda = MagicMock(Memory=take, PinnedMemory=take)
+    cuda.runtime.CUDARuntimeError = OutOfMemory
+    monkeypatch.setitem(sys.modules, "cupy", MagicMock(cuda=cuda))
+    monkeypatch.setattr("service.engines.cuda.work_alongside_captures", lambda: None)
+    device = CudaDevice()
+    with pytest.raises(MemoryError, match="12 bytes are wanted on CUDA device 0"):
+        device.empty((3,), "float32")
+    with pytest.raises(MemoryError, match="1025 bytes are wanted of pinned memory"):
+        device.staging(1025)
+    assert asked == [12, 1025]
 
 
 def test_a_cuda_device_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
