@@ -24,12 +24,11 @@ class Batch:
 
     Args:
         runner: that runs them.
-        with_states: whether somebody wants the states that they end in, which may have to come from a device.
+        with_states: whether somebody wants the states that they end in, as their blocks then have them.
     """
 
     def __init__(self, runner: Runner, with_states: bool) -> None:
         self.blocks: list[Block] = []
-        self.states: dict[Block, list[Array]] = {}
         self._runner = runner
         self._with_states = with_states
         self._ended = 0
@@ -60,6 +59,7 @@ class Batch:
         inputs = [array[np.newaxis] for array in inputs]
         row = Row(Track(slot), 0)
         block = Block([row], inputs[0].shape[1], inputs, self._on_end, deadline, priority, caller, batch=True)
+        block.with_states = self._with_states
         # Nobody needs the states that it begins from, should it come to nothing halfway.
         block.scratch = [slot]
         self.blocks.append(block)
@@ -86,8 +86,6 @@ class Batch:
             raise self._failed
 
     def _on_end(self, block: Block) -> None:
-        if block.error is None and self._with_states:
-            self.states[block] = self._runner.pool.read(block.rows[0].track.slot)
         self._free(block)
         self._ended += 1
         if block.error is not None and self._failed is None:

@@ -14,6 +14,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from service.background import in_thread
 from service.batch import Batch
 from service.chunks import Chunks, runner_of
 from service.errors import (
@@ -266,10 +267,23 @@ class Operations:
         self.sessions.end(session)
         return session.position
 
-    async def export(self, owner: bytes, identity: str) -> tuple[Session, list[Array]]:
-        """Copy a session's states out, each without the batch axis, after the chunks that it has accepted."""
+    async def export(self, owner: bytes, identity: str) -> tuple[Session, int, list[Array]]:
+        """Copy a session's states out, after the chunks that it has accepted.
+
+        Returns:
+            The session, which may have gone on meanwhile; the position of the copy; its states, without the batch axis.
+
+        Raises:
+            Full: if there is no slot to copy them to.
+        """
         async with self._at_rest(owner, identity) as session:
-            return session, runner_of(session).pool.read(session.track.slot)
+            position, pool = session.position, runner_of(session).pool
+            slot = pool.allocate(session.track.slot)
+        # From a device they come after the ticks under way, which neither the event loop nor the session waits for.
+        try:
+            return session, position, await in_thread(pool.read, slot)
+        finally:
+            pool.free(slot)
 
     @asynccontextmanager
     async def _at_rest(
@@ -350,4 +364,4 @@ class Operations:
         finally:
             self.intake.count_out(1)
         outputs = [[output[0] for output in block.outputs or ()] for block in batch.blocks]
-        return outputs, [batch.states[block] for block in batch.blocks if with_states]
+        return outputs, [block.states[0] for block in batch.blocks if with_states]

@@ -360,6 +360,8 @@ class Repository(Catalogue):
                 speed = found.content[1].speed
                 alike = (one for one in version.runners if _same(one, runner))
                 held = next((one for one in alike if version.contents[one][1].speed == speed), runner)
+                if held is not runner:
+                    runner.let_go()
                 version.contents[held] = found.content
                 self._switch(version, held)
         return version.serving is not None
@@ -392,11 +394,14 @@ class Repository(Catalogue):
         version.loading = True
         timeout_s = self._settings.load_timeout_s
         try:
-            async with self._room:
-                # The thread may go on; its place is for others.
-                runner, loaded = await asyncio.wait_for(
-                    in_thread(self._make, found, asyncio.get_running_loop()), timeout_s
-                )
+            # The thread may go on after that; its place is for others.
+            async with self._room, asyncio.timeout(timeout_s):
+                runner, loaded = await in_thread(self._make, found, asyncio.get_running_loop())
+                try:
+                    await in_thread(self._settle_in, runner, loaded)
+                except BaseException:
+                    runner.let_go()
+                    raise
         except Exception as error:
             reason = LoadError(too_long(timeout_s)) if isinstance(error, TimeoutError) else error
             version.failure = self._told(reason, model=found.name, version=found.version)
@@ -480,6 +485,11 @@ class Repository(Catalogue):
         except Exception as error:
             raise LoadError(f"the model does not run: {error}") from error
         return runner
+
+    def _settle_in(self, runner: Runner, loaded: Loaded) -> None:
+        settings = self._settings
+        with loading(settings), no_longer_than(settings.load_timeout_s, loaded.interrupt):
+            runner.settle_in()
 
     def _in_use(self, name: str) -> int:
         """How many runners of a model only finish their sessions."""

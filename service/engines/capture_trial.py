@@ -71,7 +71,7 @@ def _difference(
             worst = max(worst, *(difference(two, one) for one, two in zip(*outputs, strict=True)))
             # Every state goes into the outputs of the next step; of some it is seen as it is, too.
             some = slice(None, None, -(-rows // _SEEN))
-            for one, two in zip(*([pool.peek(int(each)) for each in ours[some]] for ours in slots), strict=True):
+            for one, two in zip(*(pool.peek_many(ours[some].tolist()) for ours in slots), strict=True):
                 worst = max([worst, *(difference(b, a) for a, b in zip(one, two, strict=True))])
     finally:
         for ours in slots:
@@ -90,9 +90,13 @@ def _step(
     if workspace.lengths is not None:
         workspace.lengths[:] = 1
     moves = pool.gather(slots, workspace.states)
-    workspace.start()
-    outputs, _ = workspace.run()
-    copies = [output.copy() for output in outputs]
+    try:
+        workspace.start()
+        outputs, _ = workspace.run()
+        copies = [output.copy() for output in outputs]
+    except BaseException:
+        pool.abandon(moves)
+        raise
     pool.scatter(slots, np.arange(len(slots)), moves)
     return copies
 

@@ -7,6 +7,7 @@ way. Must not know sessions or grpc. Whoever calls it does so from one thread at
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from service.engines.engine import digest, identify, run_options
 from service.engines.provider import CudaOptions, NotOnCuda, start
 from service.engines.resident_workspace import Lane, Options, ResidentGraph, ResidentWorkspace, state_rows_first
 from service.errors import LoadError
-from service.graphs.capture import Choice, Trial, buckets, make_one_step, worst_of
+from service.graphs.capture import TOLERANCES, Choice, Trial, buckets, make_one_step, worst_of
 from service.graphs.graph import Signature
 from service.graphs.onnx_file import OnnxFile
 from service.graphs.recurrent_path import name_nodes, recurrent_path
@@ -79,15 +80,19 @@ class ResidentEngine:
         cuda: CudaOptions | None = None,
         capture: bool = False,
     ) -> None:
+        self._device = device
         self.file_digests = tuple(file_digests) or tuple(digest(part) for part in (path, *external))
         file = OnnxFile(path)
         signature = file.signature
         inside, self.digest = identify(file.metadata, signature, describe, self.file_digests)
         signature.check(inside)
-        self._device = device
         waits = device.stream is None
         self._options = Options(run_options(waits), None if waits else run_options())
-        self._start = partial(_started, path.parent, device, threads, cuda or CudaOptions(), self._options)
+        cuda = cuda or CudaOptions()
+        if capture and cuda.memory_limit_bytes is not None:
+            # The graph of one step has a session of its own, whose arena would take as much again.
+            cuda = replace(cuda, memory_limit_bytes=cuda.memory_limit_bytes // 2 or 1)
+        self._start = partial(_started, path.parent, device, threads, cuda, self._options)
         self._one_step: Callable[[], ResidentGraph] | None = None
         if capture:
             one_step = type(file.model)()
@@ -127,7 +132,10 @@ class ResidentEngine:
 
         Raises:
             MemoryError: if the device has no memory for it.
+            RuntimeError: if the device has failed so often that no memory is left that it does not work on.
         """
+        if not self._lanes:
+            raise RuntimeError("the device has failed: no memory of ticks can be used again")
         lane = self._lanes.pop()
         try:
             room = self._choice.rows(rows) if steps == 1 else None
@@ -175,9 +183,11 @@ class ResidentEngine:
         Args:
             feeds: as for ``run``; each tick begins with these states.
         """
-        workspace, _ = self._prepare(feeds)
+        workspace, pools = self._prepare(feeds)
+        # Nobody else ever has its memory; until then it would hold itself, in a circle.
+        workspace.release()
 
-        def tick() -> Results:
+        def tick(pools: object = pools) -> Results:
             workspace.start()
             return workspace.run()
 
@@ -194,7 +204,8 @@ class ResidentEngine:
         for state, pool in zip(manifest.states, pools, strict=True):
             given = state_rows_first(feeds[state.input], state)
             device.upload(given, pool.part(pool.row(first).pointer - pool.pointer, given.shape, state.dtype))
-        workspace = Lane(self._graph, pools).workspace(rows, steps, lambda lane: None)
+        lane = Lane(self._graph, pools)
+        workspace = lane.workspace(rows, steps, lambda lane: None)
         for spec, array in zip(manifest.inputs, workspace.inputs, strict=True):
             assert array is not None
             array[...] = feeds[spec.name]
@@ -229,9 +240,10 @@ class ResidentEngine:
             self._captured.clear()
             self._device.end_capture()
             return f"ticks of one step are not captured: {error}"
-        self._choice = Choice(trials)
+        self._choice = Choice(trials, TOLERANCES[self.manifest.precision])
         self._captured = {at: one for at, one in self._captured.items() if at[1] in self._choice.graphs}
-        return f"ticks of one step are captured with room for {sorted(self._choice.graphs)} rows"
+        refused = "".join(f"; not for {trial}" for trial in trials if trial.rows not in self._choice.graphs)
+        return f"ticks of one step are captured with room for {sorted(self._choice.graphs)} rows{refused}"
 
     def _try(self, graph: ResidentGraph, pool: ResidentPool, rows: int) -> Trial:
         """Capture a number of rows in the memory of each lane, and hold them against plain runs there."""
@@ -244,6 +256,10 @@ class ResidentEngine:
             plain = lane.workspace(rows, 1, lambda lane: None)
             trials.append(compare(pool, self.manifest.inputs, plain, captured))
         return worst_of(trials)
+
+    def __del__(self) -> None:
+        # What goes with it, the session's memory too, is freed in this thread, maybe while another one captures.
+        self._device.enter()
 
     def interrupt(self) -> None:
         """End the run that is under way, from another thread; it raises, and so does every later one."""

@@ -6,7 +6,6 @@ runs. Must not know sessions, slots, or what onnxruntime is beyond a session tha
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from service.graphs.resident import AFTER, BEFORE, pool_input, pool_output
@@ -24,6 +24,7 @@ from service.states.resident_pool import UNWANTED, Moves
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
+log = structlog.get_logger()
 
 _ALIGNMENT = 256
 """Bytes, as CUDA's own allocations have it."""
@@ -226,6 +227,7 @@ class ResidentWorkspace(Workspace):
             self.states = Moves(up[BEFORE].here, up[AFTER].here.reshape(rows))
         self._binding = graph.session.io_binding()
         self._tie(pools)
+        self._busy = False
         self._release: Callable[[], None] = _nothing
         self._mark: Mark | None = None
         self._started = False
@@ -250,7 +252,7 @@ class ResidentWorkspace(Workspace):
     def start(self) -> Mark:
         """Copy up, run, copy down: all of it goes on by itself."""
         device = self.device
-        self._started = True
+        self._started = self._busy = True
         if self._graph.stepped and self._graph.manifest.states:
             self._fill_tables()
         up, down = self._areas
@@ -275,14 +277,19 @@ class ResidentWorkspace(Workspace):
             self.start()
         assert self._mark is not None
         self._mark.wait()
+        self._busy = False
         return self._outputs, self.states
 
     def release(self) -> None:
-        """Let another tick have the memory, when nothing works on it any more."""
-        if self._started and self._mark is None:
-            # What it had begun before it failed.
-            with contextlib.suppress(Exception):
-                self._graph.device.mark().wait()
+        """Let another tick have the memory, when nothing works on it any more; none, where that cannot be known."""
+        if self._busy:
+            # What it had begun before it failed, or was not waited for.
+            try:
+                self.device.mark().wait()
+            except Exception:
+                log.exception("the memory of a tick is not used again: the device failed, and may work on it still")
+                return
+            self._busy = False
         release, self._release = self._release, _nothing
         release()
 

@@ -24,7 +24,8 @@ MOST_ROWS = 1024
 """Of a captured graph: with more of them launching takes a small part of a run."""
 _WORTH = 0.95
 """Share of the time that a plain run takes, over which a captured one is not worth its padding."""
-_TOLERANCE = 1e-6
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "int8": 1e-5}
+"""By precision: most that two orders of adding up may differ by, as a share of values beyond 1."""
 _LENGTHS_AT = 4
 """Where a recurrent operator has the lengths of the rows (ONNX, LSTM, input sequence_lens)."""
 
@@ -45,19 +46,26 @@ class Trial:
     captured_s: float
     difference: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.rows}: {self.captured_s * 1e6:.0f} us captured, {self.plain_s * 1e6:.0f} us plainly, "
+            f"results differ by {self.difference:.2g}"
+        )
+
 
 class Choice:
     """Which numbers of rows run as a captured graph.
 
     Args:
         trials: what was found; numbers of rows that are not among them run plainly.
+        tolerance: most that a captured graph may differ by.
     """
 
-    def __init__(self, trials: Iterable[Trial] = ()) -> None:
+    def __init__(self, trials: Iterable[Trial] = (), tolerance: float = 0.0) -> None:
         found = {trial.rows: trial for trial in trials}
         self._rows: dict[int, int] = {}
         for rows, trial in found.items():
-            if not trial.difference <= _TOLERANCE:
+            if not trial.difference <= tolerance:
                 continue
             if trial.captured_s <= _WORTH * trial.plain_s:
                 self._rows[rows] = rows

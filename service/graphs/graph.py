@@ -34,7 +34,11 @@ class StatePool(Protocol):
         """How many slots are in use."""
 
     def settle_in(self) -> str:
-        """Do once what there is to do in the thread in which ticks run, and return what has come of it, for people."""
+        """Do once what there is to do in the thread in which ticks run, before anybody else uses the pool.
+
+        Returns:
+            What has come of it, for people; empty if there was nothing to do.
+        """
 
     def allocate(self, states: Sequence[Array] | int | None = None) -> int:
         """Take a slot, with the states that are given, or those of another slot, or the initial ones.
@@ -57,7 +61,10 @@ class StatePool(Protocol):
         """Give slots back."""
 
     def read(self, slot: int) -> list[Array]:
-        """Copy a slot's states out, each without the batch axis."""
+        """Copy a slot's states out, each without the batch axis. From a device that may take as long as a tick."""
+
+    def read_many(self, slots: Sequence[int]) -> list[list[Array]]:
+        """Copy the states of slots out, as ``read`` does; all of them take about as long as one."""
 
     def write(self, slot: int, states: Sequence[Array]) -> None:
         """Set a slot's states, each given without the batch axis."""

@@ -118,6 +118,10 @@ class Pool:
         """Copy a slot's states out, each without the batch axis."""
         return [kept.array[kept.at(slot)].copy() for kept in self._kept]
 
+    def read_many(self, slots: Sequence[int]) -> list[list[Array]]:
+        """Copy the states of slots out, each without the batch axis."""
+        return [self.read(slot) for slot in slots]
+
     def write(self, slot: int, states: Sequence[Array]) -> None:
         """Set a slot's states, each given without the batch axis."""
         for kept, state in zip(self._kept, states, strict=True):

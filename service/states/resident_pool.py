@@ -91,7 +91,6 @@ class ResidentPool:
         self.buffers = self._take_memory(places)
         self._initial = [initial_value(spec) for spec in specs]
         self._going_up: list[tuple[Mark, list[Array]]] = []
-        self._copying = threading.RLock()
         self._lock = threading.Lock()
         self._slots = Slots(limit, shelf=limit, spare=limit)
         self._place: Places = np.zeros(limit, np.int32)
@@ -113,10 +112,11 @@ class ResidentPool:
         return self._free
 
     def settle_in(self) -> str:
-        """Do once what there is to do in the thread in which ticks run, and return what has come of it, for people."""
-        # A copy that came between would be captured too, and made again in each run.
-        with self._copying:
-            return self._settle_in(self)
+        """Do once what there is to do in the thread in which ticks run, and return what has come of it, for people.
+
+        Before anybody else uses it: a copy that came between would be captured too, and made again in each run.
+        """
+        return self._settle_in(self)
 
     def allocate(self, states: Sequence[Array] | int | None = None) -> int:
         """Take a slot.
@@ -165,23 +165,32 @@ class ResidentPool:
 
     def read(self, slot: int) -> list[Array]:
         """Copy a slot's states out, each without the batch axis."""
-        states = self.peek(slot)
-        if self._place[slot] != INITIAL:
-            self._tell("down", states)
+        return self.read_many([slot])[0]
+
+    def read_many(self, slots: Sequence[int]) -> list[list[Array]]:
+        """Copy the states of slots out, each without the batch axis."""
+        states = self.peek_many(slots)
+        moved = [of_slot for slot, of_slot in zip(slots, states, strict=True) if self._place[slot] != INITIAL]
+        if moved:
+            self._tell("down", [state for of_slot in moved for state in of_slot])
         return states
 
-    def peek(self, slot: int) -> list[Array]:
-        """Copy a slot's states out for one's own purposes, which are not counted."""
-        place = int(self._place[slot])
-        if place == INITIAL:
-            return [initial.copy() for initial in self._initial]
-        states: list[Array] = [np.empty(spec.tail, spec.dtype) for spec in self._specs]
-        with self._copying:
-            for buffer, state in zip(self.buffers, states, strict=True):
-                self._device.download(buffer.row(place), state)
-            mark = self._device.mark()
-        mark.wait()
-        return states
+    def peek_many(self, slots: Sequence[int]) -> list[list[Array]]:
+        """Copy the states of slots out for one's own purposes, which are not counted."""
+        found: list[list[Array]] = []
+        copied = False
+        for slot in slots:
+            place = int(self._place[slot])
+            states = [initial.copy() for initial in self._initial]
+            found.append(states)
+            if place != INITIAL:
+                for buffer, state in zip(self.buffers, states, strict=True):
+                    self._device.download(buffer.row(place), state)
+                copied = True
+        if copied:
+            # Once for all of them: each wait is one for the ticks under way.
+            self._device.mark().wait()
+        return found
 
     def write(self, slot: int, states: Sequence[Array]) -> None:
         """Set a slot's states, each given without the batch axis."""
@@ -189,13 +198,12 @@ class ResidentPool:
             np.array(state, spec.dtype).reshape(spec.tail) for state, spec in zip(states, self._specs, strict=True)
         ]
         place = self._own_place(slot)
-        with self._copying:
-            for buffer, state in zip(self.buffers, given, strict=True):
-                self._device.upload(state, buffer.row(place))
-            # What is copied from has to stay till then. Waiting for it would be waiting for the ticks under way.
-            mark = self._device.mark()
+        for buffer, state in zip(self.buffers, given, strict=True):
+            self._device.upload(state, buffer.row(place))
+        # What is copied from has to stay till then. Waiting for it would be waiting for the ticks under way.
+        mark = self._device.mark()
         with self._lock:
-            self._going_up = [one for one in self._going_up if not one[0].done]
+            self._let_go()
             self._going_up.append((mark, given))
         self._tell("up", given)
 
@@ -204,9 +212,13 @@ class ResidentPool:
         if self._place[source] == INITIAL:
             return
         there, here = int(self._place[source]), self._own_place(slot)
-        with self._copying:
-            for buffer in self.buffers:
-                self._device.copy(buffer.row(there), buffer.row(here))
+        for buffer in self.buffers:
+            self._device.copy(buffer.row(there), buffer.row(here))
+
+    def _let_go(self) -> None:
+        """Hold no longer what has arrived."""
+        if self._going_up:
+            self._going_up = [one for one in self._going_up if not one[0].done]
 
     def _own_place(self, slot: int) -> int:
         """The place that a slot's states can be written to."""
@@ -231,6 +243,7 @@ class ResidentPool:
         """
         rows = len(slots)
         with self._lock:
+            self._let_go()
             out.before[:rows] = self._place[slots]
             out.after[:rows] = self._take(rows)
             if out.between is not None:

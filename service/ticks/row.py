@@ -80,6 +80,8 @@ class Block:
         scratch: the slots with the states after them. They may be the tracks' own, where nobody needs those they had.
         parts: the outputs of those steps.
         phase: where it is in its life.
+        with_states: whether the states that its rows end in are wanted.
+        states: those, once applied: of each row the array of each state, without the batch axis.
         outputs: once applied, the arrays [N, T, ...] or, without time, [N, ...], one an output of the model.
         error: once refused, why.
         unwanted: rows whose askers have gone.
@@ -101,8 +103,10 @@ class Block:
         "rows",
         "scratch",
         "size",
+        "states",
         "steps",
         "unwanted",
+        "with_states",
     )
 
     def __init__(
@@ -131,6 +135,8 @@ class Block:
         self.done = 0
         self.scratch: list[int] | None = None
         self.parts: list[Sequence[Any]] = []
+        self.with_states = False
+        self.states: Sequence[Any] = ()
         self.phase = Phase.QUEUED
         self.outputs: Sequence[Any] | None = None
         self.error: ConveyorError | None = None
@@ -177,7 +183,7 @@ class Block:
             self.deadline,
             caller=self.caller,
         )
-        block.kind = self.kind
+        block.kind, block.with_states = self.kind, self.with_states
         block.queued_at, block.done, block.phase = self.queued_at, self.done, self.phase
         block.parts = [[array[which[0]] for array in part] for part in self.parts]
         block.unwanted = self.unwanted.intersection(block.rows)

@@ -116,6 +116,7 @@ class Runner:
         self._notifying = False
         self._came = False
         self._turns = 0
+        self._settled = threading.Event()
         self._ended = asyncio.Event()
         self._thread: threading.Thread | None = None
         labels = (name, str(version))
@@ -165,9 +166,28 @@ class Runner:
                 self.pool.free(slot)
             self._scheduler.pace.learn(rows, steps, self._clock() - began)
 
+    def settle_in(self) -> None:
+        """Start the thread, and wait until it has done what there is to do there once, before it has ticks to run.
+
+        Whoever does not ``start`` the runner after this lets it go.
+        """
+        self._start_thread()
+        self._settled.wait()
+
     def start(self) -> None:
         """Begin to take rows."""
         self.show()
+        self._start_thread()
+
+    def let_go(self) -> None:
+        """End the thread of a runner that nobody has given work."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+
+    def _start_thread(self) -> None:
+        if self._thread is not None:
+            return
         # Not made before: a thread that has not started holds this runner, and in a circle.
         name = f"engine-{self.name}-{self.version}"
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -244,8 +264,11 @@ class Runner:
         return True
 
     def _work(self) -> None:
-        if found := self.pool.settle_in():
-            log.info("model settled in", model=self.name, version=self.version, found=found)
+        try:
+            if found := self.pool.settle_in():
+                log.info("model settled in", model=self.name, version=self.version, found=found)
+        finally:
+            self._settled.set()
         self._run_ticks()
         self._watched.put(None)
         # A run that outlasted the wait in stop may outlast the loop too.
@@ -264,6 +287,7 @@ class Runner:
             self._flights.append(self._start(tick, began))
         if self._flights and (self.pool.in_flight == 1 or not (tick or ended)):
             ended = ended + self._end_tick(self._flights.popleft())
+        self._read_states([block for block in ended if block.with_states and block.phase is Phase.APPLIED])
         for block in ended:
             self._release(block)
         if ended:
@@ -368,6 +392,21 @@ class Runner:
         # Not by their phase: one that waits again may have been taken out since, by somebody who was told so.
         waiting = set(map(id, going_on))
         return [block for block in blocks if id(block) not in waiting]
+
+    def _read_states(self, blocks: Sequence[Block]) -> None:
+        """Copy out the states that sequences of a batch have ended in, while nobody but this thread waits for them."""
+        slots = [row.track.slot for block in blocks for row in block.rows]
+        if not slots:
+            return
+        try:
+            states = iter(self.pool.read_many(slots))
+        except Exception as error:
+            log.error("states not read", model=self.name, version=self.version, error=repr(error))
+            for block in blocks:
+                block.error = EngineFailed("the states of the sequence could not be read")
+            return
+        for block in blocks:
+            block.states = [next(states) for _ in block.rows]
 
     def _release(self, block: Block) -> None:
         """Give back the slots in which a block that has ended kept its states between its slices."""

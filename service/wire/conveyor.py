@@ -140,13 +140,13 @@ class ConveyorServicer(Door, stubs.ConveyorServiceServicer):
     @told
     async def ExportSession(self, request: pb.ExportSessionRequest, context: Context) -> pb.ExportSessionResponse:
         """Copy a session's state out."""
-        session, states = await self.operations.export(owner(context), request.session_id)
+        session, position, states = await self.operations.export(owner(context), request.session_id)
         runner = runner_of(session)
         return pb.ExportSessionResponse(
             state=pb.SessionState(
                 model=session.home.name,
                 version=session.home.version,
-                position=session.position,
+                position=position,
                 states=[encode(spec.name, state) for spec, state in zip(runner.manifest.states, states, strict=True)],
                 digest=runner.digest,
             )

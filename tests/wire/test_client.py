@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from conveyor import (
     StepsFailed,
 )
 from service.server import Server
+from service.states.pool import Pool
 from tests.clock import Clock
 from tests.conftest import running
 from tests.graphs import HIDDEN, INPUT, OUTPUT, expected
@@ -111,6 +113,37 @@ async def test_fork_reset_export_and_import(client: AsyncClient, tmp_path: Path)
             assert [each.position for each in (session, fork, imported, attached)] == [6, 6, 6, 6]
             for each in (fork, imported, attached):
                 np.testing.assert_array_equal(await each.step(x[6:]), y[6:])
+
+
+async def test_an_export_is_waited_for_by_nobody_else(client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a device takes to give states away: the session itself goes on, and what comes is as it was."""
+    reading, go = threading.Event(), threading.Event()
+    read = Pool.read
+
+    def slowly(pool: Pool, slot: int) -> list[NDArray[np.generic]]:
+        reading.set()
+        assert go.wait(5)
+        return read(pool, slot)
+
+    async with client.session("lstm") as session:
+        y = await session.step(x[:6])
+        # A handle of a session makes one call at a time.
+        other = await client.attach(session.session_id)
+        export = asyncio.create_task(other.export())
+        # Only this export's: to copy a slot is to read it, here.
+        monkeypatch.setattr(
+            Pool, "allocate", lambda pool, slot, allocate=Pool.allocate: allocate(pool, read(pool, slot))
+        )
+        monkeypatch.setattr(Pool, "read", slowly)
+        assert await asyncio.to_thread(reading.wait, 5)
+        more = await session.step(x[6:])
+        go.set()
+        state = await export
+        monkeypatch.undo()
+        assert state.position == 6
+        async with client.import_session(state) as imported:
+            np.testing.assert_array_equal(await imported.step(x[6:]), more)
+        np.testing.assert_allclose(np.concatenate([y, more]), expected(x), rtol=0, atol=BOUND)
 
 
 async def test_a_state_of_another_model(client: AsyncClient) -> None:

@@ -24,6 +24,7 @@ from service.metrics import Metrics
 from service.repository import Repository
 from service.settings import Settings
 from service.states.device import HostDevice
+from service.states.pool import Pool
 from service.ticks.admission import Limits
 from service.ticks.pace import Pace
 from service.ticks.runner import Runner
@@ -531,6 +532,63 @@ async def test_loads_in_progress_do_not_hold_the_end(tmp_path: Path) -> None:
             assert repository.names() == ["b"]
 
 
+# --- what settles in ---
+
+
+class Settling:
+    """Models settle in when the test says so.
+
+    Attributes:
+        begun: released once for each that has begun.
+        go: lets them.
+        threads: those in which they do.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Semaphore(0)
+        self.go = threading.Event()
+        self.threads: list[threading.Thread] = []
+        patch.setattr(Pool, "settle_in", self.settle_in)
+
+    def settle_in(self, pool: Pool | None = None) -> str:
+        """In the place of a pool's."""
+        self.threads.append(threading.current_thread())
+        self.begun.release()
+        assert self.go.wait(30)
+        return ""
+
+
+async def test_a_model_serves_once_it_has_settled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the thread that runs its ticks, and before anybody can open a session; the version before serves till then."""
+    write_lstm(tmp_path, "lstm", 1, seed=1)
+    async with loaded(tmp_path, model_control="explicit", load_models=("*",)) as repository:
+        settling = Settling(monkeypatch)
+        before = repository.find("lstm")
+        replace_lstm(tmp_path, "lstm", 1, seed=2)
+        load = asyncio.create_task(repository.load_model("lstm"))
+        assert await asyncio.to_thread(settling.begun.acquire, timeout=30)
+        assert repository.find("lstm") is before
+        settling.go.set()
+        await load
+        after = repository.find("lstm")
+        assert after is not before
+        assert settling.threads == [after._thread]
+
+
+async def test_a_model_that_is_given_up_while_it_settles_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread ends once it has."""
+    settling = Settling(monkeypatch)
+    write_lstm(tmp_path, "lstm", 1)
+    load = asyncio.create_task(repository_of(tmp_path).load())
+    assert await asyncio.to_thread(settling.begun.acquire, timeout=30)
+    load.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await load
+    settling.go.set()
+    await asyncio.to_thread(settling.threads[0].join, 30)
+    assert not settling.threads[0].is_alive()
+
+
 # --- what is freed ---
 
 
@@ -718,6 +776,10 @@ async def test_how_fast_a_model_is_run_is_switched_too(tmp_path: Path) -> None:
         replace_lstm(tmp_path, "lstm", 1, seed=0)
         await look(repository)
         assert repository.find("lstm") is after
+        for thread in threading.enumerate():
+            if thread.name == "engine-lstm-1" and thread is not after._thread:
+                await asyncio.to_thread(thread.join, 5)
+                assert not thread.is_alive()
 
 
 async def test_another_precision_is_another_model(tmp_path: Path) -> None:

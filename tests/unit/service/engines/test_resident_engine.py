@@ -203,7 +203,7 @@ def test_two_ticks_have_memory_of_their_own(tmp_path: Path) -> None:
         assert workspace.lengths is not None
         workspace.lengths[:] = 3
         pool.gather(pool.allocate_many(2), workspace.states)
-    with pytest.raises(IndexError):
+    with pytest.raises(RuntimeError, match="no memory of ticks"):
         engine.workspace(1, 1)
     assert first.inputs[0] is not None
     first.inputs[0][...] = given["x"]
@@ -343,9 +343,10 @@ def test_memory_goes_with_the_engine(tmp_path: Path) -> None:
     tick(engine, pool, pool.allocate_many(2), feeds(engine.manifest, 2, 3))
     engine.rehearse(feeds(engine.manifest, 1, 1))()
     held: list[weakref.ref[Any]] = [weakref.ref(engine), *(weakref.ref(buffer.memory) for buffer in pool.buffers)]
+    held.append(weakref.ref(engine._graph.session))
     gc.disable()
     try:
         del engine, pool
-        assert [ref() for ref in held] == [None] * 3
+        assert [ref() for ref in held] == [None] * 4
     finally:
         gc.enable()

@@ -47,6 +47,16 @@ def slots(*numbers: int) -> NDArray[np.intp]:
     return np.array(numbers, np.intp)
 
 
+def test_many_are_read_as_one_is() -> None:
+    """In the order in which they are asked for, as copies."""
+    pool = Pool([spec((None, 3))], 4)
+    taken = [pool.allocate([np.full(3, n, np.float32)]) for n in range(3)]
+    found = pool.read_many([taken[2], taken[0]])
+    assert [[state.tolist() for state in states] for states in found] == [[[2] * 3], [[0] * 3]]
+    found[0][0][:] = 9
+    assert pool.read(taken[2])[0].tolist() == [2] * 3
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gather_lays_slots_side_by_side_in_the_graphs_axes(shape: tuple[int | None, ...]) -> None:
     """Row n of each state comes from the n-th slot asked for, in any order, repetitions too."""

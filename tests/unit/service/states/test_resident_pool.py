@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from service.errors import Full, LoadError
-from service.states.device import Buffer, HostDevice
+from service.states.device import Buffer, HostDevice, Mark
 from service.states.resident_pool import INITIAL, UNWANTED, Moves, ResidentPool
 from tests.unit.service.states.test_pool import spec
 
@@ -172,6 +173,59 @@ def test_what_is_copied_is_counted() -> None:
     pool.read(slot)
     pool.write(slot, pool.read(slot))
     assert told == pool.copied == {"up": 28, "down": 56}
+
+
+class Counting(HostDevice):
+    """A device that counts its marks, which are reached when the test says so.
+
+    Attributes:
+        marks: that were made.
+        done: whether they have been reached.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks = 0
+        self.done = True
+
+    def mark(self) -> Mark:
+        """A mark that is never behind, for those who wait."""
+        self.marks += 1
+        return cast(Mark, self)
+
+    def wait(self) -> None:
+        """Reached."""
+
+
+def test_many_are_read_with_one_wait() -> None:
+    """Of those that have states of their own; each copy from the device is counted."""
+    device = Counting()
+    pool = ResidentPool(STATES, 10, 8, device)
+    taken = [pool.allocate([np.full(3, n, np.float32), np.full(2, n)]) for n in range(3)]
+    fresh = pool.allocate()
+    device.marks = 0
+    found = pool.read_many([*taken, fresh])
+    assert [[state.tolist() for state in states] for states in found] == [
+        *([[n] * 3, [n] * 2] for n in range(3)),
+        [[1, 2, 3], [0, 0]],
+    ]
+    assert (device.marks, pool.copied["down"]) == (1, 3 * 28)
+    pool.read_many([fresh])
+    pool.read_many([])
+    assert (device.marks, pool.copied["down"]) == (1, 3 * 28)
+
+
+def test_what_has_gone_up_is_not_kept() -> None:
+    """Until it has arrived it is; the next tick lets go of it."""
+    device = Counting()
+    pool = ResidentPool(STATES, 10, 8, device)
+    device.done = False
+    slot = pool.allocate([np.ones(3, np.float32), np.ones(2)])
+    pool.abandon(pool.gather(slots(slot), moves(1)))
+    assert len(pool._going_up) == 1
+    device.done = True
+    pool.abandon(pool.gather(slots(slot), moves(1)))
+    assert pool._going_up == []
 
 
 def test_no_memory_for_so_many() -> None:

@@ -209,10 +209,15 @@ async def test_a_run_that_fails_on_its_way_leaves_the_next_alone(bench: Bench) -
         bench.runner.submit(rows)
         await bench.until_started(count)
     bench.device.held[0].reach(RuntimeError("the device stumbled"))
+    # Before its memory is used again, whatever it had begun is waited for.
     await bench.until_started(3)
     bench.device.held[2].reach()
     await bench.until_started(4)
-    bench.device.held[3].reach(RuntimeError("the device stumbled"))
+    bench.device.held[3].reach()
+    await bench.until_started(5)
+    bench.device.held[4].reach(RuntimeError("the device stumbled"))
+    await bench.until_started(6)
+    bench.device.held[5].reach()
     bench.device.held[1].reach()
     await bench.until_ended(*first, *second)
     assert [type(row.error) for row in (*first, *second)] == [type(None), EngineFailed, type(None), type(None)]
@@ -228,8 +233,71 @@ async def test_a_run_that_fails_alone_under_way_ends(bench: Bench) -> None:
     await bench.until_started(1)
     await until(lambda: bench.looks > 0)
     bench.device.held[0].reach(RuntimeError("the device stumbled"))
+    await bench.until_started(2)
+    bench.device.held[1].reach()
     await bench.until_ended(row)
     assert (type(row.error), bench.state(row)) == (EngineFailed, 0)
+
+
+async def test_memory_that_a_failed_device_may_work_on_is_not_used_again(bench: Bench) -> None:
+    """Each tick that could not be waited for takes its memory with it; without any, rows are refused at once."""
+    rows = [bench.row(1), bench.row(2), bench.row(3)]
+    for count, row in enumerate(rows[:2]):
+        bench.runner.submit([row])
+        for mark in (2 * count, 2 * count + 1):
+            await bench.until_started(mark + 1)
+            bench.device.held[mark].reach(RuntimeError("the device is gone"))
+        await bench.until_ended(*rows[: count + 1])
+    bench.runner.submit(rows[2:])
+    await bench.until_ended(*rows)
+    assert [type(row.error) for row in rows] == [EngineFailed] * 3
+    assert len(bench.device.held) == 4
+    assert bench.pool.free_places == bench.places
+
+
+async def test_the_states_of_a_batch_are_waited_for_once(bench: Bench) -> None:
+    """In the engine's thread: the event loop goes on, and each sequence has its own when it ends."""
+    loop_thread = threading.current_thread()
+    waited: list[threading.Thread] = []
+
+    class Told(Held):
+        def wait(self) -> None:
+            waited.append(threading.current_thread())
+            super().wait()
+
+    rows = [bench.row(x) for x in (1, 2, 3)]
+    for row in rows:
+        row.with_states = True
+        row.scratch = [row.rows[0].track.slot]
+    bench.runner.submit(rows)
+    await bench.until_started(1)
+    bench.device.mark = lambda: bench.device.held.append(Told()) or bench.device.held[-1]  # type: ignore[func-returns-value, method-assign]
+    bench.device.held[0].reach()
+    await bench.until_started(2)
+    assert bench.ended == []
+    bench.device.held[1].reach()
+    await bench.until_ended(*rows)
+    assert [[float(state) for state in row.states[0]] for row in rows] == [[1], [2], [3]]
+    assert len(waited) == 1
+    assert loop_thread not in waited
+
+
+async def test_states_that_cannot_be_read_end_their_batch(bench: Bench) -> None:
+    """With an error; the engine's thread goes on."""
+    lost, other = bench.row(1), bench.row(2)
+    lost.with_states = True
+    bench.runner.submit([lost])
+    await bench.until_started(1)
+    bench.device.held[0].reach()
+    await bench.until_started(2)
+    bench.device.held[1].reach(RuntimeError("the device stumbled"))
+    await bench.until_ended(lost)
+    assert (type(lost.error), lost.states) == (EngineFailed, ())
+    bench.runner.submit([other])
+    await bench.until_started(3)
+    bench.device.held[2].reach()
+    await bench.until_ended(lost, other)
+    assert output(other) == 2
 
 
 async def test_a_row_that_is_cancelled_under_way_is_not_applied(bench: Bench) -> None:
