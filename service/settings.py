@@ -7,15 +7,17 @@ grpc or onnxruntime.
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import threading
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=threading.TIMEOUT_MAX)]
@@ -105,8 +107,8 @@ class Settings(BaseModel):
     max_batch: Positive = 1024
     """Most sequences in one batch."""
     max_sessions: Positive = 100_000
-    """Most sessions open at once. On CUDA it bounds the states on the device: memory for so many is taken when a model is
-    loaded."""
+    """Most sessions open at once. On CUDA it bounds the states on the device: memory for so many is taken when a model
+    is loaded."""
     max_queued_rows: Positive = 8192
     """Most chunks and batch rows waiting for one model; over it, new ones are refused at once. As many steps, of all
     sequences together, may wait for earlier ones of theirs."""
@@ -155,6 +157,12 @@ class Settings(BaseModel):
     config: Path | None = None
     """A TOML file with settings."""
 
+    @field_validator("tf32", "cuda_graphs", mode="before")
+    @classmethod
+    def _switch(cls, given: Any) -> Any:
+        """Take a switch as any place spells it: a flag, the environment, TOML, model.yaml."""
+        return {"true": "on", "1": "on", "false": "off", "0": "off"}.get(str(given).lower(), given)
+
     @field_validator("load_models", mode="before")
     @classmethod
     def _between_commas(cls, given: Any, info: ValidationInfo) -> Any:
@@ -174,6 +182,7 @@ _GROUPS = {
     "config": "settings file",
 }
 """The first setting of each group of the help page."""
+_UNITS = {"_bytes": "bytes", "_s": "seconds", "_ms": "milliseconds", "_us": "microseconds"}
 _NO_OTHER: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -224,7 +233,8 @@ def _read(
     }
     for name in environ.keys() - {_PREFIX + name.upper() for name in Settings.model_fields}:
         if name.startswith(_PREFIX):
-            print(f"{parser.prog}: warning: there is no setting {name}", file=sys.stderr)
+            meant = _meant(name.removeprefix(_PREFIX).lower(), lambda close: _PREFIX + close.upper())
+            print(f"{parser.prog}: warning: there is no setting {name}{meant}", file=sys.stderr)
     path = flags.get("config", variables.get("config"))
     in_file: dict[str, Any] = {}
     if path is not None:
@@ -243,10 +253,28 @@ def _read(
     except ValidationError as error:
         lines = [
             f"{origins[str(wrong['loc'][0])]}: "
-            + ("no such setting" if wrong["type"] == "extra_forbidden" else f"{wrong['msg']}, got {wrong['input']!r}")
+            + (f"no such setting{_meant(str(wrong['loc'][0]))}" if wrong["type"] == "extra_forbidden" else _told(wrong))
             for wrong in error.errors()
         ]
         parser.error("\n  ".join(lines))
+
+
+def _told(wrong: ErrorDetails) -> str:
+    """What was expected of a setting, and what was given."""
+    name, said = str(wrong["loc"][0]), wrong["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
+    if wrong["type"].startswith(("int", "float")):
+        number = "a whole number" if wrong["type"].startswith("int") else "a number"
+        said = f"expected {number}{unit and f' of {unit}'}"
+    elif wrong["type"].startswith(("greater", "less")):
+        said = said.replace("expected", f"expected {unit or 'a number'}")
+    return f"{said}, got {wrong['input']!r}"
+
+
+def _meant(name: str, spelt: Callable[[str], str] = str) -> str:
+    """The setting that an unknown one may be a slip of."""
+    close = difflib.get_close_matches(name, Settings.model_fields, 1)
+    return f"; did you mean {spelt(close[0])}?" if close else ""
 
 
 def _flag(name: str) -> str:

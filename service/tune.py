@@ -6,12 +6,13 @@ Owns what is printed. Must not know how anything is measured, or what follows fr
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from service.errors import LoadError
 from service.graphs.description import Description
 from service.settings import Settings
-from service.versions.folder import Found, ModelFolder, scan, wanted
+from service.versions.folder import Found, ModelFolder, overlooked, scan, wanted
 from service.versions.loading import Loaded
 from service.versions.tuner import tuned
 from service.versions.tuning import Tuning
@@ -29,14 +30,14 @@ def tune(settings: Settings, model: str | None) -> int:
     """
     failed = False
     try:
-        folders = {name: one for name, one in scan(settings.repository).items() if model is None or name == model}
+        there = scan(settings.repository)
     except LoadError as error:
         print(error, file=sys.stderr)
         return 1
-    if not folders:
-        print(f"{settings.repository} has no model{'' if model is None else f' {model!r}'}", file=sys.stderr)
+    if not there or (model is not None and model not in there):
+        print(_why_nothing(settings.repository, model, there), file=sys.stderr)
         return 1
-    for name, folder in folders.items():
+    for name, folder in there.items() if model is None else [(model, there[model])]:
         try:
             versions = _versions(folder, settings)
         except LoadError as error:
@@ -54,6 +55,14 @@ def tune(settings: Settings, model: str | None) -> int:
             print("\n".join(_table(tuning)))
             print(_chosen(loaded.description, tuning, settings), end="\n\n", flush=True)
     return int(failed)
+
+
+def _why_nothing(repository: Path, model: str | None, there: Collection[str]) -> str:
+    """Which models there are, or what looks like one and is none."""
+    what = f"{repository} has no model{'' if model is None else f' {model!r}'}"
+    if there:
+        return f"{what}; there are: {', '.join(there)}"
+    return "\n".join([f"{what}; expected DIR/NAME/VERSION/model.onnx", *overlooked(repository)])
 
 
 def _versions(folder: ModelFolder, settings: Settings) -> Sequence[Found]:

@@ -179,7 +179,7 @@ class Description(Section):
     precision: Precision | None = None
     device: Literal["auto", "cpu", "cuda"] | None = None
     fallback: Literal["refuse", "allow"] | None = None
-    tf32: StrictBool | None = None
+    tf32: bool | None = None
     threads: Annotated[int, Field(ge=1, le=1024, strict=True)] | None = None
     max_tick_rows: Annotated[int, Field(ge=1, le=65_536, strict=True)] | None = None
     short_tick_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

@@ -6,6 +6,7 @@ know what any of them says.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from reprlib import repr as abridged
@@ -35,7 +36,9 @@ class Section(BaseModel):
         if not isinstance(value, dict):
             raise ValueError(f"expected a mapping with some of the keys {known}")
         if unknown := [key for key in value if key not in cls.model_fields]:
-            raise ValueError(f"unknown key {abridged(unknown[0])}, expected some of {known}")
+            close = difflib.get_close_matches(str(unknown[0]), cls.model_fields, 1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"unknown key {abridged(unknown[0])}, expected some of {known}{meant}")
         return value
 
 

@@ -54,5 +54,10 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
     assert "\ndescribed: model.yaml" in "\n" + done.stderr
     assert "lstm 1: model.onnx, float32" in done.stdout
     done = tune("--repository", str(tmp_path), "--model", "gru")
-    assert (done.returncode, done.stderr) == (1, f"{tmp_path} has no model 'gru'\n")
+    assert (done.returncode, done.stderr) == (1, f"{tmp_path} has no model 'gru'; there are: broken, described, lstm\n")
+    done = tune("--repository", str(tmp_path / "lstm"))
+    assert done.returncode == 1
+    assert (
+        "has no model; expected DIR/NAME/VERSION/model.onnx\n1 has no version folder (found model.onnx" in done.stderr
+    )
     assert tune("--models", "gru").returncode == 2

@@ -102,12 +102,15 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("port", "-1", "greater than or equal to 0, got '-1'"),
+        ("port", "-1", "expected a number greater than or equal to 0, got '-1'"),
         ("port", "65536", "less than or equal to 65535"),
-        ("port", "http", "valid integer"),
+        ("port", "http", "expected a whole number, got 'http'"),
+        ("gpu_memory_limit_bytes", "4GB", "expected a whole number of bytes, got '4GB'"),
+        ("idle_timeout_s", "an hour", "expected a number of seconds, got 'an hour'"),
+        ("tf32", "perhaps", "expected 'off' or 'on', got 'perhaps'"),
         ("max_steps", "0", "greater than or equal to 1"),
-        ("max_sessions", "1.5", "valid integer"),
-        ("idle_timeout_s", "0", "greater than 0"),
+        ("max_sessions", "1.5", "expected a whole number, got '1.5'"),
+        ("idle_timeout_s", "0", "expected seconds greater than 0"),
         ("idle_timeout_s", "nan", "less than or equal to 9223372036"),
         ("load_timeout_s", "inf", "less than or equal to 9223372036"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
@@ -132,6 +135,23 @@ def test_a_wrong_value_is_named_as_it_was_given(
     assert says in told
 
 
+@pytest.mark.parametrize("on", ["on", "true", "1", "True"])
+@pytest.mark.parametrize("source", ["flag", "environment", "file"])
+def test_a_switch_is_spelt_as_anywhere(tmp_path: Path, source: str, on: str) -> None:
+    """As model.yaml and TOML do, or as a word."""
+    file = tmp_path / "server.toml"
+    file.write_text(f"tf32 = {on}" if on in ("true", "1") else f"tf32 = '{on}'")
+    argv, environ = {
+        "flag": (["--tf32", on], {}),
+        "environment": ([], {"CONVEYOR_TF32": on}),
+    }.get(source, (["--config", str(file)], {}))
+    assert load(argv, environ).tf32 == "on"
+    assert load(["--tf32", "0", "--cuda-graphs", on], {}).model_dump(include={"tf32", "cuda_graphs"}) == {
+        "tf32": "off",
+        "cuda_graphs": "on",
+    }
+
+
 def test_all_wrong_values_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     """From whatever source."""
     told = refused(capsys, ["--port", "x"], {"CONVEYOR_MAX_STEPS": "y"})
@@ -152,9 +172,10 @@ def test_unknown_flags_and_shortened_ones(capsys: pytest.CaptureFixture[str]) ->
         (b"port = ", "Invalid value"),
         (b"\xff\xfe", "utf-8"),
         (b"colour = 'red'", "colour: no such setting"),
+        (b"devcie = 'cpu'", "devcie: no such setting; did you mean device?"),
         (b"[server]\nport = 1", "server: no such setting"),
     ],
-    ids=["missing", "not TOML", "not text", "unknown setting", "a table"],
+    ids=["missing", "not TOML", "not text", "unknown setting", "misspelt setting", "a table"],
 )
 def test_a_settings_file_that_does_not_do(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None, says: str
@@ -216,7 +237,7 @@ def test_the_help_of_tune(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--model NAME" in page
     assert "[5]" in page[page.index("  --tune-s") : page.index("  --cache-dir")]
     for given, said in (
-        ("-1", "Input should be greater than or equal to 0"),
+        ("-1", "expected seconds greater than or equal to 0"),
         ("0", "in 0 seconds nothing is measured"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -43,6 +43,12 @@ def test_how_to_serve_alone_describes_no_graph() -> None:
         assert not parse(text).of_graph
 
 
+@pytest.mark.parametrize("on", ["true", "1", "on", "'on'"])
+def test_a_switch_is_spelt_as_the_server_s(on: str) -> None:
+    """TF32, which a flag can turn on too."""
+    assert parse(f"tf32: {on}").tf32 is True
+
+
 @pytest.mark.parametrize(
     ("text", "versions"), [("{latest: 2}", Versions(latest=2)), ("[1, 3]", Versions.model_validate([1, 3]))]
 )
@@ -63,6 +69,7 @@ def test_names_are_as_they_are_written() -> None:
     ("text", "says"),
     [
         ("input: {}", r"unknown key 'input', expected some of inputs, states"),
+        ("devcie: cpu", r"unknown key 'devcie', expected some of .*; did you mean device\?"),
         ("[1, 2]", r"expected a mapping"),
         ("inputs: [x]", r"inputs: expected a mapping"),
         ("a: [", r"expected the node content"),
