@@ -130,6 +130,9 @@ class Server:
         for name in {entry.name for entry in self.repository.index()}:
             await _tell(self._health, name, self.repository.ready(name))
         await self._health.set("", _SERVING)
+        devices = {runner.choice.device for runner in self.repository}
+        if devices == {"cpu"} and self.settings.for_cuda:
+            log.info("settings without effect: the CPU runs all models", settings=self.settings.for_cuda)
         self._routines.append(asyncio.create_task(self._sweep()))
         if self.settings.model_control == "poll":
             self._routines.append(asyncio.create_task(self._poll()))

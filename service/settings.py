@@ -157,6 +157,12 @@ class Settings(BaseModel):
     config: Path | None = None
     """A TOML file with settings."""
 
+    @property
+    def for_cuda(self) -> list[str]:
+        """The flags of settings that CUDA alone heeds, where they are not left as they are."""
+        names = ("gpu_id", "gpu_memory_limit_bytes", "arena_extend", "tf32", "cuda_graphs")
+        return [_flag(name) for name in names if getattr(self, name) != Settings.model_fields[name].default]
+
     @field_validator("tf32", "cuda_graphs", mode="before")
     @classmethod
     def _switch(cls, given: Any) -> Any:

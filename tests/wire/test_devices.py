@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
+from structlog.testing import capture_logs
 
 import conveyor
 from service.engines.provider import why_no_cuda
@@ -54,6 +55,16 @@ async def test_a_fallback_is_never_silent(tmp_path: Path) -> None:
     assert {name: one.string_value for name, one in config.parameters.items()} == {"device": "cpu", "fallback": "true"}
     assert (model.device, model.fallback) == ("cpu", True)
     assert 'conveyor_model_fallback{model="lstm",version="1"} 1.0' in metrics.splitlines()
+
+
+@pytest.mark.parametrize("flags", [{}, {"gpu_id": 0}, {"tf32": "on", "gpu_memory_limit_bytes": 1 << 30}])
+async def test_settings_without_effect(lstm_repository: Path, flags: dict[str, Any]) -> None:
+    """What was set for CUDA, and no model runs there, is named once; where nothing was, nothing is said."""
+    with capture_logs() as logs:
+        async with running(lstm_repository, **flags):
+            pass
+    said = [one["settings"] for one in logs if one["event"] == "settings without effect: the CPU runs all models"]
+    assert said == ([["--gpu-memory-limit-bytes", "--tf32"]] if "tf32" in flags else [])
 
 
 async def test_a_switch_of_devices(tmp_path: Path) -> None:
