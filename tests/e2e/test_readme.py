@@ -40,7 +40,7 @@ def test_the_examples_as_pasted(tmp_path: Path) -> None:
 
     Those of docs/client.md are for the same model.
     """
-    serve, call, export, follow, _ = blocks("sh")
+    serve, call, export, follow, *_ = blocks("sh")
     client, my_model = blocks("python")
     (tmp_path / "my_model.py").write_text(my_model)
     python, *arguments = shlex.split(export)
@@ -65,12 +65,13 @@ def test_the_examples_as_pasted(tmp_path: Path) -> None:
             assert f"127.0.0.1:{settings.port}" in code
             (tmp_path / file).write_text(code.replace(f"127.0.0.1:{settings.port}", server.target))
             printed.append(run([file], tmp_path))
-    states, batches, sessions, many, streams = printed
+    states, batches, sessions, many, streams, deadlines = printed
     assert states.startswith("8 {")
     assert batches == "[3, 200, 12] [1, 1, 1]\n"
     assert sessions == "found again at 3\n"
     assert re.fullmatch(r"session 7 stays at 3: .*(NaN|finite).*\n99 sessions at 5\n", many), many
     assert re.fullmatch(r"\(100, 5, \d+\) and \(100, \d+\) at 5\n", streams), streams
+    assert re.fullmatch(r"(late|\(8, \d+\) at 8)\n", deadlines), deadlines
 
 
 def write_files(folder: Path, first: int, last: int) -> tuple[list[str], list[str]]:
