@@ -47,7 +47,8 @@ def test_a_peepholed_operator_is_refused(models: Models, cuda: str, tmp_path: Pa
 def test_a_fallback_has_to_be_allowed_and_is_said(models: Models, cuda: str, tmp_path: Path) -> None:
     """Allowed, the same file is run by the CPU, as a warning says and the choice keeps."""
     with capture_logs() as logs:
-        loaded = load_model(without_a_form_for_cuda(models, tmp_path), Settings(device="cuda", fallback="allow"))
+        path = without_a_form_for_cuda(models, tmp_path)
+        loaded, _ = tuned(path, Settings(device="cuda", fallback="allow", tune_s=0))
     assert (loaded.choice.device, loaded.choice.fallback) == ("cpu", True)
     assert "peepholes" in loaded.choice.reason
     assert [entry for entry in logs if entry["log_level"] == "warning" and "peepholes" in str(entry.get("reason"))]
