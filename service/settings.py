@@ -82,7 +82,8 @@ class Settings(BaseModel):
     gpu_id: Annotated[int, Field(ge=0, le=255)] = 0
     """Which CUDA device, counted from 0."""
     gpu_memory_limit_bytes: Positive | None = None
-    """Most memory of the device that runs of one model take, weights included, states not; left out, what there is."""
+    """Most memory of the device that onnxruntime takes for the weights and the runs of one model; left out, what there
+    is. States, inputs and outputs of ticks, and what CUDA's libraries take for themselves come on top of it."""
     arena_extend: Literal["same", "double"] = "double"
     """By how much that memory grows: same: by what is asked for; double: to twice as much, which asks the device less
     often."""
@@ -90,8 +91,8 @@ class Settings(BaseModel):
     """Whether CUDA may multiply in TF32, with 10 bits behind the point instead of 23. How far results are from those
     without it is measured when a model is loaded. A model's own model.yaml goes before this."""
     cuda_graphs: Literal["off", "on"] = "off"
-    """Whether ticks of one step may run as captured CUDA graphs, where that is measured to be quicker. While a model's
-    are captured, in the second after it is loaded, ticks of other models on the same device can fail."""
+    """Whether ticks of one step may run as captured CUDA graphs, where that is measured to be quicker. They are captured
+    before the model serves, which loads it a second time, each time with half of its memory limit."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads inside one run of a model; 0 takes as many as pay by what is measured when it is loaded, or 1 where
     nothing is. A model's own model.yaml goes before this, and before the lengths of ticks."""
