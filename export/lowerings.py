@@ -17,6 +17,7 @@ from export.stored import Lowering, stored_layer
 from models.layouts import array_shapes
 from models.spec import Layer, ModelSpec
 from service.graphs.placement import RECURRENT, Device, place
+from service.manifest import Precision
 
 
 def choose_lowerings(
@@ -33,6 +34,16 @@ def choose_lowerings(
     reasons = [_why_no_operator(layer, device) for layer in spec.layers]
     lowerings: list[Lowering] = ["operator" if reason is None else "scan" for reason in reasons]
     return lowerings, tuple(_notes(spec.layers, reasons, device))
+
+
+def why_not_on_cuda(layers: Sequence[Layer], lowerings: Sequence[Lowering], precision: Precision) -> str | None:
+    """Why CUDA would not run a file of these layers; None where it should."""
+    if precision == "int8":
+        return "int8 is for the CPU alone"
+    for number, (layer, lowering) in enumerate(zip(layers, lowerings, strict=True), start=1):
+        if lowering == "operator" and (reason := why_not_cudnn(layer)) is not None:
+            return f"layer {number} ({layer.cell}) is an operator there: {reason}; Scan would run"
+    return None
 
 
 def _why_no_operator(layer: Layer, device: Device) -> str | None:

@@ -7,7 +7,7 @@ quantise, describe, verify. What fails verification does not leave here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from export.data import check_sequences
 from export.describe import Precision, check_manifest, describe, put_manifest, read_manifest
 from export.errors import ExportError, VerificationFailed
 from export.graph import build_graph
-from export.lowerings import choose_lowerings
+from export.lowerings import choose_lowerings, why_not_on_cuda
 from export.module import read_module, verify_module
 from export.quantize import check_quantizable, quantize
 from export.restore import restore, stored_precision
@@ -90,17 +90,28 @@ def make_model_files(
     """
     of = devices[0] if len(devices) == 1 else "cpu"
     first, *rest = [make_model_file(model, lowering, each, data, max_error, progress, of) for each in precisions]
+    spec, _ = read_module(model)
+    if "cuda" in devices:
+        rest = [_with_note(each, spec) for each in rest]
     others: dict[Beside, ModelFile] = dict(zip(precisions[1:], rest, strict=True))
-    if len(devices) > 1 and precisions[0] != "int8":
-        spec, _ = read_module(model)
-        if choose_lowerings(spec, lowering, "cuda")[0] != choose_lowerings(spec, lowering, "cpu")[0]:
-            try:
-                made = make_model_file(model, lowering, precisions[0], data, max_error, progress, "cuda", first)
-            except VerificationFailed as failed:
-                says = f"in the form for CUDA, which --devices cpu does without, {failed}"
-                raise VerificationFailed(says, failed.parity) from failed
-            others["cuda"] = made
+    forms = [choose_lowerings(spec, lowering, device)[0] for device in devices]
+    if precisions[0] != "int8" and any(form != forms[0] for form in forms):
+        try:
+            made = make_model_file(model, lowering, precisions[0], data, max_error, progress, "cuda", first)
+        except VerificationFailed as failed:
+            says = f"in the form for CUDA, which --devices cpu does without, {failed}"
+            raise VerificationFailed(says, failed.parity) from failed
+        others["cuda"] = made
+    if "cuda" in devices and "cuda" not in others:
+        first = _with_note(first, spec)
     return first, others
+
+
+def _with_note(made: ModelFile, spec: ModelSpec) -> ModelFile:
+    """The same file, which has none for CUDA beside it; its user is told where CUDA will not run it."""
+    lowerings = [layer.lowering for layer in made.manifest.layers]
+    reason = why_not_on_cuda(spec.layers, lowerings, made.manifest.precision)
+    return made if reason is None else replace(made, notes=(*made.notes, f"CUDA will not run this file: {reason}"))
 
 
 def make_model_file(

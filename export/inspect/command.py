@@ -74,7 +74,8 @@ def inspect(path: Path, write: bool, console: Console) -> bool:
         return False
     if manifest is not None:
         if (for_cuda := file_beside(path, "cuda")).is_file():
-            print_lines([f"On CUDA {for_cuda.name} is run, which lies beside it."], console)
+            says = f"On CUDA {for_cuda.name}, which lies beside it, is run if it is the same model: verify tells."
+            print_lines([says], console)
         return _verdict_on_own(place, console)
     proposal = propose(anatomy)
     print_proposal(proposal, console)

@@ -99,8 +99,8 @@ def _print_recurrences(recurrences: list[Recurrence], console: Console) -> None:
 
 def _where(placement: Placement, device: str) -> str:
     if placement.runs_on == device:
-        return "[green]runs[/]"
-    what = "refused" if placement.runs_on is None else "falls back to the CPU"
+        return f"[green]{'runs' if device == 'cpu' else 'should run'}[/]"
+    what = "refused" if placement.runs_on is None else "not on CUDA"
     return f"[red]{what}[/]: {plain(placement.reason or '')}"
 
 

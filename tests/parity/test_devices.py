@@ -132,23 +132,26 @@ def test_other_precisions_have_no_file_for_cuda() -> None:
     first, others = make_model_files(model(LAYERS["lstm_peephole"]), precisions=("float32", "int8"))
     assert {what: made.manifest.precision for what, made in others.items()} == {"int8": "int8", "cuda": "float32"}
     assert others["cuda"].manifest.weights_digest == first.manifest.weights_digest
+    assert first.notes == ()
+    assert others["int8"].notes == ("CUDA will not run this file: int8 is for the CPU alone",)
 
 
 @pytest.mark.parametrize(
-    ("options", "lowerings"),
+    ("options", "lowerings", "note"),
     [
-        ({"devices": ("cpu",)}, ["operator"]),
-        ({"devices": ("cuda",)}, ["scan"]),
-        ({"lowering": "operator"}, ["operator"]),
-        ({"lowering": "scan"}, ["scan"]),
-        ({"precisions": ("int8",)}, ["operator"]),
+        ({"devices": ("cpu",)}, ["operator"], None),
+        ({"devices": ("cuda",)}, ["scan"], "layer 1 (lstm_peephole) is lowered to Scan for CUDA"),
+        ({"lowering": "operator"}, ["operator"], "CUDA will not run this file: layer 1 (lstm_peephole) is an operator"),
+        ({"lowering": "scan"}, ["scan"], None),
+        ({"precisions": ("int8",)}, ["operator"], "CUDA will not run this file: int8 is for the CPU alone"),
     ],
     ids=["for the CPU", "for CUDA", "operators everywhere", "Scan everywhere", "int8"],
 )
-def test_one_file_alone(options: dict[str, Any], lowerings: list[str]) -> None:
-    """For one device, in a form that is asked for outright, or in int8, the model has no file for CUDA."""
+def test_one_file_alone(options: dict[str, Any], lowerings: list[str], note: str | None) -> None:
+    """For one device, in a form asked for outright, or in int8, there is none for CUDA; nor, as it says, a run there."""
     first, others = make_model_files(model(LAYERS["lstm_peephole"]), **options)
     assert ([layer.lowering for layer in first.manifest.layers], others) == (lowerings, {})
+    assert [said.startswith(note or "") for said in first.notes] == [True] * (note is not None)
 
 
 def test_int8_for_cuda_is_refused() -> None:

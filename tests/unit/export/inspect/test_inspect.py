@@ -558,6 +558,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "[T, N, 3]",
         "hidden_size=4",
         "runs",
+        "should run",
         "ai.onnx 17",
         "h0 reaches initial_h of LSTM 'lstm'; hT is its Y_h",
     ):
