@@ -91,8 +91,8 @@ class Settings(BaseModel):
     """Whether CUDA may multiply in TF32, with 10 bits behind the point instead of 23. How far results are from those
     without it is measured when a model is loaded. A model's own model.yaml goes before this."""
     cuda_graphs: Literal["off", "on"] = "off"
-    """Whether ticks of one step may run as captured CUDA graphs, where that is measured to be quicker. They are captured
-    before the model serves, which loads it a second time, each time with half of its memory limit."""
+    """Whether ticks of one step may run as captured CUDA graphs, where that is measured to be quicker. They are
+    captured before the model serves, which loads it a second time, each time with half of its memory limit."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads inside one run of a model; 0 takes as many as pay by what is measured when it is loaded, or 1 where
     nothing is. A model's own model.yaml goes before this, and before the lengths of ticks."""
