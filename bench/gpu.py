@@ -33,6 +33,7 @@ from bench.gpu_timing import Ticks, measure
 from bench.processes import Failed
 from bench.progress import Progress
 from bench.results import describe_host
+from service.engines.provider import why_no_cuda
 from service.errors import LoadError
 
 _DESCRIPTION = """\
@@ -73,8 +74,13 @@ def main() -> int:
     if options.draw:
         return _write(Results.from_json((folder / "results.json").read_text()), folder, console, judge=True)
     if options.device == "cuda" and (missing := _why_no_cuda()):
-        print(f"{parser.prog}: no CUDA device: {missing}", file=sys.stderr)
+        print(f"{parser.prog}: {missing}\nWithout a GPU: {parser.prog} --quick --device cpu", file=sys.stderr)
         return 1
+    if options.device == "cpu":
+        console.print(
+            "On the CPU this machine's memory stands in for the device's: it shows that all of it runs, and the"
+        )
+        console.print("figures mean nothing.", end="\n\n")
     # What loading has to say stands beside a progress line.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     results = Bench(options, console).run()
@@ -84,16 +90,18 @@ def main() -> int:
 
 
 def _why_no_cuda() -> str:
-    """What is missing for torch, the peer, to run on CUDA; the engine says so for itself."""
+    """What is missing for torch, the peer, to run on CUDA: of the machine, of the engine, of torch, in this order."""
     import torch
 
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        return ""
+    if reason := why_no_cuda():
+        return f"CUDA does not start here: {reason}"
     if torch.version.cuda is None:
         return (
             f"this torch ({torch.__version__}) is built for the CPU, and its cuDNN is what the engine is held against"
         )
-    if not torch.cuda.is_available():
-        return "torch finds none; is there an NVIDIA driver, and a device that this process may use?"
-    return ""
+    return "torch finds no CUDA device, and the engine does; see what torch.cuda.is_available() warns of"
 
 
 class Bench:

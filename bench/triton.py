@@ -43,6 +43,8 @@ def install(folder: Path, say: Callable[[str], None]) -> Path:
     if done.exists():
         return venv
     say("installing Triton's server")
+    # Without a terminal there is no line that says what is done now, and this takes minutes.
+    print(f"Installing Triton's server into {venv}, once.", flush=True)
     try:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True, capture_output=True)
         pip = [str(venv / "bin/pip"), "install", "--quiet", "--disable-pip-version-check", *_PACKAGES]

@@ -13,12 +13,14 @@ from typing import cast
 
 import pytest
 
+from bench import gpu
 from bench import gpu_report as report
 from bench.gpu_cases import LOWERED, SERVED, TICKS, Case, Stack
 from bench.gpu_engine import Engine
 from bench.gpu_floor import Rates, floor_s, link_s, moved_bytes, operations, state_bytes, weight_bytes
 from bench.gpu_results import TARGETS, Measured, Results
 from bench.gpu_timing import Ticks, measure
+from service.engines.provider import why_no_cuda
 from tests.graphs import INPUT
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -191,6 +193,30 @@ def test_without_a_gpu_it_says_what_is_missing_and_writes_nothing(tmp_path: Path
     assert done.returncode == 2
     assert "--write is for what ran on a GPU" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(why_no_cuda() is None, reason="CUDA starts here")
+def test_without_a_gpu_it_says_first_what_the_machine_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not which torch there is; and offers what runs without one."""
+    monkeypatch.setattr(sys, "argv", ["bench.gpu"])
+    assert gpu.main() == 1
+    said = capsys.readouterr().err
+    assert f"CUDA does not start here: {why_no_cuda()}\n" in said
+    assert said.endswith("python -m bench.gpu --quick --device cpu\n")
+
+
+def test_on_the_cpu_it_says_first_that_figures_mean_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Before anything is measured."""
+    # The logs of other tests stay as they are.
+    monkeypatch.setattr("structlog.configure", lambda **given: None)
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--device", "cpu", "--folder", str(tmp_path), "--only", "nothing"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "figures mean nothing" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("copies", [True, False], ids=["with copies", "on the device"])
