@@ -232,6 +232,8 @@ class ResidentEngine:
         one_step, self._one_step = self._one_step, None
         if one_step is None:
             return ""
+        # A session takes memory of it when it is started, maybe while another model is captured.
+        self._device.enter()
         try:
             graph = one_step()
             trials = [self._try(graph, pool, rows) for rows in buckets(tick_rows) if 2 * rows <= pool.limit]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +202,35 @@ def test_sessions_of_one_model_share_its_memory(
     engine = ResidentEngine(write_lstm(tmp_path), HostDevice(), cuda=options, capture=capture)
     engine.pool(10, 4, uncounted).settle_in()
     assert given == limits
+
+
+def test_no_session_is_started_or_freed_by_a_thread_that_the_device_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes and gives back memory itself, which spoils what another thread captures unless that is said before."""
+    known: set[int] = set()
+    strange: list[str] = []
+
+    class Device(HostDevice):
+        def enter(self) -> None:
+            known.add(threading.get_ident())
+
+    def seen(*given: Any) -> Any:
+        if threading.get_ident() not in known:
+            strange.append(threading.current_thread().name)
+        return start(*given)
+
+    def within(work: Callable[[], object]) -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    device = Device()
+    engine = ResidentEngine(write_lstm(tmp_path), device, capture=True)
+    pool = engine.pool(10, 4, uncounted)
+    monkeypatch.setattr("service.engines.resident_engine.start", seen)
+    within(pool.settle_in)
+    assert strange == []
+    known.clear()
+    del pool, engine
+    assert known == {threading.get_ident()}
