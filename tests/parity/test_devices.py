@@ -148,7 +148,7 @@ def test_other_precisions_have_no_file_for_cuda() -> None:
     ids=["for the CPU", "for CUDA", "operators everywhere", "Scan everywhere", "int8"],
 )
 def test_one_file_alone(options: dict[str, Any], lowerings: list[str], note: str | None) -> None:
-    """For one device, in a form asked for outright, or in int8, there is none for CUDA; nor, as it says, a run there."""
+    """For one device, in a form asked for outright, or in int8, there is none for CUDA; and a note of that."""
     first, others = make_model_files(model(LAYERS["lstm_peephole"]), **options)
     assert ([layer.lowering for layer in first.manifest.layers], others) == (lowerings, {})
     assert [said.startswith(note or "") for said in first.notes] == [True] * (note is not None)
