@@ -14,7 +14,7 @@ venv:
 demo: venv  ## train, export, serve and stream, on handwritten digits: about 15 seconds on two cores
 	$(RUN) -m demo
 
-test: venv  ## the tests that need no GPU: about 6 minutes on two cores
+test: venv  ## the tests that need no GPU: about 10 minutes on two cores
 	$(RUN) -m pytest
 
 lint: venv  ## style, types, the order of imports, stale stubs
