@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from service.ticks.pace import Pace
 
 
@@ -27,3 +29,12 @@ def test_rows_that_are_slow_are_tried_rarely() -> None:
         pace.learn(rows, 1, 0.001 * rows)
     seen = [pace.rows_within(0.002, 8) for _ in range(320)]
     assert (seen.count(2), seen.count(4)) == (310, 10)
+
+
+def test_what_was_worked_out_holds_until_more_is_learned() -> None:
+    """What as many rows take at best is told anew after each tick, also of another number of rows."""
+    pace = Pace()
+    pace.learn(16, 1, 0.016)
+    assert pace.step_at_best_s(16, 1) == pytest.approx(0.016)
+    pace.learn(8, 1, 0.004)
+    assert pace.step_at_best_s(16, 1) == pytest.approx(0.008)
