@@ -1,12 +1,19 @@
-"""A tick under way: what was taken for it, and when. Must not know who waits for it, or what its arrays hold."""
+"""A tick under way: what was taken for it, what its run gave, and when. Must not know who waits for it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from service.graphs.workspace import Workspace
 from service.states.device import Mark
 from service.ticks.scheduler import Tick
+
+Array = NDArray[np.generic]
 
 
 @dataclass(slots=True)
@@ -26,6 +33,10 @@ class Flight:
         mark: when its run is over; None where ``run`` does all of it.
         watched: whether somebody waits for that.
         over: whether they have waited for it, and it was reached or the device has failed.
+        ran: when its run was over, and its results were there.
+        widths: how many rows each of its blocks had then.
+        outputs: once finished, for each output of the model, those of each block.
+        states: once finished, those after the run, as the pool takes them.
     """
 
     tick: Tick
@@ -40,8 +51,18 @@ class Flight:
     mark: Mark | None = None
     watched: bool = False
     over: bool = False
+    ran: float = 0.0
+    widths: Sequence[int] = ()
+    outputs: Sequence[list[Array]] = ()
+    states: Any = None
 
     @property
     def done(self) -> bool:
         """Whether it can be ended without waiting."""
         return self.over or self.error is not None or self.mark is None or self.mark.done
+
+    def release(self) -> None:
+        """Give its arrays back, once; their memory is then another's."""
+        workspace, self.workspace = self.workspace, None
+        if workspace is not None:
+            workspace.release()

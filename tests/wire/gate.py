@@ -111,7 +111,7 @@ async def until(true: Callable[[], bool]) -> None:
 def gated(server: Server, model: str = "lstm") -> Iterator[Gate]:
     """Put a gate in front of a model; at the end everything is let through."""
     runner = server.repository.find(model)
-    runner.engine = gate = Gate(runner.engine)
+    runner.execution.engine = gate = Gate(runner.execution.engine)
     try:
         yield gate
     finally:

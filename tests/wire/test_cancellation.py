@@ -72,8 +72,8 @@ async def built(repository: Path) -> AsyncIterator[House]:
     clock = Clock()
     async with running(repository, clock) as server, calling(server) as stub, streaming(stub) as caller:
         runner = server.repository.find("lstm")
-        gate = Gate(runner.engine)
-        runner.engine = gate
+        gate = Gate(runner.execution.engine)
+        runner.execution.engine = gate
         try:
             yield House(server, stub, caller, gate, clock)
         finally:

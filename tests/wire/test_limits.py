@@ -43,8 +43,8 @@ class House:
     def gate(self) -> Gate:
         """Hold every run from here on."""
         runner = self.server.repository.find("lstm")
-        gate = Gate(runner.engine)
-        runner.engine = gate
+        gate = Gate(runner.execution.engine)
+        runner.execution.engine = gate
         self.gates.append(gate)
         return gate
 

@@ -145,7 +145,7 @@ async def test_sessions_of_a_model_that_is_gone_expire_and_free_it(tmp_path: Pat
         session = await caller.open()
         await caller.step(chunk(session, 0, x))
         runner = weakref.ref(server.repository.find("lstm"))
-        graph = weakref.ref(server.repository.find("lstm").engine)
+        graph = weakref.ref(server.repository.find("lstm").execution.engine)
         shutil.rmtree(tmp_path / "lstm")
         await follow(server)
         clock.now += 59

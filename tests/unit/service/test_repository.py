@@ -602,7 +602,7 @@ async def test_what_is_unloaded_is_freed(tmp_path: Path) -> None:
     try:
         await repository.load()
         runner = repository.find("lstm")
-        held = weakref.ref(runner), weakref.ref(runner.engine), weakref.ref(runner.pool)
+        held = weakref.ref(runner), weakref.ref(runner.execution.engine), weakref.ref(runner.pool)
         del runner
         assert b'model="lstm"' in generate_latest(metrics.registry)
         await repository.unload_model("lstm")

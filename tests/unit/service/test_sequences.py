@@ -62,9 +62,9 @@ class ByHand(Runner):
         """Run what waits, as far as one tick holds it, and tell."""
         tick, ended = self._scheduler.cut(self._clock())
         if tick is not None:
-            ended = ended + self._end_tick(self._start(tick, self._clock()))
+            ended = ended + self._completion.complete(self.execution.start(tick, self._clock()))
         for block in ended:
-            self._release(block)
+            self.execution.release(block)
         self._deliver(ended)
 
 
@@ -184,7 +184,7 @@ class House:
     @property
     def graph(self) -> Sums:
         """That of version 1."""
-        return cast(Sums, self.models.runners[1].engine)
+        return cast(Sums, self.models.runners[1].execution.engine)
 
     def fail(self) -> None:
         """Let every run fail from here on."""
@@ -315,7 +315,7 @@ def test_a_sequence_stays_on_its_version_until_it_starts_anew(house: House) -> N
 def test_a_start_on_another_version_that_fails_changes_nothing(house: House) -> None:
     """The former life goes on, on the version that it was on."""
     house.run(1, start=True)
-    newer = cast(Sums, house.serve(2).engine)
+    newer = cast(Sums, house.serve(2).execution.engine)
 
     def fail(x: Array) -> None:
         raise RuntimeError("no")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from service.errors import Cancelled, Draining, EngineFailed, Full, Late
 from service.metrics import Metrics
 from service.ticks.admission import Limits
+from service.ticks.execution import Execution
 from service.ticks.row import Block, Phase, Row, Track
 from service.ticks.runner import Runner
 from service.ticks.scheduler import Tick
@@ -367,11 +368,11 @@ async def test_outputs_that_cannot_be_joined(graph: Sums | ResidentSums, monkeyp
     """No memory for all of a long chunk's outputs is an engine failure: nothing has moved, and no slot is lost."""
     bench = Bench(graph, Limits(queued_rows=20, tick_rows=16, tick_steps=2))
 
-    def fail(runner: Runner, tick: Tick, outputs: object) -> None:
+    def fail(execution: Execution, tick: Tick, outputs: object) -> None:
         if any(block.parts for block in tick.blocks):
             raise MemoryError("no room")
 
-    monkeypatch.setattr(Runner, "_join", fail)
+    monkeypatch.setattr(Execution, "_join", fail)
     long = bench.row(1, 2, 3, 4)
     bench.runner.start()
     await bench.run(long)
