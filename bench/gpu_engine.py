@@ -95,7 +95,7 @@ class Engine:
         workspace.start()
         workspace.run()
         device = workspace.device
-        return Ticks(workspace.compute, lambda: device.mark().wait())
+        return Ticks(workspace.compute, lambda: device.runs.mark().wait())
 
     def _take(self, rows: int) -> Slots:
         self._taken.append(self._pool.allocate_many(rows))

@@ -279,7 +279,7 @@ class Operations:
         async with self._at_rest(owner, identity) as session:
             position, pool = session.position, runner_of(session).pool
             slot = pool.allocate(session.track.slot)
-        # From a device they come after the ticks under way, which neither the event loop nor the session waits for.
+        # From a device that takes a while, for which neither the event loop nor the session waits.
         try:
             return session, position, await in_thread(pool.read, slot)
         finally:

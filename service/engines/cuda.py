@@ -1,4 +1,4 @@
-"""The memory and the stream of a CUDA device.
+"""The memory and the streams of a CUDA device.
 
 Owns what is asked of CuPy, which is imported here and nowhere else, and only when a device is wanted. Must not know
 what lies in a buffer, sessions or onnxruntime.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engines.provider import NotOnCuda
-from service.states.device import Buffer
+from service.states.device import Buffer, Stream
 
 Array = NDArray[Any]
 
@@ -52,12 +52,14 @@ def work_alongside_captures(load: Callable[[str], Any] = ctypes.CDLL) -> None:
 
 
 class CudaDevice:
-    """A CUDA device, and a stream of its own on it.
+    """A CUDA device, and streams of its own on it, which do not wait for the default one.
 
     Attributes:
         kind: ``cuda``.
         number: which, from 0.
-        stream: address of its stream, which does not wait for the default one.
+        ahead: see ``Device``.
+        runs: see ``Device``.
+        behind: see ``Device``.
 
     Raises:
         NotOnCuda: if CuPy is missing, or the device does not start.
@@ -79,15 +81,16 @@ class CudaDevice:
         self._device = cupy.cuda.Device(number)
         try:
             self.enter()
-            self._stream = cupy.cuda.Stream(non_blocking=True)
+            ahead, self._runs, behind = (CudaStream(cupy.cuda, self._device) for _ in range(3))
         except Exception as error:  # CuPy's errors share no base below RuntimeError
             raise NotOnCuda("a model", f"device {number} does not start: {error}") from error
-        self.stream: int | None = self._stream.ptr
+        self.ahead: Stream = ahead
+        self.runs: Stream = self._runs
+        self.behind: Stream = behind
 
     def enter(self) -> None:
         """Have this thread work on it; see ``Device``."""
-        self._device.use()
-        work_alongside_captures()
+        _enter(self._device)
 
     def empty(self, shape: Sequence[int], dtype: str) -> Buffer:
         """Take memory; see ``Device``. It goes back to the device, not into a pool of CuPy's."""
@@ -100,32 +103,12 @@ class CudaDevice:
         memory = self._taken(self._cuda.PinnedMemory, size, "of pinned memory")
         return np.frombuffer(self._cuda.PinnedMemoryPointer(memory, 0), np.uint8, size)
 
-    def upload(self, array: Array, buffer: Buffer) -> None:
-        """Copy; see ``Device``."""
-        array = np.ascontiguousarray(array)
-        self._copy(buffer.pointer, array.ctypes.data, buffer.nbytes, _TO_DEVICE)
-
-    def download(self, buffer: Buffer, array: Array) -> None:
-        """Copy; see ``Device``."""
-        self._copy(array.ctypes.data, buffer.pointer, buffer.nbytes, _TO_HOST)
-
-    def copy(self, source: Buffer, target: Buffer) -> None:
-        """Copy; see ``Device``."""
-        self._copy(target.pointer, source.pointer, source.nbytes, _THERE)
-
     def end_capture(self) -> None:
         """End what may have been begun; see ``Device``."""
         self.enter()
         # It fails where there was nothing to end, or what was captured is not valid: either way there is nothing after.
         with contextlib.suppress(Exception):
-            self._stream.end_capture()
-
-    def mark(self) -> Event:
-        """Mark this moment of its stream."""
-        self.enter()
-        event = self._cuda.Event(block=True, disable_timing=True)
-        event.record(self._stream)
-        return Event(event, self._cuda.runtime)
+            self._runs.end_capture()
 
     def memory(self) -> tuple[int, int]:
         """How many bytes are free, and how many there are."""
@@ -143,10 +126,70 @@ class CudaDevice:
                 raise
             raise MemoryError(f"out of memory: {size} bytes are wanted {where}") from error
 
+
+class CudaStream:
+    """A stream of a CUDA device.
+
+    Attributes:
+        address: its handle.
+
+    Args:
+        cuda: CuPy's module of that name.
+        device: CuPy's device, which is the current one.
+    """
+
+    def __init__(self, cuda: Any, device: Any) -> None:
+        self._cuda = cuda
+        self._device = device
+        self._stream = cuda.Stream(non_blocking=True)
+        self.address: int | None = self._stream.ptr
+
+    def upload(self, array: Array, buffer: Buffer) -> None:
+        """Copy; see ``Stream``."""
+        array = np.ascontiguousarray(array)
+        self._copy(buffer.pointer, array.ctypes.data, buffer.nbytes, _TO_DEVICE)
+
+    def download(self, buffer: Buffer, array: Array) -> None:
+        """Copy; see ``Stream``."""
+        self._copy(array.ctypes.data, buffer.pointer, buffer.nbytes, _TO_HOST)
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy; see ``Stream``."""
+        self._copy(target.pointer, source.pointer, source.nbytes, _THERE)
+
+    def follow(self, other: Stream) -> None:
+        """Wait, on the device alone, for this moment of another stream; see ``Stream``."""
+        assert isinstance(other, CudaStream)
+        _enter(self._device)
+        event = self._cuda.Event(disable_timing=True)
+        event.record(other._stream)
+        # It may go before it is reached (CUDA runtime API, cudaEventDestroy).
+        self._stream.wait_event(event)
+
+    def mark(self) -> Event:
+        """Mark this moment; see ``Stream``."""
+        _enter(self._device)
+        event = self._cuda.Event(block=True, disable_timing=True)
+        event.record(self._stream)
+        return Event(event, self._cuda.runtime)
+
+    def end_capture(self) -> None:
+        """End a capture that has been begun; what was captured goes.
+
+        Raises:
+            Exception: if there was nothing to end, or what was captured is not valid.
+        """
+        self._stream.end_capture()
+
     def _copy(self, to: int, source: int, size: int, kind: int) -> None:
         if size:
-            self.enter()
+            _enter(self._device)
             self._cuda.runtime.memcpyAsync(to, source, size, kind, self._stream.ptr)
+
+
+def _enter(device: Any) -> None:
+    device.use()
+    work_alongside_captures()
 
 
 class Event:

@@ -86,7 +86,7 @@ class ResidentEngine:
         signature = file.signature
         inside, self.digest = identify(file.metadata, signature, describe, self.file_digests)
         signature.check(inside)
-        waits = device.stream is None
+        waits = device.runs.address is None
         self._options = Options(run_options(waits), None if waits else run_options())
         cuda = cuda or CudaOptions()
         if capture and cuda.memory_limit_bytes is not None:
@@ -168,8 +168,8 @@ class ResidentEngine:
             states = [np.empty((rows, row_size(state)), state.dtype) for state in manifest.states]
             for pool, array in zip(pools, states, strict=True):
                 start = pool.row(first + rows).pointer - pool.pointer
-                device.download(pool.part(start, array.shape, pool.dtype), array)
-            device.mark().wait()
+                device.ahead.download(pool.part(start, array.shape, pool.dtype), array)
+            device.ahead.mark().wait()
         finally:
             workspace.release()
         return outputs, [
@@ -203,7 +203,7 @@ class ResidentEngine:
         pools = [device.empty((first + 3 * rows, row_size(state)), state.dtype) for state in manifest.states]
         for state, pool in zip(manifest.states, pools, strict=True):
             given = state_rows_first(feeds[state.input], state)
-            device.upload(given, pool.part(pool.row(first).pointer - pool.pointer, given.shape, state.dtype))
+            device.ahead.upload(given, pool.part(pool.row(first).pointer - pool.pointer, given.shape, state.dtype))
         lane = Lane(self._graph, pools)
         workspace = lane.workspace(rows, steps, lambda lane: None)
         for spec, array in zip(manifest.inputs, workspace.inputs, strict=True):
@@ -253,7 +253,7 @@ class ResidentEngine:
         for lane in self._lanes:
             # None of its runs waits: what kernels had copied from the host is freed then, and the captured graph reads
             # it again in each run.
-            options = Options(run_options(self._device.stream is None, graph_id=len(self._captured)))
+            options = Options(run_options(self._device.runs.address is None, graph_id=len(self._captured)))
             self._captured[lane, rows] = captured = lane.own(graph, rows, options)
             plain = lane.workspace(rows, 1, lambda lane: None)
             trials.append(compare(pool, self.manifest.inputs, plain, captured))
@@ -282,7 +282,7 @@ def _started(
     make_resident(model, manifest)
     name_nodes(model)
     on_cuda = device.kind == "cuda"
-    stream = {} if device.stream is None else {"user_compute_stream": str(device.stream)}
+    stream = {} if device.runs.address is None else {"user_compute_stream": str(device.runs.address)}
     session = start(
         content(model, folder),
         "cuda" if on_cuda else "cpu",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from service.graphs.resident import AFTER, BEFORE, pool_input, pool_output
 from service.graphs.workspace import Results, Workspace, sizes
 from service.manifest import Manifest, StateSpec, TensorSpec
-from service.states.device import Buffer, Device, Mark
+from service.states.device import Buffer, Device, Mark, Stream
 from service.states.resident_pool import UNWANTED, Moves
 
 Array = NDArray[Any]
@@ -250,16 +250,18 @@ class ResidentWorkspace(Workspace):
         self._started = False
 
     def start(self) -> Mark:
-        """Copy up, run, copy down: all of it goes on by itself."""
+        """Copy up, run, copy down: all of it goes on by itself, and beside the runs and copies of other ticks."""
         device = self.device
         self._started = self._busy = True
         if self._graph.stepped and self._graph.manifest.states:
             self._fill_tables()
         up, down = self._areas
-        up.upload(device, self._sizes[0])
+        up.upload(device.ahead, self._sizes[0])
+        device.runs.follow(device.ahead)
         self.compute()
-        down.download(device, self._sizes[1])
-        self._mark = device.mark()
+        device.behind.follow(device.runs)
+        down.download(device.behind, self._sizes[1])
+        self._mark = device.behind.mark()
         return self._mark
 
     def compute(self) -> None:
@@ -285,7 +287,10 @@ class ResidentWorkspace(Workspace):
         if self._busy:
             # What it had begun before it failed, or was not waited for.
             try:
-                self.device.mark().wait()
+                device = self.device
+                device.runs.follow(device.ahead)
+                device.behind.follow(device.runs)
+                device.behind.mark().wait()
             except Exception:
                 log.exception("the memory of a tick is not used again: the device failed, and may work on it still")
                 return
@@ -362,13 +367,13 @@ class _Area:
         """The byte behind a tensor."""
         return tensor.there.pointer - self._there.pointer + tensor.there.nbytes
 
-    def upload(self, device: Device, size: int) -> None:
+    def upload(self, stream: Stream, size: int) -> None:
         """Copy as many bytes there."""
-        device.upload(self._here[:size], self._there.part(0, (size,), "uint8"))
+        stream.upload(self._here[:size], self._there.part(0, (size,), "uint8"))
 
-    def download(self, device: Device, size: int) -> None:
+    def download(self, stream: Stream, size: int) -> None:
         """Copy as many bytes here."""
-        device.download(self._there.part(0, (size,), "uint8"), self._here[:size])
+        stream.download(self._there.part(0, (size,), "uint8"), self._here[:size])
 
 
 Layout = dict[str, tuple[Shape, Shape, str]]

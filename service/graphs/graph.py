@@ -61,7 +61,7 @@ class StatePool(Protocol):
         """Give slots back."""
 
     def read(self, slot: int) -> list[Array]:
-        """Copy a slot's states out, each without the batch axis. From a device that may take as long as a tick."""
+        """Copy a slot's states out, each without the batch axis. From a device that takes a while."""
 
     def read_many(self, slots: Sequence[int]) -> list[list[Array]]:
         """Copy the states of slots out, as ``read`` does; all of them take about as long as one."""

@@ -3,8 +3,9 @@
 Owns the protocol, and the device that is this machine's own memory, which goes the same ways as any other. Must not
 know what lies in a buffer, sessions or onnxruntime.
 
-Everything that is asked of a device happens in the order in which it was asked for, in one stream; it may go on after
-the call has returned. ``mark`` says when what was asked for before it has been done.
+What is asked of a stream happens in the order in which it was asked for, and may go on after the call has returned.
+Between the streams of a device there is no order but where one is told to follow another. ``mark`` says when what was
+asked for before it has been done.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class Mark(Protocol):
-    """A moment in a device's stream."""
+    """A moment in a stream."""
 
     @property
     def done(self) -> bool:
@@ -84,18 +85,47 @@ class Mark(Protocol):
         """
 
 
+class Stream(Protocol):
+    """What a device does one after the other, beside what it does in other streams.
+
+    Attributes:
+        address: for onnxruntime to work in it too; None where it has none.
+    """
+
+    address: int | None
+
+    def upload(self, array: Array, buffer: Buffer) -> None:
+        """Copy an array of the buffer's size there. What lies in ``staging`` must stay as it is until a mark."""
+
+    def download(self, buffer: Buffer, array: Array) -> None:
+        """Copy a buffer here. The array may be read after a mark."""
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy a buffer to another of its size, both there."""
+
+    def follow(self, other: Stream) -> None:
+        """Do what is asked for from now on after what another stream of the device has been asked for until now."""
+
+    def mark(self) -> Mark:
+        """Mark this moment."""
+
+
 class Device(Protocol):
     """Memory that a model's runs read and write.
 
     Attributes:
         kind: as onnxruntime calls it: ``cpu`` or ``cuda``.
         number: which of its kind.
-        stream: address of the stream in which it works, for onnxruntime to work in too; None where it has none.
+        ahead: the stream of what waits for no run: what goes up for the next one, and states that come and go.
+        runs: that of the runs.
+        behind: that of what comes down after them.
     """
 
     kind: str
     number: int
-    stream: int | None
+    ahead: Stream
+    runs: Stream
+    behind: Stream
 
     def enter(self) -> None:
         """Have this thread work on it; every other call does that too. For threads in which others use it directly."""
@@ -114,20 +144,8 @@ class Device(Protocol):
             MemoryError: if there is not enough.
         """
 
-    def upload(self, array: Array, buffer: Buffer) -> None:
-        """Copy an array of the buffer's size there. What lies in ``staging`` must stay as it is until a mark."""
-
-    def download(self, buffer: Buffer, array: Array) -> None:
-        """Copy a buffer here. The array may be read after a mark."""
-
-    def copy(self, source: Buffer, target: Buffer) -> None:
-        """Copy a buffer to another of its size, both there."""
-
     def end_capture(self) -> None:
-        """Have its stream work again after something failed while it was being captured."""
-
-    def mark(self) -> Mark:
-        """Mark this moment."""
+        """Have its runs go on after something failed while one was being captured."""
 
     def memory(self) -> tuple[int, int]:
         """How many bytes are free, and how many there are."""
@@ -142,19 +160,51 @@ class _Now:
         pass
 
 
+class HostStream:
+    """A stream of this machine's memory: every copy is made at once.
+
+    Attributes:
+        address: None.
+    """
+
+    address: int | None = None
+
+    def upload(self, array: Array, buffer: Buffer) -> None:
+        """Copy; see ``Stream``."""
+        _bytes_of(buffer)[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def download(self, buffer: Buffer, array: Array) -> None:
+        """Copy; see ``Stream``."""
+        array.reshape(-1).view(np.uint8)[:] = _bytes_of(buffer)
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy; see ``Stream``."""
+        _bytes_of(target)[:] = _bytes_of(source)
+
+    def follow(self, other: Stream) -> None:
+        """Everything has been done already."""
+
+    def mark(self) -> Mark:
+        """Everything has been done already."""
+        return _Now()
+
+
 class HostDevice:
-    """This machine's memory as a device: every copy is made at once.
+    """This machine's memory as a device.
 
     Attributes:
         kind: ``cpu``.
         number: 0.
-        stream: None.
+        ahead: a stream that is never behind; it is that of everything.
+        runs: the same.
+        behind: the same.
     """
 
     def __init__(self) -> None:
         self.kind = "cpu"
         self.number = 0
-        self.stream: int | None = None
+        stream: Stream = HostStream()
+        self.ahead = self.runs = self.behind = stream
 
     def enter(self) -> None:
         """There is nothing to do."""
@@ -168,24 +218,8 @@ class HostDevice:
         """Take memory; see ``Device``."""
         return Reserved(max(1, size)).bytes
 
-    def upload(self, array: Array, buffer: Buffer) -> None:
-        """Copy; see ``Device``."""
-        _bytes_of(buffer)[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-    def download(self, buffer: Buffer, array: Array) -> None:
-        """Copy; see ``Device``."""
-        array.reshape(-1).view(np.uint8)[:] = _bytes_of(buffer)
-
-    def copy(self, source: Buffer, target: Buffer) -> None:
-        """Copy; see ``Device``."""
-        _bytes_of(target)[:] = _bytes_of(source)
-
     def end_capture(self) -> None:
         """Nothing is ever captured here."""
-
-    def mark(self) -> Mark:
-        """Everything has been done already."""
-        return _Now()
 
     def memory(self) -> tuple[int, int]:
         """Address space: nobody counts it here."""

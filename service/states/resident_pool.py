@@ -7,6 +7,10 @@ A tick reads each row's states from the place where they lie and writes them to 
 until ``scatter`` says that the slot is over there: what fails or is given up leaves no trace, and no state crosses
 between device and host. One place holds the initial states, of every slot that has no others yet; what nobody wants
 to keep is written to another.
+
+What is copied for somebody waits for no run: no tick under way writes where a slot's states lie, nor has to do with a
+place that is free. It goes in the stream of what goes up for ticks, so that each of them comes after what was copied
+before it.
 """
 
 from __future__ import annotations
@@ -98,8 +102,8 @@ class ResidentPool:
         self._stack: Places = np.arange(places - 1, _RESERVED - 1, -1, dtype=np.int32)
         self._free = len(self._stack)
         for buffer, initial in zip(self.buffers, self._initial, strict=True):
-            device.upload(initial, buffer.row(INITIAL))
-        device.mark().wait()
+            device.ahead.upload(initial, buffer.row(INITIAL))
+        device.ahead.mark().wait()
 
     @property
     def taken(self) -> int:
@@ -185,11 +189,11 @@ class ResidentPool:
             found.append(states)
             if place != INITIAL:
                 for buffer, state in zip(self.buffers, states, strict=True):
-                    self._device.download(buffer.row(place), state)
+                    self._device.ahead.download(buffer.row(place), state)
                 copied = True
         if copied:
-            # Once for all of them: each wait is one for the ticks under way.
-            self._device.mark().wait()
+            # Once for all of them.
+            self._device.ahead.mark().wait()
         return found
 
     def write(self, slot: int, states: Sequence[Array]) -> None:
@@ -199,9 +203,9 @@ class ResidentPool:
         ]
         place = self._own_place(slot)
         for buffer, state in zip(self.buffers, given, strict=True):
-            self._device.upload(state, buffer.row(place))
-        # What is copied from has to stay till then. Waiting for it would be waiting for the ticks under way.
-        mark = self._device.mark()
+            self._device.ahead.upload(state, buffer.row(place))
+        # What is copied from has to stay till then; nobody waits for it.
+        mark = self._device.ahead.mark()
         with self._lock:
             self._let_go()
             self._going_up.append((mark, given))
@@ -213,7 +217,7 @@ class ResidentPool:
             return
         there, here = int(self._place[source]), self._own_place(slot)
         for buffer in self.buffers:
-            self._device.copy(buffer.row(there), buffer.row(here))
+            self._device.ahead.copy(buffer.row(there), buffer.row(here))
 
     def _let_go(self) -> None:
         """Hold no longer what has arrived."""

@@ -14,47 +14,47 @@ import pytest
 
 from service.engines.cuda import CudaDevice, Event, work_alongside_captures
 from service.engines.provider import NotOnCuda
-from service.states.device import HostDevice, out_of_memory
+from service.states.device import HostDevice, HostStream, out_of_memory
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "int64", "bool"])
 def test_what_goes_up_comes_down(dtype: str) -> None:
     """The same bits, whole and row by row, from memory for copying and from any other."""
-    device = HostDevice()
+    device, stream = HostDevice(), HostStream()
     values = np.random.default_rng(0).integers(0, 2, (5, 3)).astype(dtype)
     buffer = device.empty(values.shape, dtype)
     assert buffer.nbytes == values.nbytes
-    device.upload(values, buffer)
+    stream.upload(values, buffer)
     down = device.staging(values.nbytes).view(dtype).reshape(values.shape)
-    device.download(buffer, down)
-    device.mark().wait()
+    stream.download(buffer, down)
+    stream.mark().wait()
     assert down.tobytes() == values.tobytes()
-    device.upload(values[4], buffer.row(1))
+    stream.upload(values[4], buffer.row(1))
     row = np.empty(3, dtype)
-    device.download(buffer.row(1), row)
+    stream.download(buffer.row(1), row)
     assert row.tobytes() == values[4].tobytes()
-    device.download(buffer.row(2), row)
+    stream.download(buffer.row(2), row)
     assert row.tobytes() == values[2].tobytes()
 
 
 def test_an_array_that_does_not_lie_together() -> None:
     """It goes up as it reads, row by row."""
-    device = HostDevice()
+    device, stream = HostDevice(), HostStream()
     buffer = device.empty((2, 3), "float32")
     turned = np.arange(6, dtype=np.float32).reshape(3, 2).T
-    device.upload(turned, buffer)
+    stream.upload(turned, buffer)
     down = np.empty((2, 3), np.float32)
-    device.download(buffer, down)
+    stream.download(buffer, down)
     assert down.tolist() == turned.tolist()
 
 
 def test_a_part_begins_at_a_byte() -> None:
     """With a shape and a dtype of its own."""
-    device = HostDevice()
+    device, stream = HostDevice(), HostStream()
     buffer = device.empty((16,), "uint8")
-    device.upload(np.array([7, 9], np.int32), buffer.part(8, (2,), "int32"))
+    stream.upload(np.array([7, 9], np.int32), buffer.part(8, (2,), "int32"))
     down = np.empty(16, np.uint8)
-    device.download(buffer, down)
+    stream.download(buffer, down)
     assert down.view(np.int32).tolist() == [0, 0, 7, 9]
 
 

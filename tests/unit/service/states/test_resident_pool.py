@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from service.errors import Full, LoadError
-from service.states.device import Buffer, HostDevice, Mark
+from service.states.device import Buffer, HostDevice, HostStream, Mark
 from service.states.resident_pool import INITIAL, UNWANTED, Moves, ResidentPool
 from tests.unit.service.states.test_pool import spec
 
@@ -33,9 +33,9 @@ def run(pool: ResidentPool, tick: Moves, add: float) -> None:
     """What a graph does: each row's states go from one place to the other, with something added."""
     for buffer in pool.buffers:
         values = np.empty(buffer.shape, buffer.dtype)
-        DEVICE.download(buffer, values)
+        DEVICE.ahead.download(buffer, values)
         values[tick.after] = values[tick.before] + add
-        DEVICE.upload(values, buffer)
+        DEVICE.ahead.upload(values, buffer)
 
 
 def value(pool: ResidentPool, slot: int) -> list[list[float]]:
@@ -175,8 +175,8 @@ def test_what_is_copied_is_counted() -> None:
     assert told == pool.copied == {"up": 28, "down": 56}
 
 
-class Counting(HostDevice):
-    """A device that counts its marks, which are reached when the test says so.
+class Counting(HostStream):
+    """A stream that counts its marks, which are reached when the test says so.
 
     Attributes:
         marks: that were made.
@@ -184,7 +184,6 @@ class Counting(HostDevice):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.marks = 0
         self.done = True
 
@@ -199,31 +198,33 @@ class Counting(HostDevice):
 
 def test_many_are_read_with_one_wait() -> None:
     """Of those that have states of their own; each copy from the device is counted."""
-    device = Counting()
+    stream, device = Counting(), HostDevice()
+    device.ahead = stream
     pool = ResidentPool(STATES, 10, 8, device)
     taken = [pool.allocate([np.full(3, n, np.float32), np.full(2, n)]) for n in range(3)]
     fresh = pool.allocate()
-    device.marks = 0
+    stream.marks = 0
     found = pool.read_many([*taken, fresh])
     assert [[state.tolist() for state in states] for states in found] == [
         *([[n] * 3, [n] * 2] for n in range(3)),
         [[1, 2, 3], [0, 0]],
     ]
-    assert (device.marks, pool.copied["down"]) == (1, 3 * 28)
+    assert (stream.marks, pool.copied["down"]) == (1, 3 * 28)
     pool.read_many([fresh])
     pool.read_many([])
-    assert (device.marks, pool.copied["down"]) == (1, 3 * 28)
+    assert (stream.marks, pool.copied["down"]) == (1, 3 * 28)
 
 
 def test_what_has_gone_up_is_not_kept() -> None:
     """Until it has arrived it is; the next tick lets go of it."""
-    device = Counting()
+    stream, device = Counting(), HostDevice()
+    device.ahead = stream
     pool = ResidentPool(STATES, 10, 8, device)
-    device.done = False
+    stream.done = False
     slot = pool.allocate([np.ones(3, np.float32), np.ones(2)])
     pool.abandon(pool.gather(slots(slot), moves(1)))
     assert len(pool._going_up) == 1
-    device.done = True
+    stream.done = True
     pool.abandon(pool.gather(slots(slot), moves(1)))
     assert pool._going_up == []
 

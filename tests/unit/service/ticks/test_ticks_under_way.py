@@ -13,7 +13,7 @@ import pytest
 
 from service.errors import EngineFailed
 from service.metrics import Metrics
-from service.states.device import HostDevice, Mark
+from service.states.device import HostDevice, HostStream, Mark
 from service.states.resident_pool import ResidentPool
 from service.ticks.admission import Limits
 from service.ticks.row import Block, Row, Track
@@ -46,11 +46,10 @@ class Held:
         self._reached.set()
 
 
-class Slow(HostDevice):
-    """A device whose marks wait for the test, once it is told to."""
+class Slow(HostStream):
+    """A stream whose marks wait for the test, once it is told to."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.holds = False
         self.held: list[Held] = []
 
@@ -66,8 +65,10 @@ class Bench:
     """A runner on a slow device."""
 
     def __init__(self, folder: Path) -> None:
-        self.device = Slow()
-        self.graph = ResidentSums(folder, self.device)
+        self.stream = Slow()
+        device = HostDevice()
+        device.ahead = device.runs = device.behind = self.stream
+        self.graph = ResidentSums(folder, device)
         self.clock = Clock()
         self.metrics = Metrics()
         limits = Limits(queued_rows=100, tick_rows=4, tick_steps=1000)
@@ -93,21 +94,21 @@ class Bench:
 
     def state(self, row: Block) -> float:
         """What the pool holds for a row."""
-        holds, self.device.holds = self.device.holds, False
+        holds, self.stream.holds = self.stream.holds, False
         (state,) = self.runner.pool.read(row.rows[0].track.slot)
-        self.device.holds = holds
+        self.stream.holds = holds
         return float(state)
 
     async def until_started(self, ticks: int) -> None:
         """Wait until so many ticks have been started."""
-        await until(lambda: len(self.device.held) >= ticks)
+        await until(lambda: len(self.stream.held) >= ticks)
 
     async def submit_in_vain(self, row: Block) -> None:
         """Queue a row, and wait until the runner has seen it and started nothing."""
-        ticks, looks = len(self.device.held), self.looks
+        ticks, looks = len(self.stream.held), self.looks
         self.runner.submit([row])
         await until(lambda: self.looks > looks)
-        assert len(self.device.held) == ticks
+        assert len(self.stream.held) == ticks
 
     async def until_ended(self, *rows: Block) -> None:
         """Wait until those rows, and no others, have ended in that order."""
@@ -127,10 +128,10 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     """A runner that has started on a device that holds, and is stopped in the end."""
     bench = Bench(tmp_path)
     bench.runner.start()
-    bench.device.holds = True
+    bench.stream.holds = True
     yield bench
-    bench.device.holds = False
-    for held in bench.device.held:
+    bench.stream.holds = False
+    for held in bench.stream.held:
         held.reach()
     assert await bench.runner.stop(30)
 
@@ -149,11 +150,11 @@ async def test_as_much_as_runs_is_started_meanwhile(bench: Bench) -> None:
         await bench.until_started(count)
     bench.runner.submit([third])
     assert (bench.ended, bench.runner.queued) == ([], 1)
-    bench.device.held[0].reach()
+    bench.stream.held[0].reach()
     await bench.until_ended(first)
     await bench.until_started(3)
-    bench.device.held[1].reach()
-    bench.device.held[2].reach()
+    bench.stream.held[1].reach()
+    bench.stream.held[2].reach()
     await bench.until_ended(first, second, third)
     assert [output(row) for row in (first, second, third)] == [1, 2, 3]
     assert bench.graph.runs == [1, 1, 1]
@@ -168,7 +169,7 @@ async def test_fewer_than_run_wait_for_more(bench: Bench) -> None:
     await bench.submit_in_vain(waiting[0])
     bench.runner.submit(waiting[1:])
     await bench.until_started(2)
-    for held in bench.device.held:
+    for held in bench.stream.held:
         held.reach()
     await bench.until_ended(*running, *waiting)
     assert bench.graph.runs == [2, 2]
@@ -181,9 +182,9 @@ async def test_what_waits_runs_when_nothing_else_does(bench: Bench) -> None:
     await bench.until_started(1)
     waiting = bench.row(3)
     await bench.submit_in_vain(waiting)
-    bench.device.held[0].reach()
+    bench.stream.held[0].reach()
     await bench.until_started(2)
-    bench.device.held[1].reach()
+    bench.stream.held[1].reach()
     await bench.until_ended(*running, waiting)
 
 
@@ -195,9 +196,9 @@ async def test_a_session_is_in_one_tick_at_a_time(bench: Bench) -> None:
     bench.runner.submit([first])
     await bench.until_started(1)
     await bench.submit_in_vain(second)
-    bench.device.held[0].reach()
+    bench.stream.held[0].reach()
     await bench.until_started(2)
-    bench.device.held[1].reach()
+    bench.stream.held[1].reach()
     await bench.until_ended(first, second)
     assert (output(second), bench.state(second), track.position) == (3, 3, 2)
 
@@ -208,17 +209,17 @@ async def test_a_run_that_fails_on_its_way_leaves_the_next_alone(bench: Bench) -
     for count, rows in enumerate((first, second), start=1):
         bench.runner.submit(rows)
         await bench.until_started(count)
-    bench.device.held[0].reach(RuntimeError("the device stumbled"))
+    bench.stream.held[0].reach(RuntimeError("the device stumbled"))
     # Before its memory is used again, whatever it had begun is waited for.
     await bench.until_started(3)
-    bench.device.held[2].reach()
+    bench.stream.held[2].reach()
     await bench.until_started(4)
-    bench.device.held[3].reach()
+    bench.stream.held[3].reach()
     await bench.until_started(5)
-    bench.device.held[4].reach(RuntimeError("the device stumbled"))
+    bench.stream.held[4].reach(RuntimeError("the device stumbled"))
     await bench.until_started(6)
-    bench.device.held[5].reach()
-    bench.device.held[1].reach()
+    bench.stream.held[5].reach()
+    bench.stream.held[1].reach()
     await bench.until_ended(*first, *second)
     assert [type(row.error) for row in (*first, *second)] == [type(None), EngineFailed, type(None), type(None)]
     assert [bench.state(row) for row in (*first, *second)] == [1, 0, 3, 4]
@@ -232,9 +233,9 @@ async def test_a_run_that_fails_alone_under_way_ends(bench: Bench) -> None:
     bench.runner.submit([row])
     await bench.until_started(1)
     await until(lambda: bench.looks > 0)
-    bench.device.held[0].reach(RuntimeError("the device stumbled"))
+    bench.stream.held[0].reach(RuntimeError("the device stumbled"))
     await bench.until_started(2)
-    bench.device.held[1].reach()
+    bench.stream.held[1].reach()
     await bench.until_ended(row)
     assert (type(row.error), bench.state(row)) == (EngineFailed, 0)
 
@@ -246,12 +247,12 @@ async def test_memory_that_a_failed_device_may_work_on_is_not_used_again(bench: 
         bench.runner.submit([row])
         for mark in (2 * count, 2 * count + 1):
             await bench.until_started(mark + 1)
-            bench.device.held[mark].reach(RuntimeError("the device is gone"))
+            bench.stream.held[mark].reach(RuntimeError("the device is gone"))
         await bench.until_ended(*rows[: count + 1])
     bench.runner.submit(rows[2:])
     await bench.until_ended(*rows)
     assert [type(row.error) for row in rows] == [EngineFailed] * 3
-    assert len(bench.device.held) == 4
+    assert len(bench.stream.held) == 4
     assert bench.pool.free_places == bench.places
 
 
@@ -271,11 +272,11 @@ async def test_the_states_of_a_batch_are_waited_for_once(bench: Bench) -> None:
         row.scratch = [row.rows[0].track.slot]
     bench.runner.submit(rows)
     await bench.until_started(1)
-    bench.device.mark = lambda: bench.device.held.append(Told()) or bench.device.held[-1]  # type: ignore[func-returns-value, method-assign]
-    bench.device.held[0].reach()
+    bench.stream.mark = lambda: bench.stream.held.append(Told()) or bench.stream.held[-1]  # type: ignore[func-returns-value, method-assign]
+    bench.stream.held[0].reach()
     await bench.until_started(2)
     assert bench.ended == []
-    bench.device.held[1].reach()
+    bench.stream.held[1].reach()
     await bench.until_ended(*rows)
     assert [[float(state) for state in row.states[0]] for row in rows] == [[1], [2], [3]]
     assert len(waited) == 1
@@ -288,14 +289,14 @@ async def test_states_that_cannot_be_read_end_their_batch(bench: Bench) -> None:
     lost.with_states = True
     bench.runner.submit([lost])
     await bench.until_started(1)
-    bench.device.held[0].reach()
+    bench.stream.held[0].reach()
     await bench.until_started(2)
-    bench.device.held[1].reach(RuntimeError("the device stumbled"))
+    bench.stream.held[1].reach(RuntimeError("the device stumbled"))
     await bench.until_ended(lost)
     assert (type(lost.error), lost.states) == (EngineFailed, ())
     bench.runner.submit([other])
     await bench.until_started(3)
-    bench.device.held[2].reach()
+    bench.stream.held[2].reach()
     await bench.until_ended(lost, other)
     assert output(other) == 2
 
@@ -307,7 +308,7 @@ async def test_a_row_that_is_cancelled_under_way_is_not_applied(bench: Bench) ->
         bench.runner.submit([row])
         await bench.until_started(count)
     bench.runner.cancel(first.rows)
-    for held in bench.device.held:
+    for held in bench.stream.held:
         held.reach()
     await bench.until_ended(first, second)
     assert (first.outputs, bench.state(first), first.rows[0].track.position) == (None, 0, 0)
@@ -323,7 +324,7 @@ async def test_stop_ends_what_is_under_way(bench: Bench) -> None:
     stop = asyncio.create_task(bench.runner.stop(30))
     await until(lambda: bench.runner._stopping)
     assert not stop.done()
-    for held in bench.device.held:
+    for held in bench.stream.held:
         held.reach()
     assert await stop
     await bench.until_ended(first, second)
@@ -339,9 +340,9 @@ async def test_time_is_counted_once(bench: Bench) -> None:
         bench.runner.submit([row])
         await bench.until_started(count)
     bench.clock.now += 5
-    bench.device.held[0].reach()
+    bench.stream.held[0].reach()
     await bench.until_ended(first)
     bench.clock.now += 2
-    bench.device.held[1].reach()
+    bench.stream.held[1].reach()
     await bench.until_ended(first, second)
     assert learned == [5, 2]
