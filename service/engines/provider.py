@@ -34,6 +34,9 @@ _INSTALL = "run sh scripts/gpu.sh in the checkout, or install the extra gpu in a
 _FAILED = "Failed to load "
 _NO_DEVICE = 100
 """CUDA_ERROR_NO_DEVICE (CUDA driver API)."""
+_LEAST_DRIVER = 13000
+"""1000 times the major version of CUDA and 10 times the minor (CUDA driver API, cuDriverGetVersion). A driver has to be
+of the libraries' major version at least (CUDA Compatibility, minor version compatibility)."""
 
 
 class NotOnCuda(LoadError):
@@ -174,6 +177,10 @@ def _why_no_device(gpu_id: int, load: Callable[[str], Any]) -> str | None:
             f"no NVIDIA driver ({error}): a machine needs one, and a container to be given the device "
             "(docker run --gpus all; compose: the profile gpu)"
         )
+    version = ctypes.c_int()
+    if not driver.cuDriverGetVersion(ctypes.byref(version)) and version.value < _LEAST_DRIVER:
+        major, minor = divmod(version.value // 10, 100)
+        return f"the NVIDIA driver is for CUDA {major}.{minor}; the libraries want one for CUDA 13 (580 or later)"
     if status := driver.cuInit(0):
         what = "there is no CUDA device" if status == _NO_DEVICE else "the NVIDIA driver does not start"
         return f"{what} (cuInit gives {status}): see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"

@@ -48,9 +48,15 @@ def test_the_cpu(tmp_path: Path) -> None:
 class Driver:
     """libcuda.so.1, as far as it is asked."""
 
-    def __init__(self, status: int = 0, devices: int = 1) -> None:
+    def __init__(self, status: int = 0, devices: int = 1, version: int = 13000) -> None:
         self._status = status
         self._devices = devices
+        self._version = version
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        """Write for which CUDA it is."""
+        ctypes.cast(version, ctypes.POINTER(ctypes.c_int))[0] = self._version
+        return 0
 
     def cuInit(self, flags: int) -> int:
         """Start the driver."""
@@ -87,6 +93,7 @@ def test_no_driver() -> None:
 @pytest.mark.parametrize(
     ("driver", "gpu_id", "says"),
     [
+        (Driver(version=12080), 0, "the NVIDIA driver is for CUDA 12.8; the libraries want one for CUDA 13"),
         (Driver(status=100), 0, "there is no CUDA device (cuInit gives 100)"),
         (Driver(status=803), 0, "the NVIDIA driver does not start (cuInit gives 803)"),
         (Driver(devices=0), 0, "there is no CUDA device 0"),
