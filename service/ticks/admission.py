@@ -15,6 +15,8 @@ from service.ticks.row import PRIORITIES, Block, Kind
 
 _CAUTION = 1.25
 """How much longer than expected the work ahead may take, at least, without making late what was accepted."""
+_PATIENCE_OF_MANY = 8
+"""How many times as long as usual a slice of chunks may be where more of them wait than run at a time."""
 _LESSON, _TRUST, _MOST_CAUTION = 1.05, 0.99, 2.5
 """By what caution grows with each tick in which something is late all the same, and shrinks with each in which all that
 ends is in time; and its bound."""
@@ -48,6 +50,14 @@ class Limits:
     short_tick_s: float = 0.004
     long_tick_s: float = 0.05
     delay_s: float = 0.0
+
+    @property
+    def many_s(self) -> float:
+        """How long a tick of chunks may take where more of them wait than run at a time.
+
+        They are done one after the other in any case, and in longer slices all of them sooner.
+        """
+        return _PATIENCE_OF_MANY * self.short_tick_s
 
 
 class Admission:
@@ -131,13 +141,15 @@ class Admission:
         most, limit_s = self.efficient_rows, self._limits.queued_s
         before = self._running_steps + self._ahead(blocks[0].kind)
         under_way = self.rows + self._running_rows
-        ahead = self._pace.work_s(under_way, before, most)
+        # What runs in slices takes longer than in one go.
+        longest = self.slice_steps(most, self._limits.many_s)
+        ahead = self._pace.work_s(under_way, before, most, longest)
         if ahead > limit_s:
             raise Full(
                 f"{ahead:.1f} s of work are waiting for this model, which is over the limit of {limit_s:g} s; "
                 "try again later"
             )
-        work = self._pace.work_s(under_way + rows, before + steps, most)
+        work = self._pace.work_s(under_way + rows, before + steps, most, longest)
         each = self._pace.step_at_best_s(min(under_way + rows, most), 1)
         for block in blocks:
             # It takes part in as many ticks as it has steps at worst, and in each the others that run beside it do too.
@@ -147,6 +159,10 @@ class Admission:
                     f"it would be done in {needed:.3f} s and its deadline is in {block.deadline - now:.3f} s; "
                     "try again later"
                 )
+
+    def slice_steps(self, rows: int, seconds: float) -> int:
+        """Most steps of a tick of so many rows that is to take no longer."""
+        return self._pace.steps_within(rows, seconds, max(1, self._limits.tick_steps // rows))
 
     def _ahead(self, kind: Kind) -> int:
         """Steps that run before a new block of a kind does."""

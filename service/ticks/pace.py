@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 _WEIGHT = 0.2
 """Of the newest tick: some ten ticks forget what was before them."""
+_LEAP = 4
+"""As how many times what was known a tick counts at most: one that was held up says little of the next."""
 _NEARLY = 0.85
 """Share of the highest rate that counts as such."""
 _TRY = 32
@@ -34,8 +36,9 @@ class Pace:
     def __init__(self) -> None:
         self.slowest_s = 0.0
         self._seen: dict[int, dict[int, _Seen]] = {}
-        # What ``step_at_best_s`` found since something was learned: over capacity each chunk that comes asks for it.
+        # What was found since something was learned: over capacity each chunk that comes asks for it.
         self._best: dict[tuple[int, int], float] = {}
+        self._within: dict[tuple[int, float, int], int] = {}
         self._asked = 0
 
     def learn(self, rows: int, steps: int, seconds: float) -> None:
@@ -47,6 +50,7 @@ class Pace:
             seconds: of the whole tick.
         """
         self._best.clear()
+        self._within.clear()
         known = self._seen.setdefault(_bucket(rows), {})
         bucket, each = _bucket(steps), seconds / steps
         if rows == 1:
@@ -55,7 +59,7 @@ class Pace:
             known[bucket] = _Seen(float(rows), each)
         else:
             seen.rows += _WEIGHT * (rows - seen.rows)
-            seen.step_s += _WEIGHT * (each - seen.step_s)
+            seen.step_s += _WEIGHT * (min(each, _LEAP * seen.step_s) - seen.step_s)
 
     def step_s(self, rows: int, steps: int) -> float:
         """Seconds of one step with that many rows, in a tick of that many steps; 0 where nothing has run yet."""
@@ -80,12 +84,15 @@ class Pace:
 
     def steps_within(self, rows: int, seconds: float, most: int) -> int:
         """How many steps that many rows can run within some time; at least 1, at most ``most``."""
-        steps = 1
-        # Long ticks cost less a step than short ones: begin with what the short ones allow, and look again.
-        for _ in range(3):
-            each = self.step_s(rows, steps)
-            steps = max(1, int(seconds / each)) if each * most > seconds else most
-        return steps
+        found = self._within.get((rows, seconds, most))
+        if found is None:
+            found = 1
+            # Long ticks cost less a step than short ones: begin with what the short ones allow, and look again.
+            for _ in range(3):
+                each = self.step_s(rows, found)
+                found = max(1, int(seconds / each)) if each * most > seconds else most
+            self._within[rows, seconds, most] = found
+        return found
 
     def rows_within(self, seconds: float, most: int) -> int:
         """How many rows can run one step within some time; at least 1, at most ``most``.
@@ -108,18 +115,19 @@ class Pace:
         best = max(rates.values(), default=0.0)
         return min((min(2**bucket, most) for bucket, rate in rates.items() if rate >= _NEARLY * best), default=most)
 
-    def work_s(self, rows: int, steps: int, most: int) -> float:
+    def work_s(self, rows: int, steps: int, most: int, longest: int) -> float:
         """Seconds that waiting rows take.
 
         Args:
             rows: how many they are.
             steps: of all of them together.
             most: how many run side by side.
+            longest: steps of a row in one tick, at most.
         """
         if not rows:
             return 0.0
         together = min(rows, most)
-        return steps / together * self.step_at_best_s(together, max(1, steps // rows))
+        return steps / together * self.step_at_best_s(together, max(1, min(longest, steps // rows)))
 
 
 def _of(known: dict[int, _Seen], bucket: int) -> _Seen:

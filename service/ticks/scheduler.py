@@ -28,8 +28,6 @@ from service.ticks.shape import choose, choose_whole
 
 _PATIENCE = 7
 """How many ticks in a row a priority lets higher ones lead."""
-_PATIENCE_OF_MANY = 8
-"""How many times as long as usual a slice of chunks may be where more of them wait than run at a time."""
 _LIVELY_S = 1.0
 """How long after the last chunk ticks stay short."""
 _STALE = 64
@@ -224,8 +222,9 @@ class Scheduler:
         order = waiting if len(waiting) == 1 else sorted(waiting, key=lambda kind: (kind != lead, kind[0] != lead[0]))
         lengths: list[int] = []
         most, expected, seconds = self._size(lead, now)
-        slice_steps = self._steps_of(expected, seconds)
+        slice_steps = self._admission.slice_steps(expected, seconds)
         soon = now + self.pace.step_at_best_s(min(self.queued, most), 1)
+        each = self.pace.step_at_best_s(expected, slice_steps)
         taken = longest = 0
 
         def give(block: Block, room: int) -> tuple[int, int] | None:
@@ -233,16 +232,10 @@ class Scheduler:
             if not _waits(block):
                 self._stale[block.kind] -= 1
                 return 0, 0
-            # The first one is judged by the time it is, not by what the tick is expected to take: were that far too
-            # much, nothing would run any more, and so nothing be learned.
-            if not self._fit(block, soon if blocks else now):
-                return 0, 0
             width = len(block.rows)
-            if not blocks and limits.sliced and min(width, room) > expected:
-                # What stands in front is not looked at before it is taken, and this is wider than the others.
-                slice_steps = self._steps_of(min(width, room), seconds)
-            length = min(block.left, slice_steps) if limits.sliced else block.steps
             if blocks:
+                # Before anything is looked up about it: many may be offered in vain.
+                length = min(block.left, slice_steps) if limits.sliced else block.steps
                 rows = taken + width
                 # It may fill a tick of others, but not change its length much.
                 if block.kind != lead and not lengths[0] <= length <= 2 * lengths[0]:
@@ -250,8 +243,17 @@ class Scheduler:
                 if (limits.sliced or block.kind != lead) and rows * max(length, longest) > limits.tick_steps:
                     return None
                 # Chunks that take several ticks: more at a time would not be done sooner, and the first of them later.
-                if length > 1 and not block.batch and limits.sliced and rows > self._admission.efficient_rows:
+                if block.left > 1 and not block.batch and limits.sliced and rows > self._admission.efficient_rows:
                     return None
+            # The first one is judged by the time it is, not by what is expected of it: were that far too much, nothing
+            # would run any more, and so nothing be learned.
+            if not self._fit(block, max(soon, now + block.left * each) if blocks else now):
+                return 0, 0
+            width = len(block.rows)
+            if not blocks and limits.sliced and min(width, room) > expected:
+                # What stands in front is not looked at before it is taken, and this is wider than the others.
+                slice_steps = self._admission.slice_steps(min(width, room), seconds)
+            length = min(block.left, slice_steps) if limits.sliced else block.steps
             if width > room:
                 if blocks:
                     return None
@@ -369,13 +371,8 @@ class Scheduler:
         ready = len(self._queues[lead]) * self.queued // max(1, self._admission.blocks)
         rows = max(1, min(ready, most if lead[0] else limits.tick_rows))
         if not lead[0] and len(self._queues[lead]) > self._admission.efficient_rows:
-            # They are done one after the other in any case, and in longer slices all of them sooner.
-            rows, seconds = min(rows, self._admission.efficient_rows), _PATIENCE_OF_MANY * seconds
+            rows, seconds = min(rows, self._admission.efficient_rows), limits.many_s
         return most, rows, seconds
-
-    def _steps_of(self, rows: int, seconds: float) -> int:
-        """Most steps of a tick of so many rows that is to take no longer."""
-        return self.pace.steps_within(rows, seconds, max(1, self._limits.tick_steps // rows))
 
     def seal(self, tick: Tick, now: float) -> Sealed:
         """End a tick whose run succeeded: the one moment in which positions move.

@@ -38,3 +38,33 @@ def test_what_was_worked_out_holds_until_more_is_learned() -> None:
     assert pace.step_at_best_s(16, 1) == pytest.approx(0.016)
     pace.learn(8, 1, 0.004)
     assert pace.step_at_best_s(16, 1) == pytest.approx(0.008)
+
+
+def test_a_tick_that_was_held_up_says_little_of_the_next() -> None:
+    """One that took a thousand times as long raises what is expected by less than its double; many soon say more."""
+    pace = Pace()
+    pace.learn(16, 4, 0.004)
+    pace.learn(16, 4, 4.0)
+    assert 0.001 < pace.step_s(16, 4) < 0.002
+    for _ in range(20):
+        pace.learn(16, 4, 4.0)
+    assert pace.step_s(16, 4) > 0.9
+
+
+def test_work_in_slices_takes_as_long_as_its_slices() -> None:
+    """Rows that run a few steps at a time are expected to take what such ticks took, not what long ones did."""
+    pace = Pace()
+    pace.learn(16, 16, 16 * 0.001)
+    pace.learn(16, 4, 4 * 0.002)
+    assert pace.work_s(64, 64 * 16, 16, longest=16) == pytest.approx(0.064)
+    assert pace.work_s(64, 64 * 16, 16, longest=4) == pytest.approx(0.128)
+
+
+def test_how_many_steps_fit_is_told_anew_when_more_is_learned() -> None:
+    """The answer is kept only until the next tick."""
+    pace = Pace()
+    pace.learn(16, 1, 0.001)
+    assert pace.steps_within(16, 0.008, 100) == 8
+    for _ in range(30):
+        pace.learn(16, 1, 0.004)
+    assert pace.steps_within(16, 0.008, 100) == 2

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from service.errors import Cancelled, Draining, Full, InvalidRequest, Late, PositionConflict
 from service.ticks.admission import Limits
+from service.ticks.pace import Pace
 from service.ticks.row import Block, Phase, Row, Track
 from service.ticks.scheduler import Scheduler, Tick
 
@@ -320,6 +321,44 @@ def test_a_late_row_does_not_run(deadline: float | None, runs: bool) -> None:
         assert cut(queue) == ([], [first, second])
         assert isinstance(first.error, Late)
         assert isinstance(second.error, PositionConflict)
+
+
+def test_a_row_that_cannot_be_done_in_time_costs_no_slice() -> None:
+    """A row whose steps take longer than its deadline is away is refused before its first slice, not after its last."""
+    queue = scheduler(tick_steps=8)
+    queue.pace.learn(2, 4, 0.4)
+    first, hopeless, last = row(8), row(8, deadline=NOW + 2), row(8, deadline=NOW + 2)
+    queue.submit([first])
+    queue.submit([hopeless, last], NOW)
+    late = NOW + 1.5
+    blocks, refused = cut(queue, late)
+    assert (blocks, refused) == ([first], [hopeless, last])
+    assert isinstance(hopeless.error, Late)
+
+
+def test_the_first_row_is_judged_by_the_clock_alone() -> None:
+    """However slow ticks are taken to be: were everything refused by that, it would never be learned better."""
+    queue = scheduler(tick_steps=8)
+    queue.pace.learn(2, 4, 400.0)
+    first = row(8, deadline=NOW + 2)
+    queue.submit([first], NOW)
+    assert cut(queue, NOW + 1.5) == ([first], [])
+
+
+def test_rows_that_do_not_fit_into_a_tick_are_not_looked_at() -> None:
+    """Behind a full tick a row waits, late as it is; it is refused when there would be room for it."""
+    pace = Pace()
+    for rows_seen in (1, 2):
+        # One at a time is as quick as any number, step for step.
+        pace.learn(rows_seen, 1, rows_seen * 0.001)
+    queue = Scheduler(Limits(100, 64, 8192), pace)
+    rows = [row(8, deadline=NOW + 1) for _ in range(3)]
+    queue.submit(rows, NOW)
+    tick, refused = queue.cut(NOW)
+    assert tick is not None
+    assert (tick.blocks, refused) == (rows[:1], [])
+    finish(queue, tick)
+    assert cut(queue, NOW + 2) == ([], rows[1:])
 
 
 # --- priorities ---
