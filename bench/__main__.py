@@ -29,9 +29,10 @@ Measure the server, always beside its ceilings and its peers, in one run on one 
   python -m bench --only "LSTM 64->256, 64"    the cases, curves and situations whose title has this in it
   python -m bench --write docs/performance     everything, into the folder that docs/performance.md shows
 
-Ceilings: the same graph alone in onnxruntime at the rows per tick that the server had, and an echo of the same messages
-through gRPC. Peers: the server that one writes first (a dict of states, one run a step), and Triton with its sequence
-batcher, installed into the benchmark's folder on the first run; where it cannot be had, its lines say so.
+Ceilings: the same graph alone in onnxruntime at the rows per tick that the server had; an echo of the same messages
+through gRPC; and, where a target rests on a case, a server that makes the steps and keeps no promise. Peers: the server
+that one writes first (a dict of states, one run a step), and Triton with its sequence batcher, installed into the
+benchmark's folder on the first run; where it cannot be had, its lines say so.
 
 What a step costs is the CPU time, user and system, of the server's whole process tree over the steps that were
 answered: the client runs on the same machine and takes a core of its own.

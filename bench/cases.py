@@ -7,11 +7,13 @@ from typing import Literal
 
 from bench.models import LARGE, LARGE_GRU, LARGE_INT8, SMALL, SMALL_GRU, Model
 
-Subject = Literal["conveyor", "inference", "loop", "triton", "echo", "compute"]
+Subject = Literal["conveyor", "inference", "loop", "triton", "bare", "echo", "compute"]
 """``conveyor`` by its native door and by the Open Inference Protocol's (``inference``); the peers ``loop`` and
-``triton``; the ceilings ``echo``, transport alone, and ``compute``, the graph alone at the rows per tick that Conveyor
-had."""
+``triton``; the ceilings ``bare``, a server without promises, ``echo``, transport alone, and ``compute``, the graph
+alone at the rows per tick that Conveyor had."""
 _CEILINGS: tuple[Subject, ...] = ("echo", "compute")
+_WITH_BARE: tuple[Subject, ...] = ("bare", *_CEILINGS)
+"""The ceilings of a case that a target rests on."""
 _PEER: tuple[Subject, ...] = ("conveyor", "loop", *_CEILINGS)
 _PEERS: tuple[Subject, ...] = ("conveyor", "loop", "triton", *_CEILINGS)
 _ALL: tuple[Subject, ...] = ("conveyor", "inference", "loop", "triton", *_CEILINGS)
@@ -80,8 +82,8 @@ class Curve:
 
 GROUPS: tuple[tuple[Case, ...], ...] = (
     (
-        Case(SMALL, 64, streams=4, subjects=_ALL, target=True),
-        Case(SMALL, 64, chunks=64, target=True),
+        Case(SMALL, 64, streams=4, subjects=("conveyor", "inference", "loop", "triton", *_WITH_BARE), target=True),
+        Case(SMALL, 64, chunks=64, subjects=("conveyor", "loop", *_WITH_BARE), target=True),
         Case(SMALL, 1, subjects=_ALL),
         Case(SMALL, 16, streams=4, subjects=_PEERS),
         Case(SMALL, 256, streams=4),
@@ -90,15 +92,13 @@ GROUPS: tuple[tuple[Case, ...], ...] = (
         Case(SMALL, 1024, chunks=64),
         Case(SMALL, 64, streams=4, steps=16),
         Case(SMALL, 64, steps=16, chunks=64),
-        Case(SMALL, 1024, steps=16, chunks=64),
     ),
     (
-        Case(LARGE, 64, chunks=64, target=True),
-        Case(LARGE_INT8, 64, chunks=64, subjects=("conveyor", "compute"), target=True),
-        Case(LARGE, 256, chunks=64, target=True),
+        Case(LARGE, 64, chunks=64, subjects=("conveyor", "loop", *_WITH_BARE), target=True),
+        Case(LARGE_INT8, 64, chunks=64, subjects=("conveyor", "bare", "compute"), target=True),
+        Case(LARGE, 256, chunks=64, subjects=("conveyor", "loop", *_WITH_BARE), target=True),
         Case(LARGE_INT8, 256, chunks=64, subjects=("conveyor", "compute")),
         Case(LARGE, 1),
-        Case(LARGE, 16, streams=4),
         Case(LARGE, 64, streams=4, subjects=_PEERS),
         Case(LARGE, 1024, chunks=64),
         # The loop would take half a second for one message of these.
@@ -111,7 +111,6 @@ GROUPS: tuple[tuple[Case, ...], ...] = (
         Case(SMALL_GRU, 256, chunks=64),
     ),
     (
-        Case(LARGE_GRU, 1),
         Case(LARGE_GRU, 64, streams=4),
         Case(LARGE_GRU, 64, chunks=64),
         Case(LARGE_GRU, 256, chunks=64),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 from typing import Any
 
 import grpc
+
+from bench.serving import EVENT_LOOPS, serve
 
 METHOD = "/conveyor.bench/Echo"
 REPLY_BYTES = "reply-bytes"
@@ -27,28 +27,7 @@ class Echo(grpc.GenericRpcHandler):
             await context.write(reply)
 
 
-async def serve() -> None:
-    """Serve until ended."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)])
-    server.add_generic_rpc_handlers((Echo(),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    print(json.dumps({"event": "ready", "port": port}), flush=True)
-    await server.wait_for_termination()
-
-
-def main() -> None:
-    """Serve on the event loop that the command line says."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--event-loop", choices=("asyncio", "uvloop"), default="asyncio")
-    factory = None
-    if parser.parse_args().event_loop == "uvloop":
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(serve())
-
-
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--event-loop", choices=EVENT_LOOPS, default="asyncio")
+    serve(Echo, parser.parse_args().event_loop)

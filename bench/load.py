@@ -196,9 +196,10 @@ async def run(load: Load) -> dict[str, float]:
     Returns:
         What there is of these:
         ``steps_per_s``; ``p50_ms`` and ``p99_ms`` of a message until all of it is answered; ``cpu_us_per_step`` of the
-        server where its process is known; ``sent_per_s``, steps; ``client_busy``, the share of a core that the client
-        took; of a load with a timeout also ``refused_per_s``, chunks, ``refusal_p99_ms``, and as steps ``slow_per_s``,
-        whose answers came too late, and ``dropped_per_s``, which the server gave up.
+        server where its process is known, and ``server_busy``, the share of a core that it took; ``client_busy``, that
+        of the client; ``sent_per_s``, steps; of a load with a timeout also ``refused_per_s``, chunks,
+        ``refusal_p99_ms``, and as steps ``slow_per_s``, whose answers came too late, and ``dropped_per_s``, which the
+        server gave up.
 
     Raises:
         Refused: if the server refuses something that it should not.
@@ -239,6 +240,7 @@ async def run(load: Load) -> dict[str, float]:
         "p50_ms": p50,
         "p99_ms": p99,
         "cpu_us_per_step": meter.result()[0] / max(1, tally.steps) * 1e6,
+        "server_busy": meter.result()[0] / load.seconds,
         "client_busy": meter.result()[1] / load.seconds,
     }
     return {name: float(figure) for name, figure in figures.items() if not np.isnan(figure)}

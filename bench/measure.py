@@ -131,6 +131,25 @@ def run_load(client: Worker, load: Load) -> dict[str, float]:
     return figures
 
 
+def run_counted(client: Worker, load: Load, server: Process) -> dict[str, float]:
+    """The same, and what the server counts from the load's beginning to its end.
+
+    Returns:
+        Beside the load's figures ``rows_per_tick``, ``steps_per_row`` in a tick, and ``tick_ms``.
+
+    Raises:
+        Failed: as ``run_load``.
+    """
+    before = _ticks(server)
+    figures = run_load(client, load)
+    ticks, rows, steps, seconds = (after - at for after, at in zip(_ticks(server), before, strict=True))
+    return figures | {
+        "rows_per_tick": rows / max(1.0, ticks),
+        "steps_per_row": steps / max(1.0, rows),
+        "tick_ms": seconds / max(1.0, ticks) * 1e3,
+    }
+
+
 def load_of(model: Model, server: Process, door: str, **given: Any) -> Load:
     """A load for a server that serves a model."""
     return Load(door, server.port, model.name, model.input_size, model.hidden_size, pid=server.pid, **given)
@@ -155,7 +174,7 @@ def _door(subject: Subject, chunks: int) -> str:
         return "sequences"
     if subject == "echo":
         return "echo"
-    return "blocks" if subject == "conveyor" and chunks > 1 else "chunks"
+    return "blocks" if subject != "loop" and chunks > 1 else "chunks"
 
 
 def _plan(case: Case | Curve, subject: Subject, server: Process, settings: Settings, rate: float = 0.0) -> Load:
@@ -174,19 +193,15 @@ def _plan(case: Case | Curve, subject: Subject, server: Process, settings: Setti
 
 def _load(case: Case, subject: Subject, servers: Servers) -> dict[str, float]:
     server = servers.get(subject, case.model)
-    counted = subject in ("conveyor", "inference")
-    before = _ticks(server) if counted else []
-    figures = run_load(servers.client, _plan(case, subject, server, servers.settings))
-    if counted:
-        rows, ticks, steps = (after - at for after, at in zip(_ticks(server), before, strict=True))
-        figures["rows_per_tick"] = rows / max(1.0, ticks)
-        figures["steps_per_row"] = steps / max(1.0, rows)
-    return figures
+    load = _plan(case, subject, server, servers.settings)
+    if subject in ("conveyor", "inference"):
+        return run_counted(servers.client, load, server)
+    return run_load(servers.client, load)
 
 
 def _ticks(server: Process) -> list[float]:
-    names = ("conveyor_tick_rows_sum", "conveyor_tick_rows_count", "conveyor_steps_total")
-    return [server.metric(name) for name in names]
+    names = ("tick_rows_count", "tick_rows_sum", "steps_total", "tick_seconds_sum")
+    return [server.metric(f"conveyor_{name}") for name in names]
 
 
 def _compute(case: Case, at: dict[str, float], settings: Settings) -> dict[str, float]:

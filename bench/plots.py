@@ -16,6 +16,7 @@ _COLOURS = {
     "inference": "#7cc6c3",
     "loop": "#ec9a29",
     "triton": "#a8201a",
+    "bare": "#8a7f9e",
     "echo": "#b9b4c7",
     "compute": "#5c5470",
 }

@@ -18,6 +18,7 @@ NAMES = {
     "inference": "Conveyor, Open Inference Protocol",
     "loop": "peer: the loop one writes first",
     "triton": "peer: Triton",
+    "bare": "ceiling: a bare server in Python",
     "echo": "ceiling: transport alone",
     "compute": "ceiling: the graph alone",
 }

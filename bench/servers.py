@@ -87,9 +87,15 @@ class Servers:
         if name == "loop":
             return Process(name, python("bench.loop", str(path), "--threads", str(settings.threads)))
         if name == "echo":
-            # A ceiling has to run on what the server that it is a ceiling of runs on.
-            return Process(name, python("bench.echo", "--event-loop", self.get("conveyor", model).event_loop()))
+            return Process(name, python("bench.echo", "--event-loop", self._event_loop(model)))
+        if name == "bare":
+            given = ("--threads", str(settings.threads), "--event-loop", self._event_loop(model))
+            return Process(name, python("bench.bare", str(path), *given))
         return triton.start(model, path, settings.folder, settings.threads, self.say)
+
+    def _event_loop(self, model: Model) -> str:
+        """A ceiling has to run on what the server that it is a ceiling of runs on."""
+        return self.get("conveyor", model).event_loop()
 
     def __enter__(self) -> Servers:
         return self

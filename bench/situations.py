@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.load import lognormal_lengths
-from bench.measure import load_of, run_load
+from bench.measure import load_of, run_counted, run_load
 from bench.models import LARGE, SMALL, SMALL_GRU, Model, make
 from bench.opening import open_residents
+from bench.overload import overload
 from bench.processes import Process, Worker
 from bench.servers import Say, Settings, start_conveyor
 
@@ -69,63 +70,6 @@ def streams_beside_batches(settings: Settings, say: Say) -> list[Figures]:
         lengths = [lognormal_lengths(batches, np.random.default_rng(number)) for number in range(200)]
         whole = 1 - sum(each.sum() for each in lengths) / sum(len(each) * each.max() for each in lengths)
     return [figures | {"padded_whole": float(whole)} for figures in rounds]
-
-
-def overload(settings: Settings, say: Say) -> list[Figures]:
-    """Chunks that are needed within a quarter of a second, at multiples of the rate that the server can do.
-
-    Chunks have 16 steps and messages 16 chunks, each by itself, so that the model and not the transport is what there
-    is too little of, and so that each chunk is refused by itself. Messages fall due at the rate whoever is free, and
-    there are more sessions than the queue takes in.
-
-    Returns:
-        ``peak_steps_per_s``, as many as are answered without a rate; and for each multiple, as ``4x.NAME``: ``sent``
-        and ``in_time`` over the peak, likewise ``slow``, whose answers came too late, ``dropped`` by the server for
-        their time, and ``refused``; ``refusal_p99_ms``; ``client_busy``, of a core. ``growth``: by how much the most
-        memory that the server has held rose in this round, over what it was; the first round has none, for it is the
-        first to fill the queue.
-    """
-    rounds: list[Figures] = []
-    with _server(LARGE, settings, say) as server, Worker("bench.load") as client:
-        held = 0
-        for number in range(settings.runs):
-            say(f"the peak, round {number + 1}")
-            peak_load = load_of(
-                LARGE, server, "chunks", sessions=256, steps=16, chunks=16, streams=2, seconds=settings.seconds
-            )
-            peak = run_load(client, peak_load)["steps_per_s"]
-            figures = {"peak_steps_per_s": peak}
-            for factor in (1, 2, 4):
-                say(f"{factor} times the peak, round {number + 1}")
-                load = load_of(
-                    LARGE,
-                    server,
-                    "chunks",
-                    sessions=1024,
-                    steps=16,
-                    chunks=16,
-                    streams=2,
-                    seconds=settings.seconds,
-                    rate=factor * peak,
-                    timeout_ms=250.0,
-                )
-                done = run_load(client, load)
-                figures |= {
-                    f"{factor}x.sent": done["sent_per_s"] / peak,
-                    f"{factor}x.in_time": done["steps_per_s"] / peak,
-                    f"{factor}x.slow": done["slow_per_s"] / peak,
-                    f"{factor}x.dropped": done["dropped_per_s"] / peak,
-                    f"{factor}x.refused": done["refused_per_s"] * load.steps / peak,
-                    f"{factor}x.client_busy": done["client_busy"],
-                }
-                if "refusal_p99_ms" in done:
-                    figures[f"{factor}x.refusal_p99_ms"] = done["refusal_p99_ms"]
-            most = server.peak_resident_bytes()
-            if held:
-                figures["growth"] = most / held - 1
-            held = most
-            rounds.append(figures)
-    return rounds
 
 
 def residents(settings: Settings, say: Say) -> list[Figures]:
@@ -236,10 +180,6 @@ def _wasted(before: _Cells, after: _Cells) -> float:
 
 
 def _tick_s(server: Process, client: Worker, settings: Settings, residents: int, number: int) -> float:
-    def ticks() -> tuple[float, float]:
-        return server.metric("conveyor_tick_seconds_sum"), server.metric("conveyor_tick_seconds_count")
-
-    seconds, count = ticks()
     load = load_of(
         SMALL,
         server,
@@ -250,9 +190,7 @@ def _tick_s(server: Process, client: Worker, settings: Settings, residents: int,
         residents=residents,
         sample=number,
     )
-    run_load(client, load)
-    after = ticks()
-    return (after[0] - seconds) / (after[1] - count)
+    return run_counted(client, load, server)["tick_ms"] * 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +214,7 @@ class Situation:
 
 SITUATIONS = {
     "streams beside batches": Situation(streams_beside_batches, 6, 5),
-    "overload": Situation(overload, 4, 5),
+    "overload": Situation(overload, 5, 5),
     "resident sessions": Situation(residents, 2, 40),
     "several models": Situation(several_models, 3, 5),
 }

@@ -24,7 +24,7 @@ class Target:
         most: whether the bound is the most that it should be, or the least.
         find: the figure; NaN if it was not measured.
         form: how it is written.
-        beside: what has to be said with the figure.
+        beside: what has to be said with the figure; what has nothing to say is left out.
     """
 
     what: str
@@ -32,7 +32,7 @@ class Target:
     most: bool
     find: Callable[[Results], float]
     form: str = "{:.3g}"
-    beside: Callable[[Results], str] = lambda results: ""
+    beside: tuple[Callable[[Results], str], ...] = ()
 
     def reached(self, figure: float) -> bool:
         """Whether a figure is as it should be."""
@@ -45,25 +45,29 @@ class Target:
         if math.isnan(figure):
             return [self.what, bound, "not measured", ""]
         said = "reached" if self.reached(figure) else "falls short"
-        return [self.what, bound, self.form.format(figure) + self.beside(results), said]
+        beside = "; ".join(filter(None, (tell(results) for tell in self.beside)))
+        return [self.what, bound, self.form.format(figure) + (f" ({beside})" if beside else ""), said]
 
 
-def _ratio(
-    figure: str,
-    model: Model,
-    load: dict[str, int],
-    subject: Subject,
-    other: Model,
-    other_load: dict[str, int],
-    of_other: str = "",
-) -> Callable[[Results], float]:
-    """Conveyor's median over another subject's, of the same figure unless that is given."""
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """A figure of a case: the median of any subject."""
 
-    def find(results: Results) -> float:
-        ours, theirs = results.find("conveyor", model, **load), results.find(subject, other, **other_load)
-        return ours.median(figure) / theirs.median(of_other or figure) if ours and theirs else float("nan")
+    name: str
+    model: Model
+    load: dict[str, int]
 
-    return find
+    def of(self, subject: Subject, results: Results) -> float:
+        found = results.find(subject, self.model, **self.load)
+        return found.median(self.name) if found else float("nan")
+
+
+def _cost(model: Model, load: dict[str, int]) -> _Figure:
+    return _Figure("cpu_us_per_step", model, load)
+
+
+def _rate(model: Model, load: dict[str, int]) -> _Figure:
+    return _Figure("steps_per_s", model, load)
 
 
 def _many(sessions: int) -> dict[str, int]:
@@ -86,20 +90,17 @@ def _triton_runs(results: Results) -> str:
     found = results.find("triton", SMALL, **_SINGLE)
     if found is None or not found.failed:
         return ""
-    return f" (Triton: {len(found.runs)} runs came through, {found.failed} did not)"
+    return f"Triton: {len(found.runs)} runs came through, {found.failed} did not"
 
 
 def _paced(sessions: int) -> Callable[[Results], str]:
-    """What the same figure is over the graph alone when that runs as often as the server's ticks."""
-    of_paced = _ratio(
-        "cpu_us_per_step", LARGE, _many(sessions), "compute", LARGE, _many(sessions), "paced_cpu_us_per_step"
-    )
+    """What the cost is over the graph alone when that runs as often as the server's ticks."""
+    load = _many(sessions)
+    of_paced = _Figure("paced_cpu_us_per_step", LARGE, load)
 
     def beside(results: Results) -> str:
-        ratio = of_paced(results)
-        return (
-            "" if math.isnan(ratio) else f" ({ratio:.3g} over the graph's when it runs as often as the server's ticks)"
-        )
+        ratio = _cost(LARGE, load).of("conveyor", results) / of_paced.of("compute", results)
+        return "" if math.isnan(ratio) else f"{ratio:.3g} over the graph's when it runs as often as the server's ticks"
 
     return beside
 
@@ -109,42 +110,71 @@ def _parity(results: Results) -> str:
     if quick is None or exact is None:
         return ""
     errors = (f"{name} {quick[name]:.1e} off, {exact[name]:.1e} in float32" for name in ("outputs", "states"))
-    return f" ({'; '.join(errors)})"
+    return "; ".join(errors)
+
+
+def _over(
+    what: str,
+    bound: float,
+    most: bool,
+    figure: _Figure,
+    subject: Subject,
+    other: _Figure,
+    *beside: Callable[[Results], str],
+) -> Target:
+    """Conveyor's figure over a subject's other; and beside it what the bare server comes to by the same measure."""
+
+    def bare(results: Results) -> str:
+        ratio = figure.of("bare", results) / other.of("bare" if subject == "conveyor" else subject, results)
+        return "" if math.isnan(ratio) else f"a bare server: {ratio:.3g}"
+
+    def find(results: Results) -> float:
+        return figure.of("conveyor", results) / other.of(subject, results)
+
+    return Target(what, bound, most, find, beside=(bare, *beside))
 
 
 TARGETS = (
     *(
-        Target(
+        _over(
             f"{LARGE.title}, {sessions} sessions, 64 chunks a message: CPU per step over the graph's alone",
             1.15,
             True,
-            _ratio("cpu_us_per_step", LARGE, _many(sessions), "compute", LARGE, _many(sessions)),
-            beside=_paced(sessions),
+            _cost(LARGE, _many(sessions)),
+            "compute",
+            _cost(LARGE, _many(sessions)),
+            _paced(sessions),
         )
         for sessions in (64, 256)
     ),
     *(
-        Target(
+        _over(
             f"{LARGE.title}, {sessions} sessions, 64 chunks a message: steps per second over the loop's",
             8,
             False,
-            _ratio("steps_per_s", LARGE, _many(sessions), "loop", LARGE, _many(sessions)),
+            _rate(LARGE, _many(sessions)),
+            "loop",
+            _rate(LARGE, _many(sessions)),
         )
         for sessions in (64, 256)
     ),
-    Target(
+    _over(
         f"{SMALL.title}, 64 sessions on 4 streams, 1 chunk a message: CPU per step over Triton's",
         0.5,
         True,
-        _ratio("cpu_us_per_step", SMALL, _SINGLE, "triton", SMALL, _SINGLE),
-        beside=_triton_runs,
+        _cost(SMALL, _SINGLE),
+        "triton",
+        _cost(SMALL, _SINGLE),
+        _triton_runs,
     ),
-    Target(
+    _over(
         f"{SMALL.title}, 64 sessions, 64 chunks a message: CPU per step over Triton's, which takes one a message",
         0.08,
         True,
-        _ratio("cpu_us_per_step", SMALL, _many(64), "triton", SMALL, _SINGLE),
-        beside=_triton_runs,
+        _cost(SMALL, _many(64)),
+        "triton",
+        _cost(SMALL, _SINGLE),
+        _triton_runs,
     ),
     Target(
         "p99 of streaming steps beside long batches that saturate the model, over p99 alone at the same rate",
@@ -165,11 +195,13 @@ TARGETS = (
     ),
     Target("4 times the peak: growth of memory", NONE, True, _situation("overload", "growth"), "{:.1%}"),
     Target("tick time with 100,000 resident sessions over 1,000", 1.1, True, _situation("resident sessions", "ratio")),
-    Target(
+    _over(
         f"{LARGE.title}, 64 sessions, 64 chunks a message: int8's steps per second over float32's",
         2.7,
         False,
-        _ratio("steps_per_s", LARGE_INT8, _many(64), "conveyor", LARGE, _many(64)),
-        beside=_parity,
+        _rate(LARGE_INT8, _many(64)),
+        "conveyor",
+        _rate(LARGE, _many(64)),
+        _parity,
     ),
 )

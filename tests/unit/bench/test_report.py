@@ -64,7 +64,23 @@ def test_every_target_rests_on_something_measured(results: Results) -> None:
     in_time = next(line for what, line in lines.items() if "answered in time" in what)
     assert in_time[2:] == ["0.9", "reached"]
     int8 = next(line for what, line in lines.items() if "int8" in what)
-    assert int8[2] == "1 (outputs 1.0e-02 off, 1.0e-06 in float32; states 2.0e-02 off, 2.0e-06 in float32)"
+    errors = "outputs 1.0e-02 off, 1.0e-06 in float32; states 2.0e-02 off, 2.0e-06 in float32"
+    assert int8[2] == f"1 (a bare server: 1; {errors})"
+
+
+def test_a_bare_server_stands_beside_every_target_of_cost(results: Results) -> None:
+    """Each says what the bare server comes to by the same measure, and nothing of it where it was not measured."""
+    for _, measured in results.cases:
+        for one in measured:
+            if one.subject == "bare":
+                one.runs[0] |= {"cpu_us_per_step": 1.5, "steps_per_s": 5.0}
+    cost = [target for target in TARGETS if "CPU per step" in target.what]
+    assert len(cost) == 4
+    assert {target.line(results)[2] for target in cost} == {"1 (a bare server: 0.5)"}
+    rate = next(target for target in TARGETS if "over the loop's" in target.what)
+    assert rate.line(results)[2] == "1 (a bare server: 2.5)"
+    results.cases = [(case, [one for one in measured if one.subject != "bare"]) for case, measured in results.cases]
+    assert {target.line(results)[2] for target in cost} == {"1"}
 
 
 def test_what_a_target_rests_on_is_run_every_time() -> None:
