@@ -7,6 +7,7 @@ way. Must not know sessions or grpc. Whoever calls it does so from one thread at
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from service.graphs.recurrent_path import name_nodes, recurrent_path
 from service.graphs.resident import content, make_resident, row_size, sources
 from service.graphs.workspace import Results
 from service.manifest import Manifest
-from service.states.device import Buffer, Device
+from service.states.device import Buffer, Device, all_done
 from service.states.resident_pool import INITIAL, Moves, ResidentPool
 from service.values import from_text
 
@@ -241,6 +242,9 @@ class ResidentEngine:
             # Without it the model runs as well as it did before.
             self._captured.clear()
             self._device.end_capture()
+            # What it had begun, on memory that ticks are to have. If the device has failed, they will say so.
+            with suppress(Exception):
+                all_done(self._device).wait()
             return f"ticks of one step are not captured: {error}"
         self._choice = Choice(trials, TOLERANCES[self.manifest.precision])
         self._captured = {at: one for at, one in self._captured.items() if at[1] in self._choice.graphs}

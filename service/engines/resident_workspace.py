@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from service.graphs.resident import AFTER, BEFORE, pool_input, pool_output
 from service.graphs.workspace import Results, Workspace, sizes
 from service.manifest import Manifest, StateSpec, TensorSpec
-from service.states.device import Buffer, Device, Mark, Stream
+from service.states.device import Buffer, Device, Mark, Stream, all_done
 from service.states.resident_pool import UNWANTED, Moves
 
 Array = NDArray[Any]
@@ -287,10 +287,7 @@ class ResidentWorkspace(Workspace):
         if self._busy:
             # What it had begun before it failed, or was not waited for.
             try:
-                device = self.device
-                device.runs.follow(device.ahead)
-                device.behind.follow(device.runs)
-                device.behind.mark().wait()
+                all_done(self.device).wait()
             except Exception:
                 log.exception("the memory of a tick is not used again: the device failed, and may work on it still")
                 return

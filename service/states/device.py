@@ -151,6 +151,13 @@ class Device(Protocol):
         """How many bytes are free, and how many there are."""
 
 
+def all_done(device: Device) -> Mark:
+    """Mark the moment when all is done that a device has been asked for until now."""
+    device.runs.follow(device.ahead)
+    device.behind.follow(device.runs)
+    return device.behind.mark()
+
+
 class _Now:
     """A mark in a stream that is never behind."""
 

@@ -105,9 +105,11 @@ class Execution:
     def give_up(self, flight: Flight) -> None:
         """Give back what a tick had taken that came to nothing."""
         self.pool.free_many(np.array(flight.spare, np.intp))
-        if flight.workspace is not None and flight.gathered:
-            self.pool.abandon(flight.workspace.states)
+        moves = flight.workspace.states if flight.workspace is not None and flight.gathered else None
+        # What its run has begun may write there until then.
         flight.release()
+        if moves is not None:
+            self.pool.abandon(moves)
 
     def keep(self, flight: Flight, sealed: Sealed) -> int:
         """Make blocks and states follow a run that was finished. Its arrays are still to be released.

@@ -25,6 +25,7 @@ from service.engines.stepping import StepByStep
 from service.graphs.capture import TOLERANCES, Choice, Trial, buckets, difference, make_one_step
 from service.manifest import METADATA_KEY, Manifest
 from service.states.device import HostDevice
+from tests.disorder import Disorder, runs_wait_in_a_queue
 from tests.graphs import write_lstm
 from tests.unit.service.engines.test_resident_engine import equal, feeds, one_step, tick, uncounted
 
@@ -170,20 +171,23 @@ def test_a_captured_graph_that_gives_something_else(tmp_path: Path, monkeypatch:
 
 
 def test_a_trial_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its step had taken of the pool is back: slots, and the places that it would have written to."""
-    engine = ResidentEngine(write_lstm(tmp_path), HostDevice(), capture=True)
+    """What its step had taken of the pool is back: slots, and the places that it writes to, when it does no longer."""
+    device = Disorder(lazy=True)
+    runs_wait_in_a_queue(monkeypatch, device)
+    engine = ResidentEngine(write_lstm(tmp_path), device, capture=True)
     pool = engine.pool(10, 4, uncounted)
     free = pool.free_places
     start = ResidentWorkspace.start
 
     def fail(workspace: ResidentWorkspace) -> Any:
+        mark = start(workspace)
         if pool.taken:
             raise RuntimeError("no memory")
-        return start(workspace)
+        return mark
 
     monkeypatch.setattr(ResidentWorkspace, "start", fail)
     assert pool.settle_in() == "ticks of one step are not captured: no memory"
-    assert (pool.taken, pool.free_places) == (0, free)
+    assert (pool.taken, pool.free_places, device.idle) == (0, free, True)
 
 
 @pytest.mark.parametrize(("capture", "limits"), [(False, [1001]), (True, [500, 500])])

@@ -14,7 +14,8 @@ import pytest
 
 from service.engines.cuda import CudaDevice, Event, work_alongside_captures
 from service.engines.provider import NotOnCuda
-from service.states.device import HostDevice, HostStream, out_of_memory
+from service.states.device import HostDevice, HostStream, all_done, out_of_memory
+from tests.disorder import Disorder
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "int64", "bool"])
@@ -56,6 +57,21 @@ def test_a_part_begins_at_a_byte() -> None:
     down = np.empty(16, np.uint8)
     stream.download(buffer, down)
     assert down.view(np.int32).tolist() == [0, 0, 7, 9]
+
+
+@pytest.mark.parametrize("held", range(3))
+def test_when_all_is_done(held: int) -> None:
+    """Not before each stream has done what it had been asked for."""
+    device = Disorder(lazy=True)
+    for queue in device.queues:
+        queue.ask("something", lambda: None)
+    device.let(device.queues[held], 0)
+    mark = all_done(device)
+    device.work(lambda: not any(queue.ready for queue in device.queues))
+    assert not mark.done
+    device.let(device.queues[held], None)
+    mark.wait()
+    assert device.idle
 
 
 @pytest.mark.parametrize(
