@@ -36,6 +36,9 @@ Outbox: TypeAlias = "asyncio.Queue[bytes | None]"
 """The messages that a stream is to be sent; None for its end."""
 
 _SLOTS = 2048
+_CHUNK = pb.StreamResponse.RESULTS_FIELD_NUMBER, pb.ChunkResult.OUTPUTS_FIELD_NUMBER
+_BLOCK = pb.StreamResponse.BLOCK_RESULTS_FIELD_NUMBER, pb.BlockResult.OUTPUTS_FIELD_NUMBER
+"""Where results stand in an answer, and their outputs in them."""
 _BYTES = 2
 """The wire type of a field that holds bytes or a message. Source: Protocol Buffers, "Encoding"."""
 
@@ -221,10 +224,6 @@ class Bare(grpc.GenericRpcHandler):
             parts.setdefault(each.outbox, []).extend((_tag(each.result), size, each.head, before, own))
             at += len(each.slots)
         return {outbox: b"".join(message) for outbox, message in parts.items()}
-
-
-_CHUNK = pb.StreamResponse.RESULTS_FIELD_NUMBER, pb.ChunkResult.OUTPUTS_FIELD_NUMBER
-_BLOCK = pb.StreamResponse.BLOCK_RESULTS_FIELD_NUMBER, pb.BlockResult.OUTPUTS_FIELD_NUMBER
 
 
 async def _write(context: Any, outbox: Outbox) -> None:
