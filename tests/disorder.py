@@ -12,13 +12,16 @@ import random
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from numpy.typing import NDArray
 
-from service.engines.provider import start
-from service.states.device import Buffer, HostDevice, HostStream, Stream
+from service.engines.resident_engine import _started
+from service.engines.resident_workspace import ResidentGraph
+from service.states.device import Buffer, Device, HostDevice, HostStream, Stream
 
 Array = NDArray[Any]
 _PATIENCE_S = 30.0
@@ -216,10 +219,16 @@ class _Session:
         self._runs.ask("run", run)
 
 
-def runs_wait_in_a_queue(monkeypatch: pytest.MonkeyPatch, device: Disorder) -> None:
-    """Let the runs of every graph that is loaded from here on be asked of a device's queue."""
-    runs = device.queues[1]
-    monkeypatch.setattr("service.engines.resident_engine.start", lambda *given: _Session(start(*given), runs))
+def runs_wait_in_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs of every graph that is loaded on such a device from here on be asked of its queue."""
+    monkeypatch.setattr("service.engines.resident_engine._started", _started_late)
+
+
+def _started_late(folder: Path, device: Device, *more: Any) -> ResidentGraph:
+    graph = _started(folder, device, *more)
+    if not isinstance(device, Disorder):
+        return graph
+    return replace(graph, session=_Session(graph.session, device.queues[1]))
 
 
 _AT_ONCE = HostStream()

@@ -13,7 +13,7 @@ from service.engines.engine import digest
 from service.engines.provider import why_no_cuda
 from service.engines.resident_engine import ResidentEngine
 from service.graphs.placement import Device
-from service.states.device import HostDevice
+from tests.disorder import Disorder, runs_wait_in_queues
 from tests.gpu.devices import Models
 
 
@@ -33,9 +33,10 @@ def cuda() -> str:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CUDA; and the CPU as if it were CUDA: the file that CUDA takes, states that stay in pools, ticks under way."""
+    """CUDA; and the CPU as if it were CUDA: the file that CUDA takes, states that stay in pools, streams of ticks."""
     if request.param == "cuda":
         return str(request.getfixturevalue("cuda"))
+    runs_wait_in_queues(monkeypatch)
     monkeypatch.setattr("service.versions.loading.Engine", _as_cuda_would)
     return "cpu"
 
@@ -62,6 +63,4 @@ def _as_cuda_would(
     own = path.with_name(f"{path.stem}.cuda{path.suffix}")
     # By whatever file it is run, it is one model.
     known = tuple(file_digests) or tuple(digest(part) for part in (path, *external))
-    return ResidentEngine(
-        own if own.is_file() else path, HostDevice(), threads, describe, external, known, cuda, capture
-    )
+    return ResidentEngine(own if own.is_file() else path, Disorder(), threads, describe, external, known, cuda, capture)

@@ -25,7 +25,7 @@ from service.states.resident_pool import Moves, ResidentPool
 from service.ticks.execution import Execution
 from service.ticks.row import Block, Row, Track
 from service.ticks.scheduler import Tick
-from tests.disorder import Disorder, runs_wait_in_a_queue
+from tests.disorder import Disorder, runs_wait_in_queues
 from tests.graphs import write_lstm
 from tests.unit.service.engines.test_resident_engine import Array, Arrays, carries, equal, feeds, one_step, uncounted
 from tests.unit.service.graphs.test_capture import Quick
@@ -165,7 +165,7 @@ def test_a_long_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int,
     """Two ticks under way, and states that are written, copied, read and given back meanwhile."""
     write, plain = KINDS[kind]
     device = Disorder(seed)
-    runs_wait_in_a_queue(monkeypatch, device)
+    runs_wait_in_queues(monkeypatch)
     monkeypatch.setattr("service.engines.capture_trial.Trial", Quick)
     path = write(tmp_path)
     life = Life(ResidentEngine(path, device, capture=captured), plain(path), random.Random(seed))
@@ -180,7 +180,7 @@ def test_ticks_with_memory_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     """As those that the audit runs, and ticks that go on from each other."""
     write, plain = KINDS[kind]
     device = Disorder(seed)
-    runs_wait_in_a_queue(monkeypatch, device)
+    runs_wait_in_queues(monkeypatch)
     path = write(tmp_path)
     engine, other = ResidentEngine(path, device), plain(path)
     for rows, steps in ((1, 1), (3, 2), (2, 4)):
@@ -197,7 +197,7 @@ def test_ticks_with_memory_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
 def test_places_of_a_tick_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """What it had begun is over before others get the places that it writes to: their states stay what they are."""
     device = Disorder(seed, lazy=True)
-    runs_wait_in_a_queue(monkeypatch, device)
+    runs_wait_in_queues(monkeypatch)
     engine = ResidentEngine(one_step(tmp_path), device)
     session = engine._graph.session
     ask = type(session).run_with_iobinding

@@ -25,7 +25,7 @@ from service.engines.stepping import StepByStep
 from service.graphs.capture import TOLERANCES, Choice, Trial, buckets, difference, make_one_step
 from service.manifest import METADATA_KEY, Manifest
 from service.states.device import HostDevice
-from tests.disorder import Disorder, runs_wait_in_a_queue
+from tests.disorder import Disorder, runs_wait_in_queues
 from tests.graphs import write_lstm
 from tests.unit.service.engines.test_resident_engine import equal, feeds, one_step, tick, uncounted
 
@@ -173,7 +173,7 @@ def test_a_captured_graph_that_gives_something_else(tmp_path: Path, monkeypatch:
 def test_a_trial_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its step had taken of the pool is back: slots, and the places that it writes to, when it does no longer."""
     device = Disorder(lazy=True)
-    runs_wait_in_a_queue(monkeypatch, device)
+    runs_wait_in_queues(monkeypatch)
     engine = ResidentEngine(write_lstm(tmp_path), device, capture=True)
     pool = engine.pool(10, 4, uncounted)
     free = pool.free_places

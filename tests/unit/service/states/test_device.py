@@ -7,14 +7,14 @@ import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import ANY, MagicMock
 
 import numpy as np
 import pytest
 
-from service.engines.cuda import CudaDevice, Event, work_alongside_captures
+from service.engines.cuda import CudaDevice, CudaStream, Event, work_alongside_captures
 from service.engines.provider import NotOnCuda
-from service.states.device import HostDevice, HostStream, all_done, out_of_memory
+from service.states.device import Buffer, HostDevice, HostStream, all_done, out_of_memory
 from tests.disorder import Disorder
 
 
@@ -149,6 +149,26 @@ def test_memory_that_cuda_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(MemoryError, match="1025 bytes are wanted of pinned memory"):
         device.staging(1025)
     assert asked == [12, 1025]
+
+
+def test_streams_of_cuda_wait_for_each_other_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy goes into its own stream; one follows another by an event, and nothing here waits."""
+    cuda = MagicMock(Stream=lambda non_blocking: MagicMock(ptr=object()))
+    monkeypatch.setitem(sys.modules, "cupy", MagicMock(cuda=cuda))
+    monkeypatch.setattr("service.engines.cuda.work_alongside_captures", lambda: None)
+    device = CudaDevice()
+    ahead, runs, _ = streams = device.ahead, device.runs, device.behind
+    assert len({stream.address for stream in streams}) == 3
+    for stream in streams:
+        stream.upload(np.zeros(3, np.float32), Buffer(7, (3,), "float32", None))
+        cuda.runtime.memcpyAsync.assert_called_with(7, ANY, 12, 1, stream.address)
+    event = cuda.Event.return_value
+    assert isinstance(runs, CudaStream)
+    assert isinstance(ahead, CudaStream)
+    runs.follow(ahead)
+    event.record.assert_called_once_with(ahead._stream)
+    runs._stream.wait_event.assert_called_once_with(event)
+    event.synchronize.assert_not_called()
 
 
 def test_a_cuda_device_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from service.ticks.admission import Limits
 from service.ticks.row import Block, Row, Track
 from service.ticks.runner import Runner
 from tests.clock import Clock
-from tests.disorder import Disorder, runs_wait_in_a_queue
+from tests.disorder import Disorder, runs_wait_in_queues
 from tests.sums import ResidentSums
 from tests.unit.service.ticks.test_ticks_under_way import output, until
 
@@ -63,7 +63,7 @@ class Line:
 async def line(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> AsyncIterator[Line]:
     """A runner that has started, and is stopped in the end."""
     device = Disorder(seed)
-    runs_wait_in_a_queue(monkeypatch, device)
+    runs_wait_in_queues(monkeypatch)
     line = Line(folder, device)
     line.runner.start()
     yield line
