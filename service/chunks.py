@@ -7,13 +7,14 @@ not know grpc. Lives on the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from service.cohort import SessionCohort, Waiters
 from service.errors import ConveyorError
 from service.intake import Intake
 from service.metrics import Metrics
@@ -46,13 +47,24 @@ class Chunks:
         sessions: the session table.
         replies: the account of the replies that are kept.
         metrics: what is counted.
+        clock: tells the time, in seconds.
     """
 
-    def __init__(self, intake: Intake, sessions: SessionTable, replies: Replies, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        intake: Intake,
+        sessions: SessionTable,
+        replies: Replies,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
         self._intake = intake
         self._sessions = sessions
         self._replies = replies
         self._metrics = metrics
+        self._clock = clock
+        # By the owner of the sessions and their ids.
+        self._cohorts: dict[tuple[bytes, tuple[str, ...]], SessionCohort] = {}
 
     def step(
         self,
@@ -175,6 +187,84 @@ class Chunks:
             return waited_for
         return queued + waited_for
 
+    def together(self, owner: bytes, identities: tuple[str, ...]) -> SessionCohort | None:
+        """Return the sessions of these ids, in this order, if they step together and none has expired."""
+        cohort = self._cohorts.get((owner, identities))
+        if cohort is not None and self._clock() - cohort.used_at >= self._sessions.idle_timeout_s:
+            cohort.dissolve()
+            return None
+        return cohort
+
+    def gather(
+        self,
+        owner: bytes,
+        identities: tuple[str, ...],
+        sessions: Sequence[Session],
+        positions: Sequence[int],
+        epochs: Sequence[int],
+    ) -> SessionCohort | None:
+        """Have sessions step together from here on, if they did the last time, and can.
+
+        Args:
+            owner: of all of them.
+            identities: their ids.
+            sessions: at least one, of one model.
+            positions: where their next chunks begin.
+            epochs: the lives that those are meant for, 0 for whichever there is; or none.
+
+        Returns:
+            None if they cannot, or did not the last time.
+        """
+        if not _met(sessions[0], identities):
+            return None
+        runner = runner_of(sessions[0])
+        if not 1 < len(sessions) <= runner.tick_rows or not all(
+            session.is_next(epoch, position) and not session.orphans
+            for session, position, epoch in zip(sessions, positions, epochs or [0] * len(sessions), strict=True)
+        ):
+            return None
+        now = self._clock()
+        self._sessions.touch(*sessions)
+        cohort = SessionCohort(sessions, now, runner.spell_out, lambda: self._cohorts.pop((owner, identities), None))
+        self._cohorts[owner, identities] = cohort
+        return cohort
+
+    def step_cohort(
+        self,
+        cohort: SessionCohort,
+        inputs: Sequence[Array],
+        deadline: float | None,
+        waiters: Waiters,
+        caller: Hashable = None,
+    ) -> None:
+        """Queue a chunk of one step of each session of a cohort, which are the next.
+
+        Args:
+            cohort: with nothing under way.
+            inputs: one array [N, 1, ...] an input of the model.
+            deadline: on the clock; None for none.
+            waiters: are told once, all at once or each of them.
+            caller: among whom the model's time is shared out evenly.
+
+        Raises:
+            Unavailable, Full: as their names say; nobody is told then.
+        """
+        self._intake.check()
+        runner = runner_of(cohort.sessions[0])
+        count = len(cohort.sessions)
+        reply_bytes = runner.manifest.reply_bytes(1) * count
+        self._replies.reserve(reply_bytes, cohort.kept)
+        block = Block(cohort.rows, 1, inputs, self._ended, deadline, USUAL, caller, cohort=cohort)
+        cohort.begin(block, waiters)
+        try:
+            runner.submit([block])
+        except BaseException:
+            self._replies.replace(0, 0, reply_bytes)
+            cohort.give_up()
+            block.let_go()
+            raise
+        self._intake.count_in(count)
+
     def _match(self, session: Session, epoch: int, position: int, steps: int, waiter: Waiter) -> Pending | None:
         """Tell what a chunk is to its session.
 
@@ -250,6 +340,12 @@ class Chunks:
 
     def _ended(self, block: Block) -> None:
         """Make everything follow the end of chunks, then answer them."""
+        if block.cohort is not None:
+            if block.outputs is not None:
+                self._ended_together(block, block.outputs)
+                return
+            assert isinstance(block.cohort, SessionCohort)
+            block.cohort.dissolve()
         rows: Sequence[Any] = block.rows  # each is the Pending that it was queued as
         count, steps, outputs = len(rows), block.steps, block.outputs
         before = size = 0
@@ -280,6 +376,33 @@ class Chunks:
         finally:
             self._intake.count_out(count)
 
+    def _ended_together(self, block: Block, outputs: Sequence[Array]) -> None:
+        """The same for the chunks of a cohort that were applied."""
+        cohort = block.cohort
+        assert isinstance(cohort, SessionCohort)
+        count, before = len(cohort.sessions), cohort.kept
+        # Kept on, a part of what the whole tick has put out would keep all of it.
+        own = [output if _alone(output) else output.copy() for output in outputs]
+        waiters = cohort.end(block.steps, own, self._clock())
+        self._replies.replace(before, cohort.kept, self._reply_bytes(cohort.sessions[0], block.steps) * count)
+        try:
+            waiters.answer_all(own)
+        except Exception:
+            log.exception("results were not taken", model=cohort.sessions[0].home.name)
+        finally:
+            self._intake.count_out(count)
+
     def _reply_bytes(self, session: Session, steps: int) -> int:
         """Bytes that were reserved for the reply of a chunk."""
         return runner_of(session).manifest.reply_bytes(steps)
+
+
+def _met(leader: Session, identities: tuple[str, ...]) -> bool:
+    """Note with which others a session is stepped, which may never happen again; whether it was with them before."""
+    before, leader.stepped_with = leader.stepped_with, hash(identities)
+    return leader.stepped_with == before
+
+
+def _alone(array: Array) -> bool:
+    """Whether an array holds no more memory than its own."""
+    return array.base is None or getattr(array.base, "nbytes", None) == array.nbytes

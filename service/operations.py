@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from service.background import in_thread
 from service.batch import Batch
 from service.chunks import Chunks, runner_of
+from service.cohort import SessionCohort
 from service.errors import (
     NotFound,
     NotStreamable,
@@ -81,7 +82,7 @@ class Operations:
         self.sessions = SessionTable(max_sessions, idle_timeout_s, clock, self._free)
         self.replies = Replies(max_reply_bytes, idle_timeout_s, clock)
         self.intake = Intake()
-        self.chunks = Chunks(self.intake, self.sessions, self.replies, metrics)
+        self.chunks = Chunks(self.intake, self.sessions, self.replies, metrics, clock)
         self._metrics = metrics
         self._clock = clock
         metrics.sessions.set_function(lambda: len(self.sessions))
@@ -170,6 +171,15 @@ class Operations:
         """
         self.intake.check_ready()
         return self.sessions.find_many(owner, identities)
+
+    def together(self, owner: bytes, identities: tuple[str, ...]) -> SessionCohort | None:
+        """Look up sessions that step together.
+
+        Raises:
+            Loading: if those of an earlier process are being read still.
+        """
+        self.intake.check_ready()
+        return self.chunks.together(owner, identities)
 
     def expire(self) -> int:
         """End the sessions that have been idle for too long, and forget what is kept of those that ended long ago.

@@ -60,6 +60,21 @@ class Home(Protocol):
         """Of it."""
 
 
+class Shared(Protocol):
+    """Sessions that step together, and what they have in common as long as they do."""
+
+    @property
+    def sessions(self) -> Sequence[Session]:
+        """They."""
+
+    @property
+    def used_at(self) -> float:
+        """When they were last stepped."""
+
+    def dissolve(self) -> None:
+        """Give each session what is its own."""
+
+
 class Waiter(Protocol):
     """Whoever is to be told what became of a chunk."""
 
@@ -72,11 +87,11 @@ class Pending(Row):
 
     __slots__ = ("session", "waiters")
 
-    def __init__(self, session: Session, position: int, waiter: Waiter) -> None:
+    def __init__(self, session: Session, position: int, waiter: Waiter | None) -> None:
         self.track = session.track
         self.position = position
         self.session = session
-        self.waiters: dict[Waiter, None] = {waiter: None}
+        self.waiters: dict[Waiter, None] = {} if waiter is None else {waiter: None}
 
 
 class Session:
@@ -88,29 +103,30 @@ class Session:
         home: the model version that it was opened on and stays on.
         epoch: tells this life from others under the same id; drawn anew by a reset.
         track: its slot, and where the engine's thread has it.
-        position: how many steps have been applied, as far as this thread has been told.
-        pending: chunks accepted and not yet ended, by the position where they begin.
         orphans: chunks that run for nobody: all who waited for them have gone.
-        last: the newest reply.
-        used_at: when it was opened or last stepped.
         closing: how many wait for it to be at rest to close it.
         guests: how many wait for it to be at rest to look at it or change it.
+        cohort: those with which it steps, if they step together: then what is its own stands there, and whoever asks
+            for it parts them.
+        stepped_with: tells with which others it was stepped last, by a number.
     """
 
     __slots__ = (
         "_idle",
+        "_last",
+        "_pending",
+        "_position",
+        "_used_at",
         "closing",
+        "cohort",
         "epoch",
         "guests",
         "home",
         "identity",
-        "last",
         "orphans",
         "owner",
-        "pending",
-        "position",
+        "stepped_with",
         "track",
-        "used_at",
     )
 
     def __init__(self, owner: bytes, identity: str, home: Home, track: Track, now: float) -> None:
@@ -119,14 +135,84 @@ class Session:
         self.home = home
         self.epoch = new_epoch()
         self.track = track
-        self.position = track.position
-        self.pending: dict[int, Pending] = {}
         self.orphans: list[Pending] = []
-        self.last: Reply | None = None
-        self.used_at = now
         self.closing = 0
         self.guests = 0
+        self.cohort: Shared | None = None
+        self.stepped_with = 0
+        self._position = track.position
+        self._pending: dict[int, Pending] = {}
+        self._last: Reply | None = None
+        self._used_at = now
         self._idle: asyncio.Future[None] | None = None
+
+    @property
+    def position(self) -> int:
+        """How many steps have been applied, as far as this thread has been told."""
+        self.part()
+        return self._position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self.part()
+        self._position = position
+
+    @property
+    def pending(self) -> dict[int, Pending]:
+        """Chunks accepted and not yet ended, by the position where they begin."""
+        self.part()
+        return self._pending
+
+    @property
+    def last(self) -> Reply | None:
+        """The newest reply."""
+        self.part()
+        return self._last
+
+    @last.setter
+    def last(self, reply: Reply | None) -> None:
+        self.part()
+        self._last = reply
+
+    @property
+    def used_at(self) -> float:
+        """When it was opened or last stepped."""
+        cohort = self.cohort
+        return self._used_at if cohort is None else cohort.used_at
+
+    @used_at.setter
+    def used_at(self, used_at: float) -> None:
+        self.part()
+        self._used_at = used_at
+
+    @property
+    def noted_at(self) -> float:
+        """The same, without what has been done since it is in a cohort."""
+        return self._used_at
+
+    def part(self) -> None:
+        """Have what is its own, if it is in a cohort."""
+        if self.cohort is not None:
+            self.cohort.dissolve()
+
+    def have(self, position: int, used_at: float, last: Reply | None, pending: Pending | None) -> None:
+        """Take what is its own out of its cohort, which is over."""
+        self._position = position
+        self._used_at = used_at
+        self._last = last
+        self._pending = {} if pending is None else {position: pending}
+        # Last of all: whoever sees that it is alone may look at the rest.
+        self.cohort = None
+
+    def join(self, cohort: Shared) -> Reply | None:
+        """Step with others from here on, at rest as it is.
+
+        Returns:
+            Its newest reply, which is kept there now.
+        """
+        last, self._last = self._last, None
+        self.cohort = cohort
+        return last
 
     def match(self, epoch: int, position: int, steps: int) -> Reply | Pending | None:
         """Tell what a chunk is to this session.
@@ -150,20 +236,20 @@ class Session:
             raise SessionUnknown(f"session {self.identity!r} is being closed")
         self.check_epoch(epoch)
         upcoming = self.position
-        if self.pending:
+        if self._pending:
             newest = self.newest
             upcoming = newest.position + newest.block.steps
-            pending = self.pending.get(position)
+            pending = self._pending.get(position)
             if pending is not None and pending.block.steps == steps:
                 return pending
         if position == upcoming:
             if self.guests:
                 raise Unavailable(f"session {self.identity!r} is being exported, forked or reset; send the chunk again")
             return None
-        last = self.last
+        last = self._last
         if last is not None and last.answers(position, steps):
             return last
-        accepted = f", with chunks accepted up to {upcoming}" if self.pending else ""
+        accepted = f", with chunks accepted up to {upcoming}" if self._pending else ""
         raise PositionConflict(
             f"a chunk of {steps} steps at position {position} does not follow: "
             f"the session is at position {self.position}{accepted}",
@@ -193,9 +279,10 @@ class Session:
 
     def is_next(self, epoch: int, position: int) -> bool:
         """Whether a chunk is the next one, with nothing else under way: what it mostly is, and quick to tell."""
+        self.part()
         return (
-            position == self.position
-            and not self.pending
+            position == self._position
+            and not self._pending
             and (epoch == 0 or epoch == self.epoch)
             and not self.closing
             and not self.guests
@@ -208,20 +295,20 @@ class Session:
             Whom to tell what, once all that hangs on the end has been done.
         """
         if isinstance(result, Reply):
-            self.position = result.position + result.steps
-            self.last = result
+            self._position = result.position + result.steps
+            self._last = result
         elif isinstance(result, PositionConflict):
-            last = self.last
+            last = self._last
             if last is not None and last.answers(pending.position, pending.block.steps):
                 result = last
         waiters: Sequence[Waiter] = ()
         if self.orphans and pending in self.orphans:
             self.orphans.remove(pending)
         else:
-            del self.pending[pending.position]
-            if not self.pending:
+            del self._pending[pending.position]
+            if not self._pending:
                 # One that was not empty keeps its table: 160 bytes of each session at rest.
-                self.pending = {}
+                self._pending = {}
             # Each waiter knows what it waits for: in a circle they would hold the model until the collector comes by.
             waiters, pending.waiters = list(pending.waiters), {}
         if self._idle is not None and self.at_rest:

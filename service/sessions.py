@@ -108,6 +108,7 @@ class SessionTable:
         if session is None:
             gone = self._gone.get(key, SessionUnknown)
             raise gone(_WHY[gone].format(identity=identity[:_LONGEST_ID], timeout_s=self.idle_timeout_s))
+        session.part()
         if session.at_rest and not session.closing and self._clock() - session.used_at >= self.idle_timeout_s:
             self._end(key, session, expired=True)
             return self.find(owner, identity)
@@ -164,8 +165,15 @@ class SessionTable:
         count, now = 0, self._clock()
         while self._sessions:
             key, session = next(iter(self._sessions.items()))
-            if now - session.used_at < self.idle_timeout_s:
+            if now - session.noted_at < self.idle_timeout_s:
                 break
+            if session.cohort is not None and now - session.used_at < self.idle_timeout_s:
+                # They have kept no order here.
+                mates = session.cohort.sessions
+                session.part()
+                for mate in mates:
+                    self._sessions.move_to_end((mate.owner, mate.identity))
+                continue
             if session.closing or not session.at_rest:
                 self.touch(session)
                 continue

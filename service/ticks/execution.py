@@ -187,12 +187,8 @@ class Execution:
             workspace.inputs[index] = pack(parts, lengths, spec, room)
         if workspace.lengths is not None:
             workspace.lengths[:] = np.repeat(lengths, [len(block.rows) for block in blocks])
-        slots = [
-            slot
-            for block in blocks
-            for slot in (block.scratch if block.scratch is not None else [row.track.slot for row in block.rows])
-        ]
-        self.pool.gather(np.array(slots, np.intp), workspace.states)
+        flight.slots = np.concatenate([np.asarray(block.slots, np.intp) for block in blocks])
+        self.pool.gather(flight.slots, workspace.states)
         flight.gathered = True
 
     @staticmethod
@@ -215,15 +211,17 @@ class Execution:
 
     def _scatter(self, flight: Flight, sealed: Sealed) -> None:
         """Keep the states of the rows that were applied or go on."""
+        if len(sealed.applied) == len(flight.tick.blocks) and not sealed.kept and flight.slots is not None:
+            # Mostly: all of them, each where it was.
+            self.pool.scatter(flight.slots, np.arange(len(flight.slots)), flight.states)
+            return
         slots: list[int] = []
         rows: list[int] = []
         offsets = [0, *accumulate(flight.widths)]
         for index in sorted(sealed.applied + sealed.advanced):
             block, offset = flight.tick.blocks[index], offsets[index]
-            if block.phase is Phase.APPLIED:
-                slots += [row.track.slot for row in block.rows]
-            else:
-                slots += block.scratch or ()
+            # Of what was applied its slices' own have become the tracks' by now.
+            slots += [row.track.slot for row in block.rows] if block.phase is Phase.APPLIED else block.scratch or ()
             kept = sealed.kept.get(index)
             rows += range(offset, offset + flight.widths[index]) if kept is None else [offset + n for n in kept]
         if rows:

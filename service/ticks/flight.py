@@ -28,6 +28,7 @@ class Flight:
         packed: when that was done.
         spare: slots for the rows that need one.
         workspace: its arrays; None where there were none to be had.
+        slots: where those of its rows are that it goes on from.
         gathered: whether its states are on their way.
         error: why it did not start.
         mark: when its run is over; None where ``run`` does all of it.
@@ -46,6 +47,7 @@ class Flight:
     packed: float
     spare: list[int] = field(default_factory=list)
     workspace: Workspace | None = None
+    slots: NDArray[np.intp] | None = None
     gathered: bool = False
     error: Exception | None = None
     mark: Mark | None = None

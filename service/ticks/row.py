@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from enum import Enum, auto
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from service.errors import ConveyorError
 
@@ -49,6 +49,17 @@ class Row:
         self.position = position
 
 
+class Together(Protocol):
+    """What stands for the rows of a block one by one, as long as nobody needs them one by one."""
+
+    @property
+    def slots(self) -> Any:
+        """Where their states live, [N]."""
+
+    def spell_out(self) -> None:
+        """Give each row and each track what is its own; from then on the block stands by itself."""
+
+
 class Phase(Enum):
     """Where a block is in its life."""
 
@@ -85,11 +96,14 @@ class Block:
         outputs: once applied, the arrays [N, T, ...] or, without time, [N, ...], one an output of the model.
         error: once refused, why.
         unwanted: rows whose askers have gone.
+        cohort: what knows of the rows instead of them and their tracks, which are not to be looked at then; None for
+            most blocks. It has one step.
     """
 
     __slots__ = (
         "behind",
         "caller",
+        "cohort",
         "deadline",
         "done",
         "error",
@@ -119,10 +133,13 @@ class Block:
         priority: int = USUAL,
         caller: Hashable = None,
         batch: bool = False,
+        cohort: Together | None = None,
     ) -> None:
         self.rows = list(rows)
-        for row in rows:
-            row.block = self
+        self.cohort = cohort
+        if cohort is None:
+            for row in rows:
+                row.block = self
         self.steps = steps
         self.inputs = inputs
         self.size: int = sum(array.nbytes for array in inputs)
@@ -157,13 +174,30 @@ class Block:
 
     def let_go(self) -> None:
         """Part from the rows: in a circle with them it would hold inputs and model until the collector comes by."""
+        if self.cohort is not None:
+            self.cohort = None
+            return
         for row in self.rows:
-            row.block = _PAST
+            row.block = PAST
 
     @property
     def left(self) -> int:
         """How many steps have not run."""
         return self.steps - self.done
+
+    @property
+    def slots(self) -> Sequence[int]:
+        """Where the states are from which its next step goes on, of each row."""
+        if self.scratch is not None:
+            return self.scratch
+        cohort = self.cohort
+        slots: Sequence[int] = [row.track.slot for row in self.rows] if cohort is None else cohort.slots
+        return slots
+
+    def spell_out(self) -> None:
+        """Stand by itself, so that its rows can be looked at."""
+        if self.cohort is not None:
+            self.cohort.spell_out()
 
     def split(self, moved: Sequence[int]) -> Block:
         """Move some rows, not all, into a block of their own, in the same phase.
@@ -171,6 +205,7 @@ class Block:
         Args:
             moved: their indices, ascending.
         """
+        self.spell_out()
         width = len(self.rows)
         kept = sorted(set(range(width)).difference(moved))
         which = [_index(moved), _index(kept)]
@@ -221,9 +256,9 @@ def _told(block: Block) -> None:
     pass
 
 
-_PAST = Block((), 0, (), _told)
+PAST = Block((), 0, (), _told)
 """Where the rows are that have ended, and whose end has been told."""
-_PAST.phase = Phase.REFUSED
+PAST.phase = Phase.REFUSED
 
 
 def _index(rows: Sequence[int]) -> slice | Sequence[int]:

@@ -27,6 +27,7 @@ from service.graphs.graph import Graph
 from service.graphs.placement import Choice
 from service.metrics import Metrics
 from service.ticks.admission import Limits
+from service.ticks.cohort import Cohort
 from service.ticks.completion import Completion
 from service.ticks.execution import Execution
 from service.ticks.flight import Flight
@@ -52,6 +53,7 @@ class Runner:
         execution: takes ticks through the loaded graph; in this runner's thread alone.
         statistics: what it has done.
         choice: the device that runs it, and why.
+        tick_rows: most rows in one tick.
         users: how many are about to give it work that was accepted: it must not be stopped before.
 
     Args:
@@ -101,7 +103,7 @@ class Runner:
         )
         self.statistics = self._completion.statistics
         self._stopping = False
-        self._tick_rows_limit = limits.tick_rows
+        self.tick_rows = limits.tick_rows
         self._flights: deque[Flight] = deque()
         # Where nothing goes on by itself, nobody waits for it.
         self._watched: SimpleQueue[Flight | None] = SimpleQueue()
@@ -214,6 +216,11 @@ class Runner:
             self.execution.release(block)
         return ended
 
+    def spell_out(self, cohort: Cohort) -> None:
+        """Have a cohort's rows and tracks stand by themselves, also in the middle of a tick."""
+        with self._wake:
+            cohort.spell_out()
+
     async def stop(self, timeout_s: float) -> bool:
         """Refuse what waits, finish the tick that runs, and end the thread. What has steps left then is refused too.
 
@@ -299,7 +306,7 @@ class Runner:
         if len(self._flights) == self.pool.in_flight:
             return False
         queued = self._scheduler.queued
-        return self._flights[0].done or queued >= min(self._flights[-1].tick.rows, self._tick_rows_limit)
+        return self._flights[0].done or queued >= min(self._flights[-1].tick.rows, self.tick_rows)
 
     def _over(self, flight: Flight) -> bool:
         """Whether a tick is to be ended now: nothing can be started meanwhile, or there is nothing to wait for."""

@@ -126,7 +126,8 @@ class Scheduler:
                 self._due = min(self._due, now + (block.deadline - now) / 2)
             self._admission.enter(block)
             behind = 0
-            for row in block.rows:
+            # Those of a cohort are at rest: it stands for them.
+            for row in block.rows if block.cohort is None else ():
                 waiting = row.track.waiting
                 behind += bool(waiting)
                 waiting.append(block)
@@ -300,7 +301,7 @@ class Scheduler:
             Whether any of it is to run.
         """
         # The position first: a chunk that was applied already must not be told that the state has not moved.
-        if conflicts := [row for row in block.rows if row.position != row.track.position]:
+        if block.cohort is None and (conflicts := [row for row in block.rows if row.position != row.track.position]):
             part = block if len(conflicts) == len(block.rows) else self._part(block, conflicts)
             self._admission.leave(part)
             # Not needed any more, and to split them would take long.
@@ -403,8 +404,9 @@ class Scheduler:
                 self._admission.stop(block)
                 in_time |= block.deadline is not None
                 block.phase = Phase.APPLIED
-                for row in block.rows:
-                    row.track.position = row.position + block.steps
+                if block.cohort is None:
+                    for row in block.rows:
+                        row.track.position = row.position + block.steps
                 self._next(block)
                 sealed.applied.append(index)
         self._admission.learn(in_time)
@@ -462,7 +464,7 @@ class Scheduler:
 
     def _next(self, block: Block) -> None:
         """Queue what stood behind a block that has ended, and behind no other."""
-        for row in block.rows:
+        for row in block.rows if block.cohort is None else ():
             waiting = row.track.waiting
             if waiting[0] is not block:
                 waiting.remove(block)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from service.wire.assembly import Written, varint
 from service.wire.codec import Array, little_endian, to_bytes
 from service.wire.conveyor_tensors import DATA_TYPES
 from service.wire.status import detail
+
+Bytes: TypeAlias = bytes | memoryview
 
 _VARINT, _BYTES = 0, 2
 
@@ -38,7 +41,7 @@ _DATA = _tag(pb.Tensor.DATA_FIELD_NUMBER, _BYTES)
 def of_chunk(session_id: str, specs: Sequence[TensorSpec], reply: Reply) -> Written:
     """Write what a chunk that was applied is answered."""
     identity = session_id.encode()
-    parts = [_SESSION_ID, varint(len(identity)), identity, _POSITION, varint(reply.position)]
+    parts: list[Bytes] = [_SESSION_ID, varint(len(identity)), identity, _POSITION, varint(reply.position)]
     parts += (_STEPS, varint(reply.steps))
     for spec, output in zip(specs, reply.outputs, strict=True):
         parts += _tensor(_OUTPUTS, spec, output.shape, to_bytes(output))
@@ -57,12 +60,22 @@ def of_block(tag: int, steps: int, specs: Sequence[TensorSpec], results: Sequenc
     failed = [(n, result) for n, result in enumerate(results) if isinstance(result, Exception)]
     for n, error in failed:
         head.errors.add(index=n, error=detail(error))
-    parts: list[bytes] = []
+    parts: list[Bytes] = []
     if len(failed) < len(results):
         for index, spec in enumerate(specs):
             rows = _rows(results, index, zeros=bool(failed))
             parts += _tensor(_BLOCK_OUTPUTS, spec, (len(rows), *rows[0].shape), _join(spec, rows))
     return _field(_BLOCK_RESULTS, [head.SerializeToString(), *parts])
+
+
+def of_whole_block(tag: int, steps: int, specs: Sequence[TensorSpec], outputs: Sequence[Array]) -> Written:
+    """Write what a block is answered all of which was applied, from its outputs side by side, [N, ...] each."""
+    parts: list[Bytes] = [pb.BlockResult(tag=tag, steps=steps).SerializeToString()]
+    for spec, output in zip(specs, outputs, strict=True):
+        little = np.ascontiguousarray(output, little_endian(spec.dtype))
+        # Copied once, to where it stands in what is sent.
+        parts += _tensor(_BLOCK_OUTPUTS, spec, output.shape, little.reshape(-1).view(np.uint8).data)
+    return _field(_BLOCK_RESULTS, parts)
 
 
 def of_refused_block(tag: int, error: Exception) -> Written:
@@ -86,7 +99,7 @@ def _join(spec: TensorSpec, rows: Sequence[Array]) -> bytes:
     return b"".join([to_bytes(row) for row in rows])
 
 
-def _tensor(field: bytes, spec: TensorSpec, shape: tuple[int, ...], data: bytes) -> list[bytes]:
+def _tensor(field: bytes, spec: TensorSpec, shape: tuple[int, ...], data: Bytes) -> list[Bytes]:
     head, size = _head(spec.name, spec.dtype, shape), varint(len(data))
     return [field, varint(len(head) + len(_DATA) + len(size) + len(data)), head, _DATA, size, data]
 
@@ -96,6 +109,5 @@ def _head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     return pb.Tensor(name=name, data_type=DATA_TYPES[dtype], shape=shape).SerializeToString()
 
 
-def _field(field: bytes, parts: Sequence[bytes]) -> Written:
-    body = b"".join(parts)
-    return Written(b"".join((field, varint(len(body)), body)))
+def _field(field: bytes, parts: Sequence[Bytes]) -> Written:
+    return Written(b"".join((field, varint(sum(map(len, parts))), *parts)))

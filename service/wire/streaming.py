@@ -10,13 +10,14 @@ from itertools import chain
 
 from conveyor.v1 import conveyor_pb2 as pb
 from service.chunks import Chunk, runner_of
+from service.cohort import SessionCohort
 from service.errors import ConveyorError, EngineFailed, InvalidRequest, NotFound
 from service.operations import Operations
 from service.session import Pending, Reply, Session
 from service.ticks.runner import Runner
 from service.wire.assembly import Written
-from service.wire.codec import Codec, Tensor
-from service.wire.conveyor_results import of_block, of_chunk, of_refused_block, of_refused_chunk
+from service.wire.codec import Array, Codec, Tensor
+from service.wire.conveyor_results import of_block, of_chunk, of_refused_block, of_refused_chunk, of_whole_block
 from service.wire.conveyor_tensors import decode
 from service.wire.flow import Flow
 
@@ -103,8 +104,12 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
 
     def _accept_block(self, block: pb.Block) -> None:
         began, runner = self._clock(), None
-        count = len(block.session_ids)
+        identities = tuple(block.session_ids)
+        count = len(identities)
         try:
+            cohort = self._operations.together(self._owner, identities)
+            if cohort is not None and self._accept_cohort(block, cohort, began):
+                return
             self._check(block)
             sessions, runner, errors = self._sessions(block)
             if runner is None:
@@ -129,6 +134,11 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
             ]
             if errors:
                 inputs = [array[[n for n in range(count) if n not in errors]] for array in inputs]
+            if steps == 1 and not errors:
+                known = [session for session in sessions if isinstance(session, Session)]
+                cohort = self._operations.chunks.gather(self._owner, identities, known, block.positions, block.epochs)
+                if cohort is not None and self._accept_cohort(block, cohort, began):
+                    return
             self.wait(waiting, max(_size(tensors), count * runner.manifest.reply_bytes(steps)), count)
         except Exception as error:
             if runner is not None:
@@ -141,6 +151,34 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
             waiting.pending = self._operations.chunks.step_together(
                 runner, chunks, steps, inputs, deadline, self._caller
             )
+
+    def _accept_cohort(self, block: pb.Block, cohort: SessionCohort, began: float) -> bool:
+        """Queue a block of one step of each session of a cohort, or answer it.
+
+        Returns:
+            False if it is not just the next step of all of them: it must be looked at one by one.
+        """
+        if block.timeout_us < 0 or not cohort.follows(block.positions, block.epochs):
+            return False
+        count, runner = len(cohort.sessions), runner_of(cohort.sessions[0])
+        try:
+            tensors = decode(block.inputs)
+            inputs, wrong = self._codec(runner).block(tensors, count)
+        except ConveyorError:
+            return False
+        if wrong or inputs[0].shape[1] != 1:
+            return False
+        waiting = _WaitingBlock(self, self._operations, runner, block.tag, count, 1, began)
+        self.wait(waiting, max(_size(tensors), count * runner.manifest.reply_bytes(1)), count)
+        try:
+            deadline = began + block.timeout_us * 1e-6 if block.timeout_us else None
+            self._operations.chunks.step_cohort(cohort, inputs, deadline, waiting, self._caller)
+        except ConveyorError as error:
+            for n in range(count):
+                waiting.take(n, error)
+        else:
+            waiting.cohort = cohort
+        return True
 
     def _check(self, block: pb.Block) -> None:
         """Refuse a block that contradicts itself."""
@@ -227,12 +265,24 @@ class _WaitingChunk:
 class _WaitingBlock:
     """A block of this stream of which not all is answered yet."""
 
-    __slots__ = ("_began", "_left", "_operations", "_results", "_runner", "_steps", "_stream", "_tag", "pending")
+    __slots__ = (
+        "_began",
+        "_left",
+        "_operations",
+        "_results",
+        "_runner",
+        "_steps",
+        "_stream",
+        "_tag",
+        "cohort",
+        "pending",
+    )
 
     def __init__(
         self, stream: Stream, operations: Operations, runner: Runner, tag: int, count: int, steps: int, began: float
     ) -> None:
         self.pending: Sequence[Pending] = ()
+        self.cohort: SessionCohort | None = None
         self._stream = stream
         self._operations = operations
         self._runner = runner
@@ -248,15 +298,29 @@ class _WaitingBlock:
         self._left -= 1
         if self._left:
             return
-        results, self._results = self._results, []
-        self.pending = ()
+        results = self._results
         applied = sum(isinstance(result, Reply) for result in results)
-        message = of_block(self._tag, self._steps, self._runner.manifest.outputs, results)
+        self._end(of_block(self._tag, self._steps, self._runner.manifest.outputs, results), applied)
+
+    def waiter(self, index: int) -> _Seat:
+        return _Seat(self, index)
+
+    def answer_all(self, outputs: Sequence[Array]) -> None:
+        """Answer the block, of which all was applied."""
+        message = of_whole_block(self._tag, self._steps, self._runner.manifest.outputs, outputs)
+        self._end(message, len(self._results))
+
+    def _end(self, message: Written, applied: int) -> None:
+        results, self._results = self._results, []
+        self.pending, self.cohort = (), None
         self._stream.count(self._runner, self._began, applied, len(results) - applied)
         self._stream.answered(self)
         self._stream.put(message, len(results))
 
     def abandon(self) -> None:
+        if self.cohort is not None:
+            self.cohort.dissolve()
+            self.pending = self.cohort.pendings
         applied = sum(isinstance(result, Reply) for result in self._results)
         self._stream.count(self._runner, self._began, applied, len(self._results) - applied)
         seats = {pending: waiter for pending in self.pending for waiter in pending.waiters if self._has(waiter)}
