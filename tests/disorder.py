@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 from service.engines.resident_engine import _started
-from service.engines.resident_workspace import ResidentGraph
+from service.engines.resident_graph import ResidentGraph
 from service.states.device import Buffer, Device, HostDevice, HostStream, Stream
 
 Array = NDArray[Any]

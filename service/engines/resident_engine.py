@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from service.engines.capture_trial import compare
 from service.engines.engine import digest, identify, run_options
+from service.engines.lane import Lane
 from service.engines.provider import CudaOptions, NotOnCuda, start
-from service.engines.resident_workspace import Lane, Options, ResidentGraph, ResidentWorkspace, state_rows_first
+from service.engines.resident_graph import Options, ResidentGraph
+from service.engines.resident_workspace import ResidentWorkspace
 from service.errors import LoadError
 from service.graphs.capture import TOLERANCES, Choice, Trial, buckets, make_one_step, worst_of
 from service.graphs.graph import Signature
@@ -28,7 +30,7 @@ from service.graphs.onnx_file import OnnxFile
 from service.graphs.recurrent_path import name_nodes, recurrent_path
 from service.graphs.resident import content, make_resident, row_size, sources
 from service.graphs.workspace import Results
-from service.manifest import Manifest
+from service.manifest import Manifest, StateSpec
 from service.states.device import Buffer, Device, all_done
 from service.states.resident_pool import INITIAL, Moves, ResidentPool
 from service.values import from_text
@@ -203,7 +205,7 @@ class ResidentEngine:
         first = _SCRATCH
         pools = [device.empty((first + 3 * rows, row_size(state)), state.dtype) for state in manifest.states]
         for state, pool in zip(manifest.states, pools, strict=True):
-            given = state_rows_first(feeds[state.input], state)
+            given = _rows_first(feeds[state.input], state)
             device.ahead.upload(given, pool.part(pool.row(first).pointer - pool.pointer, given.shape, state.dtype))
         lane = Lane(self._graph, pools)
         workspace = lane.workspace(rows, steps, lambda lane: None)
@@ -270,6 +272,12 @@ class ResidentEngine:
     def interrupt(self) -> None:
         """End the run that is under way, from another thread; it raises, and so does every later one."""
         self._options.interrupt()
+
+
+def _rows_first(array: Array, state: StateSpec) -> Array:
+    """A state's rows one behind the other, as they lie in a pool: [N, R]."""
+    rows = np.moveaxis(array, state.batch_axis, 0)
+    return np.ascontiguousarray(rows).reshape(len(rows), -1)
 
 
 def _started(

@@ -235,7 +235,7 @@ def test_ticks_of_many_shapes(tmp_path: Path) -> None:
 
 def test_a_tick_too_large_to_keep_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has memory of its own, and those after it have theirs."""
-    monkeypatch.setattr("service.engines.resident_workspace._KEPT_BYTES", 1 << 12)
+    monkeypatch.setattr("service.engines.lane._KEPT_BYTES", 1 << 12)
     test_ticks_of_many_shapes(tmp_path)
 
 

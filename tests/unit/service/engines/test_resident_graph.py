@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.engines.engine import run_options
-from service.engines.resident_workspace import Options
+from service.engines.resident_graph import Options
 
 
 def test_now_and_then_a_run_waits() -> None:
