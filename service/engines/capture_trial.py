@@ -6,7 +6,8 @@ Owns the runs and the clock. Must not know sessions, or how a graph is captured:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from service.states.resident_pool import INITIAL, UNWANTED, Moves, ResidentPool
 
 Array = NDArray[Any]
 
-_BEFORE_CAPTURE = 3
+BEFORE_CAPTURE = 3
 """The first runs of a graph take memory; in a later one it is captured (onnxruntime, cuda_execution_provider.h)."""
 _TURNS = 5
 _SEEN = 16
@@ -42,16 +43,29 @@ def compare(
         Full: if the pool has not twice as many slots free.
         Exception: whatever the graphs raise.
     """
-    for _ in range(_BEFORE_CAPTURE):
+    for _ in range(BEFORE_CAPTURE):
         _idle(captured)
     worst = _difference(pool, inputs, plain, captured)
-    times: dict[ResidentWorkspace, list[float]] = {plain: [], captured: []}
+    return race(plain.rows, partial(_idle, plain), partial(_idle, captured), worst)
+
+
+def race(rows: int, plain: Callable[[], object], captured: Callable[[], object], difference: float) -> Trial:
+    """Let two ticks run in turns, and say how long each took at best.
+
+    Args:
+        rows: of either.
+        plain: the one.
+        captured: the other.
+        difference: the largest that was found between what they give.
+    """
+    times: list[tuple[Callable[[], object], list[float]]] = [(plain, []), (captured, [])]
     for _ in range(_TURNS):
-        for workspace, taken in times.items():
+        for tick, taken in times:
             began = time.perf_counter()
-            _idle(workspace)
+            tick()
             taken.append(time.perf_counter() - began)
-    return Trial(plain.rows, min(times[plain]), min(times[captured]), worst)
+    plain_s, captured_s = (min(taken) for _, taken in times)
+    return Trial(rows, plain_s, captured_s, difference)
 
 
 def _difference(
@@ -68,7 +82,7 @@ def _difference(
             outputs = [
                 _step(pool, workspace, drawn, ours) for workspace, ours in zip((plain, captured), slots, strict=True)
             ]
-            worst = max(worst, *(difference(two, one) for one, two in zip(*outputs, strict=True)))
+            worst = max(worst, difference_of(*outputs))
             # Every state goes into the outputs of the next step; of some it is seen as it is, too.
             some = slice(None, None, -(-rows // _SEEN))
             for one, two in zip(*(pool.peek_many(ours[some].tolist()) for ours in slots), strict=True):
@@ -77,6 +91,11 @@ def _difference(
         for ours in slots:
             pool.free_many(ours)
     return worst
+
+
+def difference_of(plain: Sequence[Array], captured: Sequence[Array]) -> float:
+    """Return the largest difference between several arrays and others; see ``difference``."""
+    return max((difference(two, one) for one, two in zip(plain, captured, strict=True)), default=0.0)
 
 
 def _step(

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
-from service.engines.resident_graph import Options, ResidentGraph
+from service.engines.resident_graph import ResidentGraph
 from service.engines.resident_workspace import ResidentWorkspace
 from service.engines.tick_memory import Area, bytes_of, layouts
 from service.states.device import Buffer
@@ -52,16 +51,15 @@ class Lane:
         kept.begin(rows, lambda: release(self))
         return kept
 
-    def own(self, graph: ResidentGraph, rows: int, options: Options) -> ResidentWorkspace:
+    def own(self, graph: ResidentGraph, rows: int) -> ResidentWorkspace:
         """Return arrays for runs of one step that no other tick has, and that stay where they are: to be captured.
 
         Args:
             graph: that runs, on the same pools.
             rows: side by side; ticks may have fewer.
-            options: of its runs.
         """
         areas = [Area(graph.device, bytes_of(layout)) for layout in layouts(graph, rows, 1)]
-        return ResidentWorkspace(replace(graph, options=options), self._pools, rows, 1, areas)
+        return ResidentWorkspace(graph, self._pools, rows, 1, areas)
 
     def _make(self, rows: int, steps: int) -> ResidentWorkspace:
         device = self._graph.device

@@ -7,7 +7,6 @@ way. Must not know sessions or grpc. Whoever calls it does so from one thread at
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,21 +16,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engines.capture_trial import compare
+from service.engines.captures import Captures
 from service.engines.engine import digest, identify, run_options
 from service.engines.lane import Lane
 from service.engines.provider import CudaOptions, NotOnCuda, start
 from service.engines.resident_graph import Options, ResidentGraph
 from service.engines.resident_workspace import ResidentWorkspace
 from service.errors import LoadError
-from service.graphs.capture import TOLERANCES, Choice, Trial, buckets, make_one_step, worst_of
+from service.graphs.capture import make_one_step
 from service.graphs.graph import Signature
 from service.graphs.onnx_file import OnnxFile
 from service.graphs.recurrent_path import name_nodes, recurrent_path
 from service.graphs.resident import content, make_resident, row_size, sources
 from service.graphs.workspace import Results
 from service.manifest import Manifest, StateSpec
-from service.states.device import Buffer, Device, all_done
+from service.states.device import Buffer, Device
 from service.states.resident_pool import INITIAL, Moves, ResidentPool
 from service.values import from_text
 
@@ -96,13 +95,12 @@ class ResidentEngine:
             # The graph of one step has a session of its own, whose arena would take as much again.
             cuda = replace(cuda, memory_limit_bytes=cuda.memory_limit_bytes // 2 or 1)
         self._start = partial(_started, path.parent, device, threads, cuda, self._options)
-        self._one_step: Callable[[], ResidentGraph] | None = None
-        if capture:
-            one_step = type(file.model)()
-            one_step.CopyFrom(file.model)
-            self._one_step = partial(_one_step, self._start, one_step, inside)
+        self._captures: Captures | None = None
         try:
             self.manifest = _as_served(inside)
+            if capture:
+                one_step = partial(_one_step, self._start, _copy(file.model), inside)
+                self._captures = Captures(one_step, self.manifest, device)
             self._graph = self._start(file.model, inside)
         except NotOnCuda:
             raise
@@ -110,8 +108,6 @@ class ResidentEngine:
             raise NotOnCuda(path.name, str(error)) from error
         self.provider: str = self._graph.session.get_providers()[0]
         self._lanes: list[Lane] = []
-        self._captured: dict[tuple[Lane, int], ResidentWorkspace] = {}
-        self._choice = Choice()
 
     def pool(self, slots: int, tick_rows: int, count: Callable[[str, int], None]) -> ResidentPool:
         """Take the memory that its states live in; runs before this, and with ``run``, have memory of their own.
@@ -127,6 +123,8 @@ class ResidentEngine:
         moving = IN_FLIGHT * tick_rows * (2 if self._graph.stepped else 1)
         settle_in = partial(self._settle_in, tick_rows)
         pool = ResidentPool(self.manifest.states, slots, moving, self._device, IN_FLIGHT, count, settle_in)
+        if self._captures is not None:
+            self._captures.end_rehearsals()
         self._lanes = [Lane(self._graph, pool.buffers) for _ in range(IN_FLIGHT)]
         return pool
 
@@ -141,12 +139,10 @@ class ResidentEngine:
             raise RuntimeError("the device has failed: no memory of ticks can be used again")
         lane = self._lanes.pop()
         try:
-            room = self._choice.rows(rows) if steps == 1 else None
-            if room is None:
-                return lane.workspace(rows, steps, self._lanes.append)
-            captured = self._captured[lane, room]
-            captured.begin(rows, lambda: self._lanes.append(lane))
-            return captured
+            captured = None
+            if self._captures is not None and steps == 1:
+                captured = self._captures.workspace(lane, rows, self._lanes.append)
+            return captured or lane.workspace(rows, steps, self._lanes.append)
         except BaseException:
             self._lanes.append(lane)
             raise
@@ -164,7 +160,7 @@ class ResidentEngine:
             Exception: whatever onnxruntime raises.
         """
         manifest, device = self.manifest, self._device
-        workspace, pools = self._prepare(feeds)
+        workspace, pools = self._prepare(feeds, self._graph)
         first, rows = _SCRATCH, workspace.rows
         try:
             outputs, _ = workspace.run()
@@ -181,12 +177,18 @@ class ResidentEngine:
         ]
 
     def rehearse(self, feeds: Mapping[str, Array]) -> Callable[[], Results]:
-        """Return a tick to be run any number of times: its states stay on the device, as those of sessions do.
+        """Return a tick to be run any number of times, in this thread: its states stay on the device, as in the server.
 
         Args:
             feeds: as for ``run``; each tick begins with these states.
         """
-        workspace, pools = self._prepare(feeds)
+        tie = partial(self._rehearsal, feeds)
+        plain = tie(self._graph)
+        rows, steps = self._sizes(feeds)
+        return plain if self._captures is None or steps > 1 else self._captures.rehearse(rows, plain, tie)
+
+    def _rehearsal(self, feeds: Mapping[str, Array], graph: ResidentGraph) -> Callable[[], Results]:
+        workspace, pools = self._prepare(feeds, graph)
         # Nobody else ever has its memory; until then it would hold itself, in a circle.
         workspace.release()
 
@@ -196,18 +198,22 @@ class ResidentEngine:
 
         return tick
 
-    def _prepare(self, feeds: Mapping[str, Array]) -> tuple[ResidentWorkspace, Sequence[Buffer]]:
+    def _sizes(self, feeds: Mapping[str, Array]) -> tuple[int, int]:
+        """How many rows and steps are given."""
+        x = self.manifest.inputs[0]
+        shape = feeds[x.name].shape
+        return shape[x.batch_axis], 1 if x.time_axis is None else shape[x.time_axis]
+
+    def _prepare(self, feeds: Mapping[str, Array], graph: ResidentGraph) -> tuple[ResidentWorkspace, Sequence[Buffer]]:
         """Fill the arrays of a tick, with memory of its own: states before it, after it, and between its runs."""
         manifest, device = self.manifest, self._device
-        x = manifest.inputs[0]
-        rows = feeds[x.name].shape[x.batch_axis]
-        steps = 1 if x.time_axis is None else feeds[x.name].shape[x.time_axis]
+        rows, steps = self._sizes(feeds)
         first = _SCRATCH
         pools = [device.empty((first + 3 * rows, row_size(state)), state.dtype) for state in manifest.states]
         for state, pool in zip(manifest.states, pools, strict=True):
             given = _rows_first(feeds[state.input], state)
             device.ahead.upload(given, pool.part(pool.row(first).pointer - pool.pointer, given.shape, state.dtype))
-        lane = Lane(self._graph, pools)
+        lane = Lane(graph, pools)
         workspace = lane.workspace(rows, steps, lambda lane: None)
         for spec, array in zip(manifest.inputs, workspace.inputs, strict=True):
             assert array is not None
@@ -221,49 +227,7 @@ class ResidentEngine:
         return workspace, pools
 
     def _settle_in(self, tick_rows: int, pool: ResidentPool) -> str:
-        """Capture ticks of one step, hold them against plain ones, and use them where they are quicker.
-
-        On states that nobody uses, and in the thread that runs the ticks: what is captured there is known there alone.
-
-        Args:
-            tick_rows: most rows of a tick.
-            pool: of this graph.
-
-        Returns:
-            What has come of it, for people; empty where capturing is not tried.
-        """
-        one_step, self._one_step = self._one_step, None
-        if one_step is None:
-            return ""
-        # A session takes memory of it when it is started, maybe while another model is captured.
-        self._device.enter()
-        try:
-            graph = one_step()
-            trials = [self._try(graph, pool, rows) for rows in buckets(tick_rows) if 2 * rows <= pool.limit]
-        except Exception as error:
-            # Without it the model runs as well as it did before.
-            self._captured.clear()
-            self._device.end_capture()
-            # What it had begun, on memory that ticks are to have. If the device has failed, they will say so.
-            with suppress(Exception):
-                all_done(self._device).wait()
-            return f"ticks of one step are not captured: {error}"
-        self._choice = Choice(trials, TOLERANCES[self.manifest.precision])
-        self._captured = {at: one for at, one in self._captured.items() if at[1] in self._choice.graphs}
-        refused = "".join(f"; not for {trial}" for trial in trials if trial.rows not in self._choice.graphs)
-        return f"ticks of one step are captured with room for {sorted(self._choice.graphs)} rows{refused}"
-
-    def _try(self, graph: ResidentGraph, pool: ResidentPool, rows: int) -> Trial:
-        """Capture a number of rows in the memory of each lane, and hold them against plain runs there."""
-        trials = []
-        for lane in self._lanes:
-            # None of its runs waits: what kernels had copied from the host is freed then, and the captured graph reads
-            # it again in each run.
-            options = Options(run_options(self._device.runs.address is None, graph_id=len(self._captured)))
-            self._captured[lane, rows] = captured = lane.own(graph, rows, options)
-            plain = lane.workspace(rows, 1, lambda lane: None)
-            trials.append(compare(pool, self.manifest.inputs, plain, captured))
-        return worst_of(trials)
+        return "" if self._captures is None else self._captures.settle_in(self._lanes, tick_rows, pool)
 
     def __del__(self) -> None:
         # What goes with it, the session's memory too, is freed in this thread, maybe while another one captures.
@@ -313,12 +277,19 @@ def _started(
 
 def _one_step(start: Callable[..., ResidentGraph], model: Any, inside: Manifest) -> ResidentGraph:
     """Start the graph of one step that is to be captured."""
+    model = _copy(model)
     served = make_one_step(model, inside)
     graph = start(model, served, {"enable_cuda_graph": "1"})
     if on_host := sorted(graph.on_host - graph.constants.keys()):
         # A captured graph would read it again from wherever it lay when it was captured.
         raise LoadError(f"inputs {on_host} are read on the host")
     return graph
+
+
+def _copy(model: Any) -> Any:
+    copied = type(model)()
+    copied.CopyFrom(model)
+    return copied
 
 
 def _as_served(inside: Manifest) -> Manifest:

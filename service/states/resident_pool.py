@@ -118,7 +118,7 @@ class ResidentPool:
     def settle_in(self) -> str:
         """Do once what there is to do in the thread in which ticks run, and return what has come of it, for people.
 
-        Before anybody else uses it: a copy that came between would be captured too, and made again in each run.
+        Before there are others: their runs would be captured too.
         """
         return self._settle_in(self)
 

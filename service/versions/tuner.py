@@ -125,7 +125,7 @@ def _tuned(path: Path, settings: Settings, anew: bool, choice: Choice | None = N
     counts = (loaded.threads,) if fixed else thread_counts(tuning_file.cores())
     name, version = path.parent.parent.name, path.parent.name
     folder = path.parent if settings.cache_dir is None else settings.cache_dir / name / version
-    file, subject = folder / tuning_file.NAME, _subject(loaded, counts, settings.gpu_id)
+    file, subject = folder / tuning_file.NAME, _subject(loaded, counts, settings)
     told = log.bind(model=name, version=version, file=str(file))
     measured: tuple[Measurement, ...] = ()
     if not anew:
@@ -188,9 +188,10 @@ def _tell(told: Any, when: str, counts: tuple[int, ...], tuning: Tuning, seconds
         )
 
 
-def _subject(loaded: Loaded, counts: tuple[int, ...], gpu_id: int) -> Subject:
+def _subject(loaded: Loaded, counts: tuple[int, ...], settings: Settings) -> Subject:
     choice = loaded.choice
-    how = [gpu_name(gpu_id), choice.file, choice.digest, "tf32" if choice.tf32 else ""]
+    how = [gpu_name(settings.gpu_id), choice.file, choice.digest, "tf32" if choice.tf32 else ""]
+    how.append("graphs" if settings.cuda_graphs == "on" else "")
     return Subject(
         digest=loaded.graph.digest,
         row_by_row=loaded.graph.manifest.rows_per_run == 1,

@@ -339,14 +339,16 @@ def test_a_tick_that_is_rehearsed(tmp_path: Path) -> None:
 def test_memory_goes_with_the_engine(tmp_path: Path) -> None:
     """At once, without the collector: another model may be waiting for it."""
     engine = ResidentEngine(write_lstm(tmp_path), HostDevice(), capture=True)
-    pool = engine.pool(10, 2, uncounted)
-    tick(engine, pool, pool.allocate_many(2), feeds(engine.manifest, 2, 3))
     engine.rehearse(feeds(engine.manifest, 1, 1))()
+    pool = engine.pool(10, 2, uncounted)
+    pool.settle_in()
+    tick(engine, pool, pool.allocate_many(2), feeds(engine.manifest, 2, 3))
     held: list[weakref.ref[Any]] = [weakref.ref(engine), *(weakref.ref(buffer.memory) for buffer in pool.buffers)]
-    held.append(weakref.ref(engine._graph.session))
+    assert engine._captures is not None
+    held += [weakref.ref(engine._graph.session), weakref.ref(engine._captures)]
     gc.disable()
     try:
         del engine, pool
-        assert [ref() for ref in held] == [None] * 4
+        assert [ref() for ref in held] == [None] * 5
     finally:
         gc.enable()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,52 @@ def test_no_session_is_started_or_freed_by_a_thread_that_the_device_does_not_kno
     known.clear()
     del pool, engine
     assert known == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("kind", ["operator", "one step a run"])
+def test_a_rehearsal_of_one_step_runs_as_it_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Captured where that is quicker, so that devices are compared by what will run; and it gives the same."""
+    ran: list[Any] = []
+    sessions: set[Any] = set()
+    compute = ResidentWorkspace.compute
+
+    def seen(workspace: ResidentWorkspace) -> None:
+        ran.append(workspace._graph.session)
+        compute(workspace)
+
+    monkeypatch.setattr("service.engines.capture_trial.Trial", Quick)
+    monkeypatch.setattr(ResidentWorkspace, "compute", seen)
+    path = write_lstm(tmp_path) if kind == "operator" else one_step(tmp_path)
+    engine = ResidentEngine(path, HostDevice(), capture=True)
+    for rows, steps, captured in ((1, 1, True), (4, 1, True), (3, 1, False), (4, 2, False)):
+        given = feeds(engine.manifest, rows, steps)
+        expected, _ = engine.run(given)
+        tick = engine.rehearse(given)
+        ran.clear()
+        for _ in range(2):
+            equal((tick()[0], []), (expected, []), engine.manifest)
+        assert [session is not engine._graph.session for session in ran] == [captured, captured]
+        sessions.update(ran)
+    (rehearsed,) = [weakref.ref(one) for one in sessions - {engine._graph.session}]
+    sessions.clear()
+    ran.clear()
+    del tick
+    assert rehearsed() is not None
+    engine.pool(4, 2, uncounted)
+    assert rehearsed() is None
+
+
+def test_a_rehearsal_that_cannot_be_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs plainly, and so do those after it, without another trial."""
+    tried: list[object] = []
+
+    def fail(*_: object) -> None:
+        tried.append(_)
+        raise RuntimeError("no way")
+
+    monkeypatch.setattr("service.engines.resident_engine.make_one_step", fail)
+    engine = ResidentEngine(write_lstm(tmp_path), HostDevice(), capture=True)
+    for rows in (1, 2):
+        given = feeds(engine.manifest, rows, 1)
+        equal((engine.rehearse(given)()[0], []), (engine.run(given)[0], []), engine.manifest)
+    assert len(tried) == 1

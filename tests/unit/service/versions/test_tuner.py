@@ -302,6 +302,25 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "CudaDevice", lambda gpu_id: HostDevice())
 
 
+def test_captured_graphs_are_measured_for_themselves(
+    tmp_path: Path, cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured without them says nothing of ticks that may be captured."""
+    given: list[Any] = []
+
+    def measured(*what: Any) -> Any:
+        given.append(what)
+        return timed(1.0, 4.0)(*what)
+
+    monkeypatch.setattr(tuner, "measure", measured)
+    path = write_lstm(tmp_path)
+    settings = Settings(device="cuda", tune_s=0.05)
+    with_graphs = settings.model_copy(update={"cuda_graphs": "on"})
+    for asked, runs in ((settings, 1), (settings, 1), (with_graphs, 2)):
+        tuned(path, asked)
+        assert len(given) == runs
+
+
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
 def test_a_device_with_memory_for_one(
     tmp_path: Path, cuda: None, monkeypatch: pytest.MonkeyPatch, asked: Literal["auto", "cuda"]
