@@ -75,7 +75,7 @@ class SessionCohort(Cohort):
             positions: where they begin, N integers.
             epochs: the lives that they are meant for, 0 for whichever there is; or none.
         """
-        if self.block is not None or not np.array_equal(np.fromiter(positions, np.int64), self.positions):
+        if self.block is not None or np.fromiter(positions, np.int64).tobytes() != self.positions.tobytes():
             return False
         if len(epochs) not in (0, len(self._epochs)):
             return False

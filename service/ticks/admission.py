@@ -15,8 +15,6 @@ from service.ticks.row import PRIORITIES, Block, Kind
 
 _CAUTION = 1.25
 """How much longer than expected the work ahead may take, at least, without making late what was accepted."""
-_PATIENCE_OF_MANY = 8
-"""How many times as long as usual a slice of chunks may be where more of them wait than run at a time."""
 _LESSON, _TRUST, _MOST_CAUTION = 1.05, 0.99, 2.5
 """By what caution grows with each tick in which something is late all the same, and shrinks with each in which all that
 ends is in time; and its bound."""
@@ -51,14 +49,6 @@ class Limits:
     long_tick_s: float = 0.05
     delay_s: float = 0.0
 
-    @property
-    def many_s(self) -> float:
-        """How long a tick of chunks may take where more of them wait than run at a time.
-
-        They are done one after the other in any case, and in longer slices all of them sooner.
-        """
-        return _PATIENCE_OF_MANY * self.short_tick_s
-
 
 class Admission:
     """The account of one model version.
@@ -67,6 +57,7 @@ class Admission:
         rows: how many wait.
         blocks: how many wait.
         efficient_rows: how many rows side by side are about as quick, step for step, as more would be.
+        slice_s: how long a tick may take where more chunks wait than that.
 
     Args:
         limits: of its queue.
@@ -78,6 +69,7 @@ class Admission:
         self.rows = 0
         self.blocks = 0
         self.efficient_rows = efficient_rows
+        self.slice_s = limits.short_tick_s
         self._limits = limits
         self._pace = pace
         self._bytes = 0
@@ -142,7 +134,7 @@ class Admission:
         before = self._running_steps + self._ahead(blocks[0].kind)
         under_way = self.rows + self._running_rows
         # What runs in slices takes longer than in one go.
-        longest = self.slice_steps(most, self._limits.many_s)
+        longest = self.slice_steps(most, self.slice_s)
         ahead = self._pace.work_s(under_way, before, most, longest)
         if ahead > limit_s:
             raise Full(

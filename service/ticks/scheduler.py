@@ -28,8 +28,10 @@ from service.ticks.shape import choose, choose_whole
 
 _PATIENCE = 7
 """How many ticks in a row a priority lets higher ones lead."""
+_PATIENCE_OF_MANY = 8
+"""How many times as long as usual a slice of chunks may be where more of them wait than run at a time."""
 _LIVELY_S = 1.0
-"""How long after the last chunk ticks stay short."""
+"""How long after the last chunk ticks stay short, and after the last of one step slices of other chunks do."""
 _STALE = 64
 """How many blocks that were given up may stand in a queue beyond those that wait."""
 
@@ -79,6 +81,27 @@ class Sealed:
     gone: list[Block]
 
 
+@dataclass(slots=True)
+class _Measure:
+    """By what a tick is measured while it is cut.
+
+    Attributes:
+        most: rows that it may have, if it has some of batches.
+        rows: how many it is expected to have.
+        seconds: how long it may take.
+        slice_steps: most steps of it.
+        soon: when it is over at the earliest.
+        step_s: how long each of its steps is expected to take.
+    """
+
+    most: int
+    rows: int
+    seconds: float
+    slice_steps: int
+    soon: float
+    step_s: float
+
+
 class Scheduler:
     """The queue of one model version."""
 
@@ -93,7 +116,7 @@ class Scheduler:
         self._stale = dict.fromkeys(kinds, 0)
         self._patience = dict.fromkeys(kinds, _PATIENCE)
         self._batch_led = True
-        self._lively_until = float("-inf")
+        self._lively_until = self._single_until = float("-inf")
         # When those came that have not been passed over by a tick, and till when they may wait for others.
         self._first_at = float("-inf")
         self._due = float("inf")
@@ -116,6 +139,7 @@ class Scheduler:
             InvalidRequest: if they would not fit into an empty queue.
             Full: if they do not fit now, or would not be done in time.
         """
+        self._admission.slice_s = self._slice_s(now)
         self._admission.check(blocks, now)
         if not self.queued:
             self._first_at = now
@@ -137,6 +161,8 @@ class Scheduler:
                 self._queues[block.kind].push(block.caller, block)
             if not block.batch:
                 self._lively_until = now + _LIVELY_S
+                if block.steps == 1:
+                    self._single_until = self._lively_until
 
     def cancel(self, rows: Sequence[Row]) -> list[Block]:
         """Give rows up; those that run are not applied when their tick is sealed.
@@ -222,21 +248,30 @@ class Scheduler:
         lead = self._lead(waiting)
         order = waiting if len(waiting) == 1 else sorted(waiting, key=lambda kind: (kind != lead, kind[0] != lead[0]))
         lengths: list[int] = []
-        most, expected, seconds = self._size(lead, now)
-        slice_steps = self._admission.slice_steps(expected, seconds)
-        soon = now + self.pace.step_at_best_s(min(self.queued, most), 1)
-        each = self.pace.step_at_best_s(expected, slice_steps)
         taken = longest = 0
+        measured: _Measure | None = None
+
+        def measure() -> _Measure:
+            # Mostly nobody asks: chunks of one step without a deadline, and no batches.
+            nonlocal measured
+            if measured is None:
+                measured = self._measure(lead, now)
+            return measured
+
+        def length_of(block: Block) -> int:
+            if not limits.sliced or block.left == 1:
+                return block.left
+            return min(block.left, measure().slice_steps)
 
         def give(block: Block, room: int) -> tuple[int, int] | None:
-            nonlocal slice_steps, taken, longest
+            nonlocal taken, longest
             if not _waits(block):
                 self._stale[block.kind] -= 1
                 return 0, 0
             width = len(block.rows)
             if blocks:
                 # Before anything is looked up about it: many may be offered in vain.
-                length = min(block.left, slice_steps) if limits.sliced else block.steps
+                length = length_of(block)
                 rows = taken + width
                 # It may fill a tick of others, but not change its length much.
                 if block.kind != lead and not lengths[0] <= length <= 2 * lengths[0]:
@@ -248,13 +283,16 @@ class Scheduler:
                     return None
             # The first one is judged by the time it is, not by what is expected of it: were that far too much, nothing
             # would run any more, and so nothing be learned.
-            if not self._fit(block, max(soon, now + block.left * each) if blocks else now):
+            soon = now
+            if blocks and block.deadline is not None:
+                soon = max(measure().soon, now + block.left * measure().step_s)
+            if not self._fit(block, soon):
                 return 0, 0
             width = len(block.rows)
-            if not blocks and limits.sliced and min(width, room) > expected:
+            if not blocks and limits.sliced and block.left > 1 and min(width, room) > measure().rows:
                 # What stands in front is not looked at before it is taken, and this is wider than the others.
-                slice_steps = self._admission.slice_steps(min(width, room), seconds)
-            length = min(block.left, slice_steps) if limits.sliced else block.steps
+                measure().slice_steps = self._admission.slice_steps(min(width, room), measure().seconds)
+            length = length_of(block)
             if width > room:
                 if blocks:
                     return None
@@ -267,7 +305,7 @@ class Scheduler:
 
         for kind in order:
             # Chunks that wait run together, however many they are; batches must not keep new ones waiting.
-            room = most if kind[0] or lead[0] else limits.tick_rows
+            room = measure().most if kind[0] or lead[0] else limits.tick_rows
             if taken < room:
                 self._queues[kind].take(give, room - taken)
         while rests:
@@ -362,18 +400,28 @@ class Scheduler:
         turn = [kind for kind in waiting if kind[0] is not self._batch_led] or waiting
         return next((kind for kind in reversed(turn) if self._patience[kind] <= 0), turn[0])
 
-    def _size(self, lead: Kind, now: float) -> tuple[int, int, float]:
-        """Most rows of a tick that has some of batches; how many it is expected to have, and how long it may take."""
-        limits = self._limits
+    def _measure(self, lead: Kind, now: float) -> _Measure:
+        """Tell how large a tick may be."""
+        limits, pace = self._limits, self.pace
         lively = now < self._lively_until
         seconds = limits.short_tick_s if lively else limits.long_tick_s
-        most = self.pace.rows_within(seconds, limits.tick_rows) if lively else limits.tick_rows
+        most = pace.rows_within(seconds, limits.tick_rows) if lively else limits.tick_rows
         # As many as its blocks have on average; those at the front are not looked at before they are taken.
         ready = len(self._queues[lead]) * self.queued // max(1, self._admission.blocks)
         rows = max(1, min(ready, most if lead[0] else limits.tick_rows))
         if not lead[0] and len(self._queues[lead]) > self._admission.efficient_rows:
-            rows, seconds = min(rows, self._admission.efficient_rows), limits.many_s
-        return most, rows, seconds
+            rows, seconds = min(rows, self._admission.efficient_rows), self._slice_s(now)
+        steps = self._admission.slice_steps(rows, seconds)
+        soon = now + pace.step_at_best_s(min(self.queued, most), 1)
+        return _Measure(most, rows, seconds, steps, soon, pace.step_at_best_s(rows, steps))
+
+    def _slice_s(self, now: float) -> float:
+        """How long a tick of chunks may take where more of them wait than run at a time.
+
+        While single steps come they are never behind more than a short one. Chunks of several steps are done one after
+        the other in any case, and in longer slices all of them sooner.
+        """
+        return self._limits.short_tick_s * (1 if now < self._single_until else _PATIENCE_OF_MANY)
 
     def seal(self, tick: Tick, now: float) -> Sealed:
         """End a tick whose run succeeded: the one moment in which positions move.

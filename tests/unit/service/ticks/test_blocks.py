@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import Cancelled, Full, Late, PositionConflict
+from service.errors import Cancelled, Draining, Full, Late, PositionConflict
 from service.ticks.admission import Limits
 from service.ticks.pace import Pace
 from service.ticks.row import Block, Phase, Row, Track
@@ -244,6 +244,29 @@ def test_many_long_chunks_run_in_turn() -> None:
         done += [one for one in tick.blocks if one.phase is Phase.APPLIED]
     assert [one for one in done if one is not short] == long
     assert short in done[:5]
+
+
+def test_single_steps_keep_the_slices_of_others_short() -> None:
+    """While chunks of one step come, none waits behind more than a short tick; without them slices are longer."""
+    pace = Pace()
+    for rows in (1, 2, 4, 64):
+        pace.learn(rows, 1, max(rows, 4) * 0.001)
+    queue = Scheduler(Limits(1000, 64, 8192, short_tick_s=0.008), pace)
+
+    def longest(now: float) -> int:
+        queue.submit([block([Track(n)], 100) for n in range(40)], now)
+        tick, _ = queue.cut(now)
+        assert tick is not None
+        queue.clear(Draining("enough"))
+        queue.fail(tick.blocks, Draining("enough"))
+        return max(tick.lengths)
+
+    assert longest(NOW) == 16
+    queue.submit([block([Track(99)])], NOW + 1)
+    queue.clear(Draining("enough"))
+    assert longest(NOW + 1) == 2
+    assert longest(NOW + 1.9) == 2
+    assert longest(NOW + 2) == 16
 
 
 def test_what_runs_is_work_that_is_ahead() -> None:
