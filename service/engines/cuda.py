@@ -142,6 +142,7 @@ class CudaStream:
         self._cuda = cuda
         self._device = device
         self._stream = cuda.Stream(non_blocking=True)
+        self._moment = cuda.Event(disable_timing=True)
         self.address: int | None = self._stream.ptr
 
     def upload(self, array: Array, buffer: Buffer) -> None:
@@ -161,10 +162,9 @@ class CudaStream:
         """Wait, on the device alone, for this moment of another stream; see ``Stream``."""
         assert isinstance(other, CudaStream)
         _enter(self._device)
-        event = self._cuda.Event(disable_timing=True)
-        event.record(other._stream)
-        # It may go before it is reached (CUDA runtime API, cudaEventDestroy).
-        self._stream.wait_event(event)
+        # Recorded anew it does not hold up who waits for it already (CUDA runtime API, cudaEventRecord).
+        other._moment.record(other._stream)
+        self._stream.wait_event(other._moment)
 
     def mark(self) -> Event:
         """Mark this moment; see ``Stream``."""
