@@ -9,8 +9,8 @@ _WEIGHT = 0.2
 """Of the newest tick: some ten ticks forget what was before them."""
 _LEAP = 4
 """As how many times what was known a tick counts at most: one that was held up says little of the next."""
-_NEARLY = 0.85
-"""Share of the highest rate that counts as such."""
+_NEARLY = 0.75
+"""Share of the highest rate that counts as such: fewer rows in longer slices cost less beside the graph."""
 _TRY = 32
 """How often more rows are tried than are expected to be quick enough."""
 
@@ -56,10 +56,14 @@ class Pace:
         if rows == 1:
             self.slowest_s = max(self.slowest_s, each)
         if (seen := known.get(bucket)) is None:
-            known[bucket] = _Seen(float(rows), each)
+            seen = known[bucket] = _Seen(float(rows), each)
         else:
             seen.rows += _WEIGHT * (rows - seen.rows)
             seen.step_s += _WEIGHT * (min(each, _LEAP * seen.step_s) - seen.step_s)
+        for length, longer in known.items():
+            # In longer ticks a step takes no longer. Where it seemed so, they would not be tried again.
+            if length > bucket:
+                longer.step_s = min(longer.step_s, seen.step_s * max(1.0, longer.rows / seen.rows))
 
     def step_s(self, rows: int, steps: int) -> float:
         """Seconds of one step with that many rows, in a tick of that many steps; 0 where nothing has run yet."""
@@ -86,13 +90,27 @@ class Pace:
         """How many steps that many rows can run within some time; at least 1, at most ``most``."""
         found = self._within.get((rows, seconds, most))
         if found is None:
-            found = 1
-            # Long ticks cost less a step than short ones: begin with what the short ones allow, and look again.
-            for _ in range(3):
-                each = self.step_s(rows, found)
-                found = max(1, int(seconds / each)) if each * most > seconds else most
-            self._within[rows, seconds, most] = found
+            found = self._within[rows, seconds, most] = max(1, min(most, self._find_steps(rows, seconds, most)))
         return found
+
+    def _find_steps(self, rows: int, seconds: float, most: int) -> int:
+        if not self._seen:
+            return most
+        bucket = _bucket(rows)
+        known = self._seen[bucket if bucket in self._seen else _nearest(self._seen, bucket)]
+        # A tick has a part that does not grow with its steps: between two lengths that were seen time grows evenly, and
+        # twice as many steps take less than twice as long.
+        longer: tuple[int, float] | None = None
+        for length, seen in sorted(known.items(), reverse=True):
+            steps, took_s = 1 << length, (1 << length) * seen.step_s * max(1.0, rows / seen.rows)
+            if took_s > seconds:
+                longer = steps, took_s
+                continue
+            if longer is None:
+                return int(seconds / took_s * steps) if took_s * most > seconds * steps else most
+            return steps + int((seconds - took_s) / (longer[1] - took_s) * (longer[0] - steps))
+        assert longer is not None
+        return int(seconds / longer[1] * longer[0])
 
     def rows_within(self, seconds: float, most: int) -> int:
         """How many rows can run one step within some time; at least 1, at most ``most``.
@@ -110,10 +128,13 @@ class Pace:
 
         More of them at a time would not be done sooner, and those that have waited longest would be done later.
         """
-        ones = {bucket: _of(known, 0) for bucket, known in self._seen.items()}
-        rates = {bucket: seen.rows / seen.step_s for bucket, seen in ones.items() if seen.step_s > 0}
+        rates = {
+            bucket: max((seen.rows / seen.step_s for seen in known.values() if seen.step_s > 0), default=0.0)
+            for bucket, known in self._seen.items()
+        }
         best = max(rates.values(), default=0.0)
-        return min((min(2**bucket, most) for bucket, rate in rates.items() if rate >= _NEARLY * best), default=most)
+        quick = [bucket for bucket, rate in rates.items() if best > 0 and rate >= _NEARLY * best]
+        return min((min(1 << bucket, most) for bucket in quick), default=most)
 
     def work_s(self, rows: int, steps: int, most: int, longest: int) -> float:
         """Seconds that waiting rows take.

@@ -261,7 +261,11 @@ class Scheduler:
         def length_of(block: Block) -> int:
             if not limits.sliced or block.left == 1:
                 return block.left
-            return min(block.left, measure().slice_steps)
+            most = measure().slice_steps
+            # A rest that is that small would cost a tick of its own. Of batches the rests are cut where others are.
+            if not block.batch and max(measure().rows, len(block.rows)) * block.left <= limits.tick_steps:
+                most += most // 4
+            return block.left if block.left <= most else measure().slice_steps
 
         def give(block: Block, room: int) -> tuple[int, int] | None:
             nonlocal taken, longest

@@ -494,3 +494,22 @@ def test_random_blocks_end_each_row_once_and_in_order(data: st.DataObject) -> No
         ]
         assert track.position == sum(row.block.steps for row in rows)
     assert queue._admission._waiting_steps == queue._admission._bytes == queue._admission.blocks == 0
+
+
+def test_a_chunk_leaves_no_small_rest() -> None:
+    """A fifth of it would cost another tick: it runs whole. Of a batch the rest runs beside others."""
+    pace = Pace()
+    for rows in (1, 2, 4, 64):
+        pace.learn(rows, 1, max(rows, 4) * 0.001)
+    for batch, slices in ((False, [10]), (True, [8, 2])):
+        queue = Scheduler(Limits(1000, 64, 8192, short_tick_s=0.032, long_tick_s=0.032), pace)
+        one = block([Track(0)], 10)
+        one.kind = (batch, 2)
+        queue.submit([one], NOW)
+        ran = []
+        while queue.queued:
+            tick, _ = queue.cut(NOW)
+            assert tick is not None
+            ran += tick.lengths
+            finish(queue, tick)
+        assert ran == slices

@@ -68,3 +68,38 @@ def test_how_many_steps_fit_is_told_anew_when_more_is_learned() -> None:
     for _ in range(30):
         pace.learn(16, 1, 0.004)
     assert pace.steps_within(16, 0.008, 100) == 2
+
+
+def test_a_slice_is_as_long_as_its_time_allows_and_not_as_its_first_step_says() -> None:
+    """Much of a tick may not grow with its steps; two lengths that were seen tell what lies between them."""
+    pace = Pace()
+    pace.learn(64, 1, 0.009)
+    assert pace.steps_within(64, 0.016, 100) == 1
+    pace.learn(64, 16, 0.054)
+    assert pace.steps_within(64, 0.016, 100) == 3
+    assert pace.steps_within(64, 0.027, 100) == 7
+    assert pace.steps_within(64, 0.1, 100) == 29
+    assert pace.steps_within(64, 0.1, 20) == 20
+    assert pace.steps_within(64, 0.001, 100) == 1
+
+
+def test_one_bad_moment_does_not_say_how_many_rows_are_quick() -> None:
+    """The best of what was seen of so many rows counts."""
+    pace = Pace()
+    for rows, seconds in ((1, 0.0005), (16, 0.0009), (64, 0.0033)):
+        pace.learn(rows, 1, seconds * (3 if rows == 16 else 1))
+        pace.learn(rows, 16, 16 * seconds)
+    assert pace.efficient_rows(256) == 16
+
+
+def test_long_ticks_that_were_seen_at_a_bad_moment_are_tried_again() -> None:
+    """Slices of one step say that longer ones take no more a step: else they would be of one step for ever."""
+    pace = Pace()
+    for steps in (1, 2, 4, 8, 16):
+        pace.learn(16, steps, steps * 0.020)
+    assert pace.steps_within(16, 0.016, 512) == 1
+    seen = []
+    for _ in range(60):
+        seen.append(pace.steps_within(16, 0.016, 512))
+        pace.learn(16, seen[-1], 0.001 + seen[-1] * 0.001)
+    assert seen[-1] in range(13, 17)
