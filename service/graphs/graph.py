@@ -54,6 +54,13 @@ class StatePool(Protocol):
             Full: if too many would be taken.
         """
 
+    def reserve_many(self, count: int) -> NDArray[np.intp]:
+        """Take slots, all or none, to be scattered to before anything is read of them.
+
+        Raises:
+            Full: if too many would be taken.
+        """
+
     def free(self, slot: int) -> None:
         """Give a slot back."""
 

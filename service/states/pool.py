@@ -100,11 +100,19 @@ class Pool:
         Raises:
             Full: if more than ``limit`` slots would be taken.
         """
-        with self._lock:
-            slots = np.array(self._slots.take(count), np.intp)
+        slots = self.reserve_many(count)
         for kept, initial in zip(self._kept, self._initial, strict=True):
             kept.array[kept.at(slots)] = np.expand_dims(initial, kept.axis)
         return slots
+
+    def reserve_many(self, count: int) -> NDArray[np.intp]:
+        """Take slots, all or none, to be scattered to before anything is read of them.
+
+        Raises:
+            Full: if more than ``limit`` slots would be taken.
+        """
+        with self._lock:
+            return np.array(self._slots.take(count), np.intp)
 
     def free(self, slot: int) -> None:
         """Give a slot back. Nobody may use it afterwards."""

@@ -170,7 +170,7 @@ class Execution:
             for block, length in zip(tick.blocks, tick.lengths, strict=True)
             if block.scratch is None and block.left > length
         )
-        return self.pool.allocate_many(count).tolist() if count else []
+        return self.pool.reserve_many(count).tolist() if count else []
 
     def _pack(self, flight: Flight) -> None:
         """Fill the arrays of a tick."""
