@@ -139,6 +139,7 @@ class Operations:
         session = self._open(owner, identity, runner, states, position)
         session.epoch = epoch
         session.used_at -= idle_s
+        session.noted_at = session.used_at
         self._keep_reply(session, last)
 
     def check_streamable(self, runner: Runner) -> None:

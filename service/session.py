@@ -64,10 +64,6 @@ class Shared(Protocol):
     """Sessions that step together, and what they have in common as long as they do."""
 
     @property
-    def sessions(self) -> Sequence[Session]:
-        """They."""
-
-    @property
     def used_at(self) -> float:
         """When they were last stepped."""
 
@@ -106,6 +102,7 @@ class Session:
         orphans: chunks that run for nobody: all who waited for them have gone.
         closing: how many wait for it to be at rest to close it.
         guests: how many wait for it to be at rest to look at it or change it.
+        noted_at: by which the table keeps its order; its last use may be later.
         cohort: those with which it steps, if they step together: then what is its own stands there, and whoever asks
             for it parts them.
         stepped_with: tells with which others it was stepped last, by a number.
@@ -123,6 +120,7 @@ class Session:
         "guests",
         "home",
         "identity",
+        "noted_at",
         "orphans",
         "owner",
         "stepped_with",
@@ -138,6 +136,7 @@ class Session:
         self.orphans: list[Pending] = []
         self.closing = 0
         self.guests = 0
+        self.noted_at = now
         self.cohort: Shared | None = None
         self.stepped_with = 0
         self._position = track.position
@@ -185,15 +184,11 @@ class Session:
         self.part()
         self._used_at = used_at
 
-    @property
-    def noted_at(self) -> float:
-        """The same, without what has been done since it is in a cohort."""
-        return self._used_at
-
     def part(self) -> None:
         """Have what is its own, if it is in a cohort."""
-        if self.cohort is not None:
-            self.cohort.dissolve()
+        cohort = self.cohort
+        if cohort is not None:
+            cohort.dissolve()
 
     def have(self, position: int, used_at: float, last: Reply | None, pending: Pending | None) -> None:
         """Take what is its own out of its cohort, which is over."""

@@ -138,7 +138,11 @@ class SessionTable:
         now = self._clock()
         for session in sessions:
             session.used_at = now
-            self._sessions.move_to_end((session.owner, session.identity))
+            self._note(session, now)
+
+    def _note(self, session: Session, now: float) -> None:
+        session.noted_at = now
+        self._sessions.move_to_end((session.owner, session.identity))
 
     def end(self, session: Session) -> None:
         """Take a session out, unless it is out already. Nothing of it may be under way."""
@@ -153,7 +157,7 @@ class SessionTable:
 
     def put_back(self, session: Session) -> None:
         """Enter a session that was set aside; that counts as a use of it."""
-        session.used_at = self._clock()
+        session.used_at = session.noted_at = self._clock()
         self._sessions[session.owner, session.identity] = session
 
     def expire(self) -> int:
@@ -167,12 +171,9 @@ class SessionTable:
             key, session = next(iter(self._sessions.items()))
             if now - session.noted_at < self.idle_timeout_s:
                 break
-            if session.cohort is not None and now - session.used_at < self.idle_timeout_s:
-                # They have kept no order here.
-                mates = session.cohort.sessions
-                session.part()
-                for mate in mates:
-                    self._sessions.move_to_end((mate.owner, mate.identity))
+            if now - session.used_at < self.idle_timeout_s:
+                # In a cohort, or since it was in one: its use was not noted here.
+                self._note(session, now)
                 continue
             if session.closing or not session.at_rest:
                 self.touch(session)

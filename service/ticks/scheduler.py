@@ -90,16 +90,12 @@ class _Measure:
         rows: how many it is expected to have.
         seconds: how long it may take.
         slice_steps: most steps of it.
-        soon: when it is over at the earliest.
-        step_s: how long each of its steps is expected to take.
     """
 
     most: int
     rows: int
     seconds: float
     slice_steps: int
-    soon: float
-    step_s: float
 
 
 class Scheduler:
@@ -277,8 +273,11 @@ class Scheduler:
                 # Before anything is looked up about it: many may be offered in vain.
                 length = length_of(block)
                 rows = taken + width
-                # It may fill a tick of others, but not change its length much.
+                # It may fill a tick of others, but not change its length much, nor make it take longer than it may.
                 if block.kind != lead and not lengths[0] <= length <= 2 * lengths[0]:
+                    return None
+                together = max(length, longest)
+                if block.batch != lead[0] and together * self.pace.step_s(rows, together) > measure().seconds:
                     return None
                 if (limits.sliced or block.kind != lead) and rows * max(length, longest) > limits.tick_steps:
                     return None
@@ -289,8 +288,8 @@ class Scheduler:
             # would run any more, and so nothing be learned.
             soon = now
             if blocks and block.deadline is not None:
-                soon = max(measure().soon, now + block.left * measure().step_s)
-            if not self._fit(block, soon):
+                soon += block.left * self.pace.step_at_best_s(taken + width, length)
+            if not self._fit(block, now, soon):
                 return 0, 0
             width = len(block.rows)
             if not blocks and limits.sliced and block.left > 1 and min(width, room) > measure().rows:
@@ -336,8 +335,13 @@ class Scheduler:
             block.phase = Phase.RUNNING
         return tick
 
-    def _fit(self, block: Block, soon: float) -> bool:
-        """Refuse a block, or rows of it, that are not to run in a tick that ends no earlier than ``soon``.
+    def _fit(self, block: Block, now: float, soon: float) -> bool:
+        """Refuse a block, or rows of it, that are not to run.
+
+        Args:
+            block: that waits.
+            now: the time.
+            soon: when it is expected to have run to its end, if it does from now on.
 
         Returns:
             Whether any of it is to run.
@@ -355,7 +359,7 @@ class Scheduler:
             # What came too late says nothing of how long the work takes.
             if block.deadline > block.queued_at:
                 self._admission.note_late()
-            self._refused.append(self._take_out(block, block.rows, _late()))
+            self._refused.append(self._take_out(block, block.rows, _late() if now >= block.deadline else _too_late()))
         elif block.unwanted:
             self._refused.append(self._take_out(block, list(block.unwanted), _gone()))
         return _waits(block)
@@ -416,8 +420,7 @@ class Scheduler:
         if not lead[0] and len(self._queues[lead]) > self._admission.efficient_rows:
             rows, seconds = min(rows, self._admission.efficient_rows), self._slice_s(now)
         steps = self._admission.slice_steps(rows, seconds)
-        soon = now + pace.step_at_best_s(min(self.queued, most), 1)
-        return _Measure(most, rows, seconds, steps, soon, pace.step_at_best_s(rows, steps))
+        return _Measure(most, rows, seconds, steps)
 
     def _slice_s(self, now: float) -> float:
         """How long a tick of chunks may take where more of them wait than run at a time.
@@ -554,6 +557,10 @@ def _conflict(row: Row) -> PositionConflict:
 
 def _late() -> Late:
     return Late("the deadline passed before the steps were applied; the state has not moved")
+
+
+def _too_late() -> Late:
+    return Late("the deadline comes before the steps could be applied; the state has not moved")
 
 
 def _gone() -> Cancelled:

@@ -87,7 +87,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
                 )
             tensors = decode(chunk.inputs)
             inputs = self._codec(runner).chunk(tensors)
-            deadline = began + chunk.timeout_us * 1e-6 if chunk.timeout_us else None
+            deadline = self._deadline(chunk, began)
             waiting = _WaitingChunk(self, self._operations, session, runner, chunk.position, began)
             self.wait(waiting, max(_size(tensors), runner.manifest.reply_bytes(len(inputs[0]))))
             try:
@@ -107,8 +107,7 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
         identities = tuple(block.session_ids)
         count = len(identities)
         try:
-            cohort = self._operations.together(self._owner, identities)
-            if cohort is not None and self._accept_cohort(block, cohort, began):
+            if self._stepped_together(block, identities, began):
                 return
             self._check(block)
             sessions, runner, errors = self._sessions(block)
@@ -124,21 +123,22 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
             inputs, wrong = self._codec(runner).block(tensors, count)
             errors = {**wrong, **errors}
             steps = inputs[0].shape[1]
-            deadline = began + block.timeout_us * 1e-6 if block.timeout_us else None
+            known = [session for session in sessions if isinstance(session, Session)]
+            if steps == 1 and not errors:
+                chunks, owner = self._operations.chunks, self._owner
+                cohort = chunks.gather(owner, identities, known, block.positions, block.epochs)
+                if cohort is not None:
+                    self._step_cohort(block, cohort, inputs, _size(tensors), began)
+                    return
             waiting = _WaitingBlock(self, self._operations, runner, block.tag, count, steps, began)
             epochs = block.epochs or (0,) * count
-            chunks: list[Chunk] = [
+            one_by_one: list[Chunk] = [
                 (session, epoch, position, _Seat(waiting, n))
                 for n, (session, epoch, position) in enumerate(zip(sessions, epochs, block.positions, strict=True))
                 if n not in errors and isinstance(session, Session)
             ]
             if errors:
                 inputs = [array[[n for n in range(count) if n not in errors]] for array in inputs]
-            if steps == 1 and not errors:
-                known = [session for session in sessions if isinstance(session, Session)]
-                cohort = self._operations.chunks.gather(self._owner, identities, known, block.positions, block.epochs)
-                if cohort is not None and self._accept_cohort(block, cohort, began):
-                    return
             self.wait(waiting, max(_size(tensors), count * runner.manifest.reply_bytes(steps)), count)
         except Exception as error:
             if runner is not None:
@@ -147,38 +147,54 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
             return
         for n, wrong_with in errors.items():
             waiting.take(n, wrong_with)
-        if chunks:
+        if one_by_one:
+            deadline = self._deadline(block, began)
             waiting.pending = self._operations.chunks.step_together(
-                runner, chunks, steps, inputs, deadline, self._caller
+                runner, one_by_one, steps, inputs, deadline, self._caller
             )
 
-    def _accept_cohort(self, block: pb.Block, cohort: SessionCohort, began: float) -> bool:
+    def _stepped_together(self, block: pb.Block, identities: tuple[str, ...], began: float) -> bool:
         """Queue a block of one step of each session of a cohort, or answer it.
 
         Returns:
-            False if it is not just the next step of all of them: it must be looked at one by one.
+            False if there is no such cohort, or this is not just the next step of all of them: then it must be looked
+            at one by one.
         """
-        if block.timeout_us < 0 or not cohort.follows(block.positions, block.epochs):
+        cohort = self._operations.together(self._owner, identities)
+        if cohort is None or block.timeout_us < 0 or not cohort.follows(block.positions, block.epochs):
             return False
-        count, runner = len(cohort.sessions), runner_of(cohort.sessions[0])
         try:
             tensors = decode(block.inputs)
-            inputs, wrong = self._codec(runner).block(tensors, count)
+            inputs, wrong = self._codec(runner_of(cohort.sessions[0])).block(tensors, len(identities))
         except ConveyorError:
             return False
         if wrong or inputs[0].shape[1] != 1:
             return False
+        self._step_cohort(block, cohort, inputs, _size(tensors), began)
+        return True
+
+    def _step_cohort(
+        self, block: pb.Block, cohort: SessionCohort, inputs: Sequence[Array], size: int, began: float
+    ) -> None:
+        """Queue a block that is the next step of each session of a cohort, or answer it."""
+        count, runner = len(cohort.sessions), runner_of(cohort.sessions[0])
         waiting = _WaitingBlock(self, self._operations, runner, block.tag, count, 1, began)
-        self.wait(waiting, max(_size(tensors), count * runner.manifest.reply_bytes(1)), count)
+        self.wait(waiting, max(size, count * runner.manifest.reply_bytes(1)), count)
         try:
-            deadline = began + block.timeout_us * 1e-6 if block.timeout_us else None
+            deadline = self._deadline(block, began)
             self._operations.chunks.step_cohort(cohort, inputs, deadline, waiting, self._caller)
         except ConveyorError as error:
             for n in range(count):
                 waiting.take(n, error)
+        except BaseException:
+            self.answered(waiting)
+            raise
         else:
             waiting.cohort = cohort
-        return True
+
+    @staticmethod
+    def _deadline(part: pb.Chunk | pb.Block, began: float) -> float | None:
+        return began + part.timeout_us * 1e-6 if part.timeout_us else None
 
     def _check(self, block: pb.Block) -> None:
         """Refuse a block that contradicts itself."""

@@ -326,6 +326,28 @@ async def test_steps_together_put_expiry_off(lstm_repository: Path) -> None:
         assert not cohorts(server)
 
 
+async def test_who_parted_late_holds_nobody_up(lstm_repository: Path) -> None:
+    """Sessions that came to rest before others expire before them, however these ended being a cohort."""
+    clock = Clock()
+    async with (
+        running(lstm_repository, clock, idle_timeout_s=10) as server,
+        calling(server) as stub,
+        streaming(stub) as caller,
+    ):
+        await together(caller, server)
+        clock.now += 1
+        await caller.open(session_id="idle")
+        clock.now += 8
+        await step(caller, block(IDS, 2, x[:, 2:3]))
+        await caller.position("a")
+        assert not cohorts(server)
+        clock.now += 2
+        assert server.operations.expire() == 1
+        assert sorted(one.identity for one in server.operations.sessions) == sorted(IDS)
+        clock.now += 20
+        assert server.operations.expire() == 5
+
+
 async def test_whose_sessions_they_are_is_asked_of_a_cohort_too(lstm_repository: Path) -> None:
     """Another caller who knows the ids finds nobody there."""
     async with served(lstm_repository) as (server, stub, caller):

@@ -513,3 +513,46 @@ def test_a_chunk_leaves_no_small_rest() -> None:
             ran += tick.lengths
             finish(queue, tick)
         assert ran == slices
+
+
+def linear(rows_seen: Sequence[int] = (1, 16, 64), first_s: float = 0.0001, each_s: float = 0.00004) -> Pace:
+    """What was learned of a model that takes ``first_s`` and ``each_s`` a row for each step."""
+    pace = Pace()
+    for rows in rows_seen:
+        for steps in (1, 16):
+            pace.learn(rows, steps, steps * (first_s + rows * each_s))
+    return pace
+
+
+def sequence(steps: int, track: Track) -> Block:
+    """A sequence of a batch."""
+    one = block([track], steps)
+    one.kind = (True, 2)
+    return one
+
+
+def test_batches_do_not_make_a_tick_of_chunks_long() -> None:
+    """They fill it only as far as it then takes no longer than it may: the next chunk waits for one short tick."""
+    queue = Scheduler(Limits(1000, 64, 8192, short_tick_s=0.004), linear())
+    queue.submit([sequence(100, Track(n)) for n in range(63)], NOW)
+    queue.submit([block([Track(99)], 100)], NOW)
+    kinds = set()
+    for _ in range(6):
+        tick, _ = queue.cut(NOW)
+        assert tick is not None
+        assert tick.steps * (0.0001 + tick.rows * 0.00004) <= 0.0041
+        kinds |= {one.batch for one in tick.blocks}
+        finish(queue, tick)
+    assert kinds == {True, False}
+
+
+def test_batches_that_wait_make_no_chunk_late() -> None:
+    """Whether a chunk can be done in time is told from the tick that it would be in, not from all that waits."""
+    queue = Scheduler(Limits(1000, 64, 8192, short_tick_s=0.004), linear())
+    chunks = [block([Track(1)]), block([Track(2)], deadline=NOW + 0.002)]
+    queue.submit([sequence(100, Track(10 + n)) for n in range(100)], NOW)
+    for chunk in chunks:
+        queue.submit([chunk], NOW)
+    tick, refused = queue.cut(NOW)
+    assert tick is not None
+    assert (tick.blocks, refused) == (chunks, [])
