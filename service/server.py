@@ -9,7 +9,7 @@ import asyncio
 import functools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import grpc
 import prometheus_client
@@ -133,9 +133,9 @@ class Server:
         devices = {runner.choice.device for runner in self.repository}
         if devices == {"cpu"} and self.settings.for_cuda:
             log.info("settings without effect: the CPU runs all models", settings=self.settings.for_cuda)
-        self._routines.append(asyncio.create_task(self._sweep()))
+        self._routines.append(asyncio.create_task(_again(min(5.0, self.settings.idle_timeout_s / 4), self._sweep)))
         if self.settings.model_control == "poll":
-            self._routines.append(asyncio.create_task(self._poll()))
+            self._routines.append(asyncio.create_task(_again(self.settings.poll_interval_s, self.repository.poll)))
 
     async def drain(self) -> None:
         """Stop being ready, refuse new work, finish what was accepted, answer it, and end the streams."""
@@ -180,17 +180,19 @@ class Server:
 
     async def _sweep(self) -> None:
         """Expire sessions also while nobody calls, and free models whose last session has ended."""
-        pause_s = min(5.0, self.settings.idle_timeout_s / 4)
-        while True:
-            await asyncio.sleep(pause_s)
-            if count := self.operations.expire():
-                log.info("sessions expired", count=count, open=len(self.operations.sessions))
-            await self.repository.free()
+        if count := self.operations.expire():
+            log.info("sessions expired", count=count, open=len(self.operations.sessions))
+        await self.repository.free()
 
-    async def _poll(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.poll_interval_s)
-            await self.repository.poll()
+
+async def _again(pause_s: float, routine: Callable[[], Awaitable[None]]) -> None:
+    """Do something every so often, also after it has failed."""
+    while True:
+        await asyncio.sleep(pause_s)
+        try:
+            await routine()
+        except Exception:
+            log.exception("failed, and will be tried again", routine=routine.__name__)
 
 
 async def _tell(servicer: health.aio.HealthServicer, model: str, ready: bool) -> None:

@@ -12,6 +12,7 @@ from conveyor.v1 import conveyor_pb2 as pb
 from tests.clock import Clock
 from tests.conftest import calling, running
 from tests.graphs import INPUT
+from tests.wire.gate import until
 from tests.wire.native import chunk, streaming
 
 x = np.ones((1, INPUT), np.float32)
@@ -78,3 +79,26 @@ async def test_expired_sessions_make_room(lstm_repository: Path) -> None:
         assert "2 sessions" in (full.value.details() or "")
         clock.now += 10
         await stub.OpenSession(pb.OpenSessionRequest(model="lstm"))
+
+
+async def test_expiry_goes_on_after_it_has_failed(
+    lstm_repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the server does every so often fails once: it is logged, and done again."""
+    clock = Clock()
+    async with running(lstm_repository, clock, idle_timeout_s=0.05) as server, calling(server) as stub:
+        expire, calls = server.operations.expire, 0
+
+        def fail_once() -> int:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise RuntimeError("out of order")
+            return expire()
+
+        monkeypatch.setattr(server.operations, "expire", fail_once)
+        await stub.OpenSession(pb.OpenSessionRequest(model="lstm", session_id="one"))
+        clock.now += 1
+        await until(lambda: len(server.operations.sessions) == 0)
+    assert calls > 1
+    assert "will be tried again" in capsys.readouterr().out
