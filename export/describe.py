@@ -20,6 +20,7 @@ from export.stored import Lowering
 from models.reference import initial_states
 from models.spec import ModelSpec
 from models.weights import Array, Weights, digest
+from service.graphs.onnx_file import SEAL_KEY
 from service.manifest import METADATA_KEY, DType, LayerSpec, Manifest, StateSpec, TensorSpec
 from service.values import from_text, to_text
 
@@ -123,8 +124,8 @@ def check_manifest(manifest: Manifest, spec: ModelSpec, weights: Weights, precis
 
 
 def put_manifest(model: onnx.ModelProto, manifest: Manifest) -> None:
-    """Write the manifest to the file's metadata, in the place of one that is there."""
-    others = {entry.key: entry.value for entry in model.metadata_props if entry.key != METADATA_KEY}
+    """Write the manifest to the file's metadata, in the place of one that is there; a seal holds no more, and goes."""
+    others = {entry.key: entry.value for entry in model.metadata_props if entry.key not in (METADATA_KEY, SEAL_KEY)}
     onnx.helper.set_model_props(model, {**others, METADATA_KEY: manifest.model_dump_json()})
 
 

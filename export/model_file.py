@@ -30,6 +30,8 @@ from export.verify import AGAINST_CPU, Verification, check_bound, judge
 from export.versions import Beside, file_for_cpu
 from models.spec import ModelSpec
 from models.weights import Array, digest
+from service.errors import LoadError
+from service.graphs.onnx_file import check_seal, seal
 from service.graphs.placement import Device
 from service.manifest import Manifest, Parity, ParityRow
 
@@ -173,7 +175,7 @@ def make_model_file(
     manifest = manifest.model_copy(update={"parity": parity})
     put_manifest(graph, manifest)
     put_manifest(baseline, manifest)  # so that the files' sizes compare
-    return ModelFile(graph.SerializeToString(), manifest, baseline.SerializeToString(), notes)
+    return ModelFile(seal(graph.SerializeToString()), manifest, seal(baseline.SerializeToString()), notes)
 
 
 def verify_file(
@@ -210,7 +212,13 @@ def verify_file(
     beside = file_for_cpu(path)
     on_cpu = None if beside is None or not beside.is_file() else _same_model(beside, manifest, spec)
     verification = Verification(Graph(content, manifest, spec), spec, weights, bound)
-    return judge([*_run(verification, sequences, progress, on_cpu)])
+    parity = judge([*_run(verification, sequences, progress, on_cpu)])
+    try:
+        # Last: what was found above tells more.
+        check_seal(path)
+    except LoadError as error:
+        raise VerificationFailed(str(error), parity) from error
+    return parity
 
 
 def _same_model(path: Path, manifest: Manifest, spec: ModelSpec) -> Graph:

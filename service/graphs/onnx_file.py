@@ -1,11 +1,12 @@
 """An .onnx file, read without running it: its nodes wherever they stand, its values, what lies outside it.
 
-Owns the walk through a file and what is refused of it; the only room that imports onnx, and only when a file is read,
-because that import takes half a second. Must not know onnxruntime or what a model is served as.
+Owns the walk through a file, its seal, and what is refused of it; the only room that imports onnx, and only when a file
+is walked through, because that import takes half a second. Must not know onnxruntime or what a model is served as.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -26,6 +27,14 @@ Array = NDArray[np.generic]
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 """Domains of operators that onnxruntime brings along."""
+SEAL_KEY = "conveyor.sha256"
+"""The key of a seal: the metadata entry that ends a file, with the sha256 of all bytes before it."""
+_ENTRY = bytes([0x0A, len(SEAL_KEY)]) + SEAL_KEY.encode() + bytes([0x12, 64])
+"""A StringStringEntryProto up to its value: the key is field 1, the value of 64 letters field 2 (onnx.proto)."""
+_SEAL = bytes([0x72, len(_ENTRY) + 64]) + _ENTRY
+"""The same as an entry of ModelProto.metadata_props, field 14, which may stand anywhere in a message (protobuf)."""
+_SEAL_BYTES = len(_SEAL) + 64
+_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +236,38 @@ def check_size(files: list[Path], max_bytes: int) -> None:
         raise LoadError(f"cannot read {Path(str(error.filename)).name}: {error.strerror}") from error
     if size > max_bytes:
         raise LoadError(f"the model has {size} bytes; this server loads up to {max_bytes} (--max-model-bytes)")
+
+
+def seal(content: bytes) -> bytes:
+    """What an .onnx file holds, with a seal behind it."""
+    return content + _SEAL + hashlib.sha256(content).hexdigest().encode()
+
+
+def check_seal(path: Path) -> None:
+    """Refuse a file that has a seal and is not as it was when it got it. Most files have none.
+
+    Raises:
+        LoadError: its sha256 is another, or it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            left = os.fstat(file.fileno()).st_size - _SEAL_BYTES
+            file.seek(max(left, 0))
+            found = file.read(_SEAL_BYTES)
+            if not found.startswith(_SEAL):
+                return
+            file.seek(0)
+            sha = hashlib.sha256()
+            while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
+                sha.update(block)
+                left -= len(block)
+    except OSError as error:
+        raise LoadError(f"cannot read {path.name}: {error.strerror}") from error
+    if sha.hexdigest().encode() != found.removeprefix(_SEAL):
+        raise LoadError(
+            f"{path.name} is not what was written: the sha256 of its graph and weights is not the one that it carries; "
+            "the file was damaged or changed: export it again"
+        )
 
 
 def tensors_of(model: Any) -> Iterator[Any]:

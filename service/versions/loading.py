@@ -25,7 +25,7 @@ from service.engines.stepping import RowByRow, StepByStep
 from service.errors import LoadError
 from service.graphs.description import NAME, Description, read
 from service.graphs.graph import Graph, Signature
-from service.graphs.onnx_file import OnnxFile, check_size, may_have_external_data
+from service.graphs.onnx_file import OnnxFile, check_seal, check_size, may_have_external_data
 from service.graphs.placement import Asked, Choice, Device, choose
 from service.graphs.presented import present
 from service.graphs.recurrent_path import obstacles, told
@@ -202,10 +202,12 @@ class _Opening:
         if reason := why_no_cuda(self.settings.gpu_id):
             raise NotOnCuda(path.name, reason)
         check_size([path], self.settings.max_model_bytes)
+        check_seal(path)
         file = OnnxFile(path)
         if against := obstacles(file.model):
             raise NotOnCuda(path.name, told(against) + ("" if path != self.path else _how_to_export(file)))
         if path != self.path:
+            check_seal(self.path)
             own = OnnxFile(self.path)
             _check_twins(own, file)
             # By whatever file it is run, it is one model, and its sessions go from one to the other.
@@ -219,6 +221,8 @@ class _Opening:
         settings, description = self.settings, self.description
         folder = path.parent.parent
         check_size([path], settings.max_model_bytes)
+        if not file_digests:
+            check_seal(path)
         external: list[Path] = []
         describe: Callable[[Signature], Manifest] | None = None
         # A file that was exported here holds all that it needs, and is not worth the time that onnx takes to import.

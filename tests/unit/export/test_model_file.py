@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from export.graph import build_graph
 from export.model_file import make_model_file, verify_file
 from models.fused import SequenceModel
 from models.spec import Layer, ModelSpec
+from service.errors import LoadError
 from service.manifest import METADATA_KEY
+from service.settings import Settings
+from service.versions.loading import load_model
 from tests.unit.export.sabotage import (
     LSTM_SABOTAGE,
     MANIFEST_SABOTAGE,
@@ -161,6 +165,26 @@ def test_several_precisions_of_one_model(tmp_path: Path) -> None:
     files = {file.name: read_manifest(onnx.load(file)).precision for file in path.parent.iterdir()}
     assert (path.name, files) == ("model.onnx", {"model.onnx": "int8", "model.float32.onnx": "float32"})
     assert_verifies_as_recorded(path.with_name("model.float32.onnx"))
+
+
+def test_a_damaged_file_is_not_served(tmp_path: Path) -> None:
+    """Whatever its precision and its device: a bit of a weight that is turned is found at load, and by verify."""
+    spec = ModelSpec((Layer("lstm_peephole", 4, 4),))
+    settings = Settings(threads=1, device="cpu")
+    path = export_model(model(spec), tmp_path, "all", precision=("float32", "float16", "int8"))
+    names = {"model.onnx", "model.cuda.onnx", "model.float16.onnx", "model.int8.onnx"}
+    assert {file.name for file in path.parent.iterdir()} == names
+    for name in sorted(names):
+        file = path.with_name(name)
+        load_model(file, settings)
+        weights = max((each.raw_data for each in onnx.load(file).graph.initializer), key=len)
+        content = bytearray(file.read_bytes())
+        content[content.index(weights)] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(LoadError, match=f"^{re.escape(name)} is not what was written: "):
+            load_model(file, settings)
+        with pytest.raises(VerificationFailed):
+            verify_file(file)
 
 
 def assert_verifies_as_recorded(path: Path) -> None:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from service.errors import LoadError
 from service.graphs.graph import Port
-from service.graphs.onnx_file import OnnxFile, check_size, may_have_external_data
+from service.graphs.onnx_file import SEAL_KEY, OnnxFile, check_seal, check_size, may_have_external_data, seal
 from tests.any_graphs import CASES, model
 
 NESTED = next(case for case in CASES if case.name == "inside If and Loop")
@@ -181,3 +181,35 @@ def test_a_file_without_external_data_is_told_without_parsing(tmp_path: Path) ->
 def test_onnx_reads_what_is_tested_here() -> None:
     """The models above are models, so that a refusal is for the reason that is said."""
     onnx.checker.check_model(model(NESTED.graph, NESTED.weights))
+
+
+def test_a_seal(tmp_path: Path) -> None:
+    """Is an entry of the metadata to whoever reads the file; a bit that is turned anywhere before it is found."""
+    path = write(tmp_path, model(NESTED.graph, NESTED.weights))
+    check_seal(path)
+    content = seal(path.read_bytes())
+    path.write_bytes(content)
+    check_seal(path)
+    sealed = OnnxFile(path)
+    assert list(sealed.metadata) == [SEAL_KEY]
+    assert sealed.model.SerializeToString() == content
+    for place in (0, len(content) // 2, len(content) - 1):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(LoadError, match=r"^model\.onnx is not what was written: .* was damaged or changed"):
+            check_seal(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", bytes(1000)], ids=["empty", "short", "zeros"])
+def test_files_without_a_seal(tmp_path: Path, content: bytes) -> None:
+    """Are not judged by one, whatever they are."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    check_seal(path)
+
+
+def test_a_seal_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    """Is a LoadError, as of any other reader."""
+    with pytest.raises(LoadError, match=r"cannot read model\.onnx: No such file"):
+        check_seal(tmp_path / "model.onnx")

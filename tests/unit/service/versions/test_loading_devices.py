@@ -18,6 +18,7 @@ from service.engines.provider import NotOnCuda, why_no_cuda
 from service.engines.resident_engine import ResidentEngine
 from service.engines.stepping import RowByRow
 from service.errors import LoadError
+from service.graphs.onnx_file import seal
 from service.graphs.placement import Choice, choose
 from service.settings import Settings
 from service.states.device import HostDevice
@@ -205,6 +206,25 @@ def test_the_file_for_cuda_is_of_another_model(
     rewritten(path, "model.cuda.onnx", change)
     with pytest.raises(LoadError, match=rf"model\.cuda\.onnx is not of the same model as model\.onnx: .* in {what};"):
         load_model(path, Settings(device="auto"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.cuda.onnx"])
+def test_a_damaged_file(tmp_path: Path, cuda: list[Path], name: str, device: Any) -> None:
+    """Is refused by name, if it is read at all; on CUDA both files are, which have to be one model."""
+    path = write_lstm(tmp_path)
+    for file in (path, rewritten(path, "model.cuda.onnx")):
+        file.write_bytes(seal(file.read_bytes()))
+    settings = Settings(threads=1, device=device)
+    load_model(path, settings)
+    damaged = bytearray(path.with_name(name).read_bytes())
+    damaged[len(damaged) // 3] ^= 1
+    path.with_name(name).write_bytes(damaged)
+    if (name, device) == ("model.cuda.onnx", "cpu"):
+        load_model(path, settings)
+        return
+    with pytest.raises(LoadError, match=rf"^{re.escape(name)} is not what was written: "):
+        load_model(path, settings)
 
 
 @pytest.mark.parametrize("without", ["model.onnx", "model.cuda.onnx", "both"])
