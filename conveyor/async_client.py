@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
+from typing import Any, Literal, Self, cast, overload
 
 import grpc
 
@@ -14,7 +14,7 @@ from conveyor.chunks import stack
 from conveyor.connection import Connection, Settings
 from conveyor.errors import ConveyorError, InvalidRequest, StepsFailed
 from conveyor.model import Model, decode_model
-from conveyor.opening import find_session, new_session_id, open_session
+from conveyor.opening import Opening, find_session, new_session_id, open_session
 from conveyor.payload import (
     Inputs,
     Outputs,
@@ -48,33 +48,6 @@ class InferResult:
     outputs: Outputs
     states: dict[str, Array]
     version: int
-
-
-class Opening:
-    """A session about to be had: await it, or enter it with ``async with``, which closes what it opened at the end."""
-
-    def __init__(self, coroutine: Coroutine[Any, Any, AsyncSession]) -> None:
-        self._coroutine = coroutine
-
-    if not TYPE_CHECKING:  # a type checker is not to believe that it has every attribute
-
-        def __getattr__(self, name: str) -> Any:
-            what = f"the session is not open yet, and has no {name!r}"
-            raise AttributeError(
-                f"{what}: write session = await client.session(...), or async with", name=name, obj=self
-            )
-
-    def __await__(self) -> Generator[Any, Any, AsyncSession]:
-        return self._coroutine.__await__()
-
-    async def __aenter__(self) -> AsyncSession:
-        self._session = await self
-        return self._session
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._session.__aexit__(kind, error, trace)
 
 
 class AsyncClient:

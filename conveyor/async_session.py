@@ -27,7 +27,7 @@ from conveyor.errors import (
 )
 from conveyor.flight import Flight, wait
 from conveyor.model import Model
-from conveyor.opening import find_session, new_session_id, open_session
+from conveyor.opening import Opening, find_session, new_session_id, open_session
 from conveyor.payload import Inputs, Outputs, read_chunk
 from conveyor.state import SessionState, decode_state
 from conveyor.stream import ChunkStream
@@ -149,8 +149,10 @@ class AsyncSession:
         async with self._lock:
             return await self._settle(timeout_s)
 
-    async def fork(self, session_id: str | None = None) -> AsyncSession:
+    def fork(self, session_id: str | None = None) -> Opening:
         """Opens a second session from the state of this one; the two go on independently.
+
+        Await it, or ``async with session.fork() as other`` closes the second one after.
 
         Args:
             session_id: of the new one; an unguessable one if None.
@@ -158,6 +160,9 @@ class AsyncSession:
         Raises:
             ConveyorError: as the server says; no session was opened.
         """
+        return Opening(self._fork(session_id))
+
+    async def _fork(self, session_id: str | None) -> AsyncSession:
         new_id = session_id or new_session_id()
         async with self._lock:
             await self._ready()

@@ -15,7 +15,8 @@ from typing import Any
 
 import grpc
 
-from conveyor.errors import ConnectionLost, ConveyorError, InvalidRequest, Unavailable, from_rpc
+from conveyor.errors import ConnectionLost, ConveyorError, InvalidRequest, TimedOut, Unavailable, from_rpc
+from conveyor.outage import Outage
 from conveyor.v1 import conveyor_pb2_grpc as pb_grpc
 
 _KEY = "conveyor-key"
@@ -39,7 +40,7 @@ class Backoff:
 
     initial_s: float = 0.05
     factor: float = 2.0
-    limit_s: float = 2.0
+    limit_s: float = 1.0
 
     def delay_s(self, attempt: int) -> float:
         """The delay after the given number of failed attempts before this one."""
@@ -98,6 +99,19 @@ class Settings:
             raise InvalidRequest(f"timeout_s is {timeout_s}; expected more than 0 and up to {_LONGEST_S:g} seconds")
         return timeout_s
 
+    def pause_s(self, attempt: int, since: float) -> float:
+        """How long to wait before a server is tried again: the last attempt comes when the reconnect timeout is over.
+
+        Args:
+            attempt: how many have failed before the latest one.
+            since: when it was first found not to be in service, on the client's clock.
+
+        Returns:
+            Seconds; 0 if it has been tried for long enough.
+        """
+        left_s = since + self.reconnect_timeout_s - self.clock()
+        return max(0.0, min(self.backoff.delay_s(attempt), left_s))
+
 
 class Connection:
     """A channel, bound to the event loop in which it was made.
@@ -106,12 +120,14 @@ class Connection:
         settings: what the client was told.
         closed: whether it was closed; nothing can be called any more.
         max_message_bytes: largest message that may be sent: the client's limit, or the server's, once it is known.
+        outage: whoever waits for the server says so there.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.max_message_bytes = settings.max_message_bytes
         self.closed = False
+        self.outage = Outage(settings.target, settings.reconnect_timeout_s, settings.clock)
         options = {
             "grpc.max_send_message_length": settings.max_message_bytes,
             "grpc.max_receive_message_length": settings.max_message_bytes,
@@ -119,10 +135,12 @@ class Connection:
             "grpc.keepalive_time_ms": 30_000,
             "grpc.keepalive_timeout_ms": 10_000,
             "grpc.http2.max_pings_without_data": 0,
-            # gRPC's own pauses between connection attempts must stay below ours, or each of ours fails unseen.
+            # gRPC pauses between its own attempts too, up to a fifth longer than said here; an attempt of ours during
+            # such a pause fails unseen. What a server that is back waits for is one pause of each kind at most.
             "grpc.initial_reconnect_backoff_ms": 100,
+            "grpc.max_reconnect_backoff_ms": 300,
+            # How long one attempt may take, whatever its name says.
             "grpc.min_reconnect_backoff_ms": 5_000,
-            "grpc.max_reconnect_backoff_ms": int(settings.backoff.limit_s * 1000),
             # A connection of one's own: what another client in this process does to its own is not felt here.
             "grpc.use_local_subchannel_pool": 1,
             **dict(settings.options),
@@ -169,31 +187,42 @@ class Connection:
         deadline = self.deadline() if deadline is None else deadline
         attempt = 0
         lost = False
-        while True:
-            self.check_open()
-            left_s = deadline - settings.clock()
-            try:
-                return await getattr(self._stub, method)(request, timeout=left_s, metadata=self._metadata)
-            except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc(rpc_error)
-            except asyncio.CancelledError:
-                # Closing a channel cancels its calls, which is not the same as cancelling whoever waits for them.
-                task = asyncio.current_task()
-                if self.closed and task is not None and not task.cancelling():
-                    raise ConnectionLost("the client was closed during the call") from None
-                raise
-            if lost:
-                told = after_loss(error)
-                if told is None:
-                    return None
-                error = told
-            lost |= isinstance(error, ConnectionLost)
-            delay_s = settings.backoff.delay_s(attempt)
-            again = settings.clock() + delay_s
-            if not isinstance(error, Unavailable) or again >= min(deadline, started + settings.reconnect_timeout_s):
-                raise self.given_up(error, started)
-            await settings.sleep(delay_s)
-            attempt += 1
+        waiting = object()
+        try:
+            while True:
+                self.check_open()
+                error: ConveyorError
+                try:
+                    left_s = deadline - settings.clock()
+                    response = await getattr(self._stub, method)(request, timeout=left_s, metadata=self._metadata)
+                except grpc.aio.AioRpcError as rpc_error:
+                    error = from_rpc(rpc_error)
+                except asyncio.CancelledError:
+                    # Closing a channel cancels its calls, which is not the same as cancelling whoever waits for them.
+                    task = asyncio.current_task()
+                    if self.closed and task is not None and not task.cancelling():
+                        raise ConnectionLost("the client was closed during the call") from None
+                    raise
+                else:
+                    self.outage.end(waiting)
+                    return response
+                if not isinstance(error, Unavailable | TimedOut):
+                    self.outage.end(waiting)
+                if lost:
+                    told = after_loss(error)
+                    if told is None:
+                        return None
+                    error = told
+                lost |= isinstance(error, ConnectionLost)
+                delay_s = settings.pause_s(attempt, started)
+                # An attempt that began at the deadline could not be answered any more.
+                if not (isinstance(error, Unavailable) and delay_s and settings.clock() + delay_s < deadline):
+                    raise self.given_up(error, started)
+                self.outage.begin(waiting, error)
+                await settings.sleep(delay_s)
+                attempt += 1
+        finally:
+            self.outage.leave(waiting)
 
     def deadline(self, timeout_s: float | None = None) -> float:
         """When a call that begins now has to be over, on the client's clock.

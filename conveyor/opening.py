@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from collections.abc import Coroutine, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from conveyor.connection import Connection
 from conveyor.errors import ConveyorError, SessionExists
 from conveyor.v1 import conveyor_pb2 as pb
+
+if TYPE_CHECKING:
+    from conveyor.async_session import AsyncSession
+
+
+class Opening:
+    """A session about to be had: await it, or enter it with ``async with``, which closes what it opened at the end."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, AsyncSession]) -> None:
+        self._coroutine = coroutine
+
+    if not TYPE_CHECKING:  # a type checker is not to believe that it has every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            what = f"the session is not open yet, and has no {name!r}"
+            raise AttributeError(
+                f"{what}: write session = await client.session(...), or async with; fork, attach and import_session "
+                "likewise",
+                name=name,
+                obj=self,
+            )
+
+    def __await__(self) -> Generator[Any, Any, AsyncSession]:
+        return self._coroutine.__await__()
+
+    async def __aenter__(self) -> AsyncSession:
+        self._session = await self
+        return self._session
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.__aexit__(kind, error, trace)
 
 
 def new_session_id() -> str:

@@ -109,7 +109,7 @@ class Session:
         Raises:
             ConveyorError: as the server says; no session was opened.
         """
-        return Session(self._run, self._run(self._session.fork(session_id)))
+        return Session(self._run, self._run(self._session._fork(session_id)))
 
     def reset(self) -> None:
         """Goes back to position 0 and the model's initial state.

@@ -34,6 +34,7 @@ class ChunkStream:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._settings = connection.settings
+        self._outage = connection.outage
         self._flights: dict[str, Flight] = {}
         self._blocks: dict[int, list[Flight]] = {}
         self._tags = itertools.count(1)
@@ -92,12 +93,12 @@ class ChunkStream:
             if self._heard or not attempt:
                 attempt = 0
                 lost_at = settings.clock()
-            delay_s = settings.backoff.delay_s(attempt)
-            gives_up = settings.clock() + delay_s - lost_at > settings.reconnect_timeout_s
+            delay_s = settings.pause_s(attempt, lost_at)
             # A server that drains ends its streams; another one, or the same one restarted, may take the sessions on.
-            if gives_up or not isinstance(error, Unavailable):
+            if not delay_s or not isinstance(error, Unavailable):
                 self._fail_all(self._connection.given_up(error, lost_at))
             if self._flights:
+                self._outage.begin(self, error)
                 await settings.sleep(delay_s)
                 attempt += 1
                 self._wake.set()
@@ -224,31 +225,35 @@ class ChunkStream:
 
     def _end(self, flight: Flight, results: Results, place: int) -> None:
         self._heard = True
-        del self._flights[flight.session_id]
+        self._outage.end(self, flight)
+        self._drop(flight)
         flight.end(results, place)
 
     def _refuse(self, flight: Flight, error: ConveyorError) -> None:
         if isinstance(error, Unavailable):
-            if self._postpone(flight):
+            if self._postpone(flight, error):
                 return
             if flight.lost:
                 # A server that is not in service says nothing of what another one, or itself before, may have applied.
                 self._fail(flight, error)
                 return
         self._heard = True
-        del self._flights[flight.session_id]
+        if not isinstance(error, Unavailable):
+            self._outage.end(self, flight)
+        self._drop(flight)
         flight.end(error=error)
 
-    def _postpone(self, flight: Flight) -> bool:
+    def _postpone(self, flight: Flight, error: ConveyorError) -> bool:
         """Sends a chunk again later that the server cannot take now, unless it has been trying for too long."""
         now = self._settings.clock()
         if flight.refused_at is None:
             flight.refused_at = now
-        delay_s = self._settings.backoff.delay_s(flight.refusals)
+        delay_s = self._settings.pause_s(flight.refusals, flight.refused_at)
         flight.refusals += 1
-        if now + delay_s > min(flight.deadline, flight.refused_at + self._settings.reconnect_timeout_s):
+        if not delay_s or now + delay_s > flight.deadline:
             return False
         self._refused.append(flight)
+        self._outage.begin(flight, error)
         if self._pause is None:
             # All that are refused meanwhile leave together after it.
             self._pause = asyncio.create_task(self._resend(delay_s), name="conveyor stream pause")
@@ -261,8 +266,14 @@ class ChunkStream:
         self._refused.clear()
         self._wake.set()
 
-    def _fail(self, flight: Flight, error: BaseException) -> None:
+    def _drop(self, flight: Flight) -> None:
         del self._flights[flight.session_id]
+        self._outage.leave(flight)
+        if not self._flights:
+            self._outage.leave(self)
+
+    def _fail(self, flight: Flight, error: BaseException) -> None:
+        self._drop(flight)
         failure = copy.copy(error) if isinstance(error, ConveyorError) else ConveyorError()
         stands = f"session {flight.session_id!r} stands at position {flight.position}"
         failure.args = (f"{stands}, and whether the chunk sent there was applied is not known: {error}",)

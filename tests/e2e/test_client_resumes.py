@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -39,6 +40,22 @@ with Client(target, key=key) as client:
         print(at, y.tobytes().hex(), flush=True)
 """
 """Goes on with a session to the end of its series, in chunks of 1 to 3 steps, and prints each reply."""
+
+
+async def test_a_client_that_comes_before_its_server(lstm_repository: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says at once that nobody is there, waits, and says when somebody is."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    async with AsyncClient(f"127.0.0.1:{port}") as client:
+        call = asyncio.create_task(client.models())
+        while not caplog.messages:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        with await asyncio.to_thread(ServerProcess, lstm_repository, port=port):
+            assert [model.name for model in await call] == ["lstm"]
+    away, back = (record.getMessage() for record in caplog.records if record.name == "conveyor")
+    assert away.startswith(f"127.0.0.1:{port} is not in service, and is tried again for up to 30 s: ")
+    assert back.startswith(f"127.0.0.1:{port} is in service again, after ")
 
 
 def test_a_client_killed_in_mid_stream(server_process: ServerProcess, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ async def test_waiting_has_an_end(timeout_s: float, waits_s: float) -> None:
         began = clock.now
         with pytest.raises(Draining, match="not now"):
             await session.step(rows(1), timeout_s=timeout_s)
-        assert waits_s - 2 * PAUSE_S <= clock.now - began <= waits_s
+        # The last attempt comes when the reconnect timeout is over; at the step's own end there is no point in one.
+        assert waits_s - (PAUSE_S if timeout_s == waits_s else 1e-6) <= clock.now - began <= waits_s + 1e-6
         assert (session.in_doubt, session.position) == (False, 0)
         server.refusals.clear()
         np.testing.assert_array_equal(await session.step(rows(1)), rows(1))
