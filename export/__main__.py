@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from export.model_file import ModelFile
-    from models.weights import Array
+    from models.spec import ModelSpec
+    from models.weights import Array, Weights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +58,14 @@ def export(options: argparse.Namespace, console: Console) -> None:
         from export.named import load_named, load_weights
 
         model = load_named(options.model)
-        return model if options.weights is None else load_weights(model, options.weights)
+        if options.weights is not None:
+            model = load_weights(model, options.weights)
+        if data is not None and "y" in data:
+            from export.module import read_module
+
+            hint = "other weights may be meant; and what stands behind the head, a softmax say, is not part of it"
+            _compare(*read_module(model), data, options, console, hint)
+        return model
 
     _make(load, options, console)
 
@@ -73,16 +81,26 @@ def from_weights(options: argparse.Namespace, console: Console) -> None:
 
         spec, weights = read_model(options.spec)
         if data is not None and "y" in data:
-            from export.weights.given_outputs import check_outputs
+            from export.weights.given_outputs import NOT_IN_ARRAYS
 
-            error = check_outputs(spec, weights, data, options.max_error)
-            console.print(f"the outputs given with the data are the model's, within {error:.1e}", highlight=False)
+            _compare(spec, weights, data, options, console, NOT_IN_ARRAYS)
             compared = True
         return SequenceModel.from_weights(spec, weights)
 
     _make(load, options, console)
     if not compared:
         console.print("not compared with what the model gives where it comes from: give --data with x and y to do so")
+
+
+def _compare(
+    spec: ModelSpec, weights: Weights, data: Weights, options: argparse.Namespace, console: Console, hint: str
+) -> None:
+    """Hold the outputs that are given with the data against the model's, and print how near they are."""
+    from export.weights.given_outputs import check_outputs
+
+    exact = {name: array.astype("float64") for name, array in weights.items()}
+    error = check_outputs(spec, exact, data, options.max_error, hint)
+    console.print(f"the outputs given with the data are the model's, within {error:.1e}", highlight=False)
 
 
 def _make(
@@ -129,6 +147,8 @@ def verify(options: argparse.Namespace, console: Console) -> None:
         from export.versions import file_beside, file_for_cpu
 
         data = _load_data(options.data)
+    if data is not None and "y" in data:
+        console.print("y in the data is not compared here: give it with the export", highlight=False)
     for_cuda = file_beside(options.file, "cuda")
     for file in (options.file, for_cuda) if for_cuda.is_file() else (options.file,):
         with console.status("verifying") as status:

@@ -42,6 +42,7 @@ exit codes: 0 done; 1 verification failed; 2 it could not be done as asked
 PRECISIONS = ("float32", "float16", "int8")
 DEVICES = ("cpu", "cuda")
 BOUNDS = "float32 2e-6, float16 5e-3, int8 5e-2"
+OUTPUTS = "; and y[N, T, O], what the model gave for x where it comes from, to be compared"
 
 FROM_WEIGHTS = """\
 Make an ONNX file that Conveyor can serve out of arrays from elsewhere, and verify it as every export is.
@@ -77,7 +78,7 @@ def export_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--weights", type=Path, metavar="FILE", help="weights for the model: .safetensors, .npz, .h5, .pt or .ckpt"
     )
-    _add_verification(parser, BOUNDS)
+    _add_verification(parser, BOUNDS + "; of y 1e-5", OUTPUTS)
     return parser
 
 
@@ -93,7 +94,7 @@ def from_weights_parser() -> argparse.ArgumentParser:
     parser.add_argument("spec", type=Path, metavar="SPEC.yaml", help="what the model is made of; files beside it")
     _add_place(parser)
     _add_form(parser)
-    _add_verification(parser, BOUNDS + "; of y 1e-5", "; and y[N, T, O], what it gave where it comes from")
+    _add_verification(parser, BOUNDS + "; of y 1e-5", OUTPUTS)
     return parser
 
 

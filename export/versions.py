@@ -77,8 +77,8 @@ def check_file(path: Path, overwrite: bool) -> None:
     """See whether one file can be written, and one for CUDA beside it.
 
     Raises:
-        ExportError: one is there and may not be overwritten, its place cannot be written to, or the name is that of
-            the one for CUDA.
+        ExportError: one is there and may not be overwritten, its place cannot be written to, the name is that of the
+            one for CUDA, or does not end in .onnx.
     """
     if (own := file_for_cpu(path)) is not None:
         raise ExportError(
@@ -86,6 +86,8 @@ def check_file(path: Path, overwrite: bool) -> None:
             f"another form, that is written beside {own.name}"
         )
     _check_file(path, overwrite)
+    if path.suffix != ".onnx":
+        raise ExportError(f"{path} does not end in .onnx; expected FILE.onnx")
     _check_file(file_beside(path, "cuda"), overwrite)
 
 

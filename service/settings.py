@@ -205,7 +205,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         wrong.
     """
     parser = _parser("python -m service", "[--repository DIR] [--port PORT] [flags]", _HELP)
-    return _read(parser, vars(parser.parse_args(argv)), environ)
+    return _read(parser, _flags(parser, argv), environ)
 
 
 def load_tune(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings, str | None]:
@@ -217,7 +217,7 @@ def load_tune(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings
     defaults = {"tune_s": 5.0, "log_level": "warning"}
     parser = _parser("python -m service tune", "[--repository DIR] [--model NAME] [flags]", _HELP_TUNE, defaults)
     parser.add_argument("--model", metavar="NAME", help="the model to measure; every one where it is left out")
-    flags = vars(parser.parse_args(argv))
+    flags = _flags(parser, argv)
     model = flags.pop("model")
     settings = _read(parser, flags, environ, defaults)
     if not settings.tune_s:
@@ -226,6 +226,21 @@ def load_tune(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Settings
         # A server that is told to measure nothing is a reason to measure beforehand.
         settings = settings.model_copy(update={"tune_s": defaults["tune_s"]})
     return settings, model
+
+
+def _flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What the flags say; of those that there are not, the ones that may be meant are told."""
+    given, unknown = parser.parse_known_args(argv)
+    flags = vars(given)
+    if unknown:
+        lines = []
+        for word in unknown:
+            name = word.partition("=")[0]
+            if name.startswith("--"):
+                close = difflib.get_close_matches(name, map(_flag, flags), 1)
+                lines.append(f"{name}: no such flag" + (f"; did you mean {close[0]}?" if close else ""))
+        parser.error("\n  ".join(lines) or f"unrecognized arguments: {' '.join(unknown)}")
+    return flags
 
 
 def _read(

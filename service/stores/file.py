@@ -24,6 +24,10 @@ Array = NDArray[np.generic]
 _FORMAT = 1
 
 
+class _NotSessions(Exception):
+    """A file is something else; the text says what."""
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
     """All that it takes to go on with a session in another process.
@@ -110,13 +114,23 @@ def load(path: Path) -> list[Saved]:
         ValueError: if it is not one of these files.
     """
     try:
+        if not zipfile.is_zipfile(path):
+            raise _NotSessions("it is no .npz archive, or not the whole of one")
         with np.load(path, allow_pickle=False) as archive:
+            if "index" not in archive:
+                raise _NotSessions("it is another .npz archive: it has no array 'index'")
             index = json.loads(archive["index"].tobytes())
             if index["format"] != _FORMAT:
-                raise ValueError(f"format {index['format']}; expected {_FORMAT}")
+                raise _NotSessions(f"it has format {index['format']!r}; expected {_FORMAT}")
             return [saved for number, group in enumerate(index["groups"]) for saved in _group(number, group, archive)]
-    except (KeyError, TypeError, IndexError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} holds no sessions: {error}") from error
+    except _NotSessions as error:
+        raise ValueError(f"{path} holds no sessions: {error}") from None
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # a damaged archive makes its readers raise whatever they meet, and say what helps nobody
+        raise ValueError(f"{path} holds no sessions: it is damaged, or was not written by a server") from error
 
 
 def _group(number: int, group: dict[str, Any], archive: Any) -> Iterable[Saved]:

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 import export.speed
 from export.__main__ import main
 from export.describe import read_manifest
+from export.named import load_named
 from export.restore import restore
 from models.spec import Layer, ModelSpec
 from tests.unit.export.sabotage import nudge_a_weight, scan_past_lengths
@@ -264,6 +266,7 @@ def test_errors_that_cannot_be_allowed(max_error: str, capsys: pytest.CaptureFix
     [
         (["--output", "."], "is a folder, expected a file"),
         (["--output", "/proc/nowhere/out.onnx"], "cannot be written"),
+        (["--output", "out.txt"], "out.txt does not end in .onnx; expected file.onnx"),
         (["--output", f"{'n' * 300}.onnx"], "name too long"),
         (["--repository", "user_models.py", "--name", "gru"], "user_models.py is a file, expected a folder"),
         (["--repository", ".", "--name", "n" * 300], "name too long"),
@@ -323,6 +326,27 @@ def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
         assert main([f"user_models:{name}", "--output", "out.onnx", "--weights", weights]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert says in line
+
+
+def test_outputs_that_are_given_with_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    """Are compared with the model's, and where they are others nothing is written; verify says it compares none."""
+    x = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
+    model = load_named("user_models:ready")
+    y = model(torch.from_numpy(x))[0].detach().numpy()
+    np.savez("good.npz", x=x, y=y)
+    np.savez("others.npz", x=x, y=2 * y)
+    np.savez("labels.npz", x=x, y=np.zeros(2, np.int64))
+    for data, code, says in (
+        ("others.npz", 1, "the outputs given with the data differ from those of the model by"),
+        ("labels.npz", 2, "y is int64 of shape (2,), expected numbers (2, 5, 2), what the model gives for x; leave y"),
+        ("good.npz", 0, "the outputs given with the data are the model's, within"),
+    ):
+        assert not Path("out.onnx").exists()
+        assert main(["user_models:ready", "--output", "out.onnx", "--data", data]) == code
+        captured = capsys.readouterr()
+        assert says in " ".join((captured.out + captured.err).split())
+    assert main(["verify", "out.onnx", "--data", "others.npz"]) == 0
+    assert "y in the data is not compared here" in capsys.readouterr().out
 
 
 def test_help_tells_all(capsys: pytest.CaptureFixture[str]) -> None:

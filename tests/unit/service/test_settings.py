@@ -163,6 +163,19 @@ def test_unknown_flags_and_shortened_ones(capsys: pytest.CaptureFixture[str]) ->
     """Refused: a flag that is added later must not change what an old command means."""
     assert "--colour" in refused(capsys, ["--colour", "red"], {})
     assert "--metrics" in refused(capsys, ["--metrics", "9"], {})
+    assert "unrecognized arguments: tunes\n" in refused(capsys, ["tunes"], {})
+
+
+@pytest.mark.parametrize("given", [["--prot", "1"], ["--prot=1"]])
+def test_misspelt_flags(capsys: pytest.CaptureFixture[str], given: list[str]) -> None:
+    """Are told with the one that may be meant, each; what is like none, alone."""
+    told = refused(capsys, [*given, "--max-sesions", "5", "--colour", "red"], {})
+    assert "--prot: no such flag; did you mean --port?\n" in told
+    assert "--max-sesions: no such flag; did you mean --max-sessions?\n" in told
+    assert "--colour: no such flag\n" in told
+    with pytest.raises(SystemExit):
+        load_tune(["--modl", "lstm"], {})
+    assert "--modl: no such flag; did you mean --model?\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

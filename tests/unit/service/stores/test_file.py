@@ -69,13 +69,33 @@ def test_no_sessions_is_a_file_too(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["sessions"]
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "other", "future", "object"])
-def test_what_is_no_such_file_is_refused(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("empty", "it is no .npz archive, or not the whole of one"),
+        ("text", "it is no .npz archive, or not the whole of one"),
+        ("pickle", "it is no .npz archive, or not the whole of one"),
+        ("cut", "it is no .npz archive, or not the whole of one"),
+        ("other", "it is another .npz archive: it has no array 'index'"),
+        ("future", "it has format 2; expected 1"),
+        ("object", "it is damaged, or was not written by a server"),
+        ("bit", "it is damaged, or was not written by a server"),
+    ],
+)
+def test_what_is_no_such_file_is_refused(tmp_path: Path, damage: str, says: str) -> None:
     """Anything else than what save wrote is a ValueError that names the file, and nothing in it is executed."""
     path = tmp_path / "sessions"
     save(path, [session("a", last=Reply(0, 1, [np.ones(2)], 16))])
     if damage == "text":
         path.write_text("not an archive")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "pickle":
+        path.write_bytes(b"\x80\x04N.")
+    elif damage == "bit":
+        content = bytearray(path.read_bytes())
+        content[content.index(b"groups")] ^= 1
+        path.write_bytes(content)
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:200])
     elif damage == "other":
@@ -88,5 +108,6 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, damage: str) -> None:
     else:
         with path.open("wb") as file:
             np.savez(file, allow_pickle=True, index=np.array([{"format": 1}], object))
-    with pytest.raises(ValueError, match="sessions holds no sessions"):
+    with pytest.raises(ValueError, match="holds no sessions") as refused:
         load(path)
+    assert str(refused.value) == f"{path} holds no sessions: {says}"
