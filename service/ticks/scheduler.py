@@ -28,8 +28,6 @@ from service.ticks.shape import choose, choose_whole
 
 _PATIENCE = 7
 """How many ticks in a row a priority lets higher ones lead."""
-_PATIENCE_OF_MANY = 8
-"""How many times as long as usual a slice of chunks may be where more of them wait than run at a time."""
 _LIVELY_S = 1.0
 """How long after the last chunk ticks stay short, and after the last of one step slices of other chunks do."""
 _STALE = 64
@@ -426,9 +424,9 @@ class Scheduler:
         """How long a tick of chunks may take where more of them wait than run at a time.
 
         While single steps come they are never behind more than a short one. Chunks of several steps are done one after
-        the other in any case, and in longer slices all of them sooner.
+        the other in any case, and in long slices all of them sooner.
         """
-        return self._limits.short_tick_s * (1 if now < self._single_until else _PATIENCE_OF_MANY)
+        return self._limits.short_tick_s if now < self._single_until else self._limits.long_tick_s
 
     def seal(self, tick: Tick, now: float) -> Sealed:
         """End a tick whose run succeeded: the one moment in which positions move.

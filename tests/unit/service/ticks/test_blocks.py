@@ -251,7 +251,7 @@ def test_single_steps_keep_the_slices_of_others_short() -> None:
     pace = Pace()
     for rows in (1, 2, 4, 64):
         pace.learn(rows, 1, max(rows, 4) * 0.001)
-    queue = Scheduler(Limits(1000, 64, 8192, short_tick_s=0.008), pace)
+    queue = Scheduler(Limits(1000, 64, 8192, short_tick_s=0.008, long_tick_s=0.064), pace)
 
     def longest(now: float) -> int:
         queue.submit([block([Track(n)], 100) for n in range(40)], now)
