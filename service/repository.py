@@ -26,7 +26,7 @@ from service.ticks.admission import Limits
 from service.ticks.runner import Runner
 from service.versions.catalogue import Catalogue
 from service.versions.folder import Found, ModelFolder, look_again, overlooked, scan, wanted
-from service.versions.loading import Loaded, TooLong, instead_of_cuda, no_longer_than, too_long
+from service.versions.loading import Loaded, TooLong, in_brief, instead_of_cuda, no_longer_than, too_long
 from service.versions.tuner import loading, tuned
 from service.versions.tuning import Tuning
 from service.versions.version import Version
@@ -564,7 +564,7 @@ class Repository(Catalogue):
         if not isinstance(error, LoadError):
             log.error("model not loaded", **what, exc_info=error)
             return "unexpected error; the server's log has it"
-        log.error("model not loaded", **what, reason=str(error))
+        log.error("model not loaded", **what, reason=in_brief(str(error), self._settings, "error"))
         return str(error).replace(f"{self._settings.repository}/", "")[:_LONGEST_REASON]
 
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib.util
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -169,6 +170,11 @@ def why_no_cuda(gpu_id: int = 0) -> str | None:
     )
 
 
+def headline(reason: str) -> str:
+    """What comes first in a reason why CUDA does not start: without details, and without what to do."""
+    return re.split(r" \(|: |; ", reason, maxsplit=1)[0]
+
+
 def _why_no_device(gpu_id: int, load: Callable[[str], Any]) -> str | None:
     try:
         driver = load(_DRIVER)
@@ -193,7 +199,7 @@ def _why_no_device(gpu_id: int, load: Callable[[str], Any]) -> str | None:
 
 
 def _why_no_build(providers: Sequence[str]) -> str | None:
-    return None if CUDA in providers else f"this onnxruntime ({VERSION}) is built without CUDA: {_INSTALL}"
+    return None if CUDA in providers else f"onnxruntime {VERSION} is built without CUDA: {_INSTALL}"
 
 
 def gpu_name(gpu_id: int, load: Callable[[str], Any] = ctypes.CDLL) -> str:

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
 from service.engines.cuda import CudaDevice
 from service.engines.engine import Engine, NoManifest, digest
-from service.engines.provider import CudaOptions, NotOnCuda, why_no_cuda
+from service.engines.provider import CudaOptions, NotOnCuda, headline, why_no_cuda
 from service.engines.resident_engine import ResidentEngine
 from service.engines.stepping import RowByRow, StepByStep
 from service.errors import LoadError
@@ -37,6 +38,11 @@ log = structlog.get_logger()
 
 _MAY_DIFFER = {"layers", "parity", "made_with"}
 """What of the manifest may differ between the forms of a model for different devices."""
+
+
+_NO_CUDA = "CUDA does not start"
+_told: set[tuple[str, str]] = set()
+_telling = threading.Lock()
 
 
 class TooLong(LoadError):
@@ -323,6 +329,27 @@ def _how_to_export(file: OnnxFile) -> str:
     name = file.path.name
     how = "" if name == "model.onnx" else f" --precision {precision} --output {name} --overwrite"
     return f"; python -m export{how} writes {file.path.stem}.cuda.onnx beside it, in a form that CUDA runs"
+
+
+def in_brief(text: str, settings: Settings, level: Literal["info", "warning", "error"]) -> str:
+    """What a line of the log says of one model: why CUDA does not start here, and what to do, stand in a line before.
+
+    That line comes once a process, and once for each level, so that whoever reads the one reads the other too.
+
+    Args:
+        text: what is to be said; returned as it is where it holds no such reason.
+        settings: of the server.
+        level: of the line.
+    """
+    reason = why_no_cuda(settings.gpu_id)
+    if reason is None or reason not in text:
+        return text
+    before, _, after = text.partition(reason)
+    with _telling:
+        if (reason + after, level) not in _told:
+            getattr(log, level)(_NO_CUDA, reason=reason + after)
+            _told.add((reason + after, level))
+    return f"{before}{headline(reason)}, see '{_NO_CUDA}' above"
 
 
 def _named(path: Path) -> dict[str, str]:

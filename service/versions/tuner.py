@@ -10,7 +10,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
@@ -20,7 +20,7 @@ from service.graphs.graph import Graph
 from service.graphs.placement import Choice
 from service.settings import Settings
 from service.versions import tuning_file
-from service.versions.loading import Loaded, TooLong, load_model, no_longer_than
+from service.versions.loading import Loaded, TooLong, in_brief, load_model, no_longer_than
 from service.versions.quiet import Quiet
 from service.versions.trial import measure
 from service.versions.tuning import WIDEST, Bounds, Measurement, Tuning, choose, speedup, thread_counts
@@ -69,9 +69,10 @@ def tuned(path: Path, settings: Settings, anew: bool = False, choice: Choice | N
         spent_s = 0.0 if anew else time.perf_counter() - began
         loaded, tuning = _quicker(path, settings, anew, loaded, tuning, spent_s, told)
     choice = loaded.choice
-    tell = told.warning if choice.fallback else told.info
+    level: Literal["info", "warning"] = "warning" if choice.fallback else "info"
     what = "CUDA was asked for, and the CPU runs the model" if choice.fallback else "device chosen"
-    tell(what, asked=asked, device=choice.device, file=choice.file, reason=choice.reason)
+    reason = in_brief(choice.reason, settings, level)
+    getattr(told, level)(what, asked=asked, device=choice.device, file=choice.file, reason=reason)
     return loaded, tuning
 
 

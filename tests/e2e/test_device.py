@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engines.provider import why_no_cuda
+from service.engines.provider import headline, why_no_cuda
 from tests.process import ROOT, ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(why_no_cuda() is None, reason="CUDA starts here")]
@@ -38,7 +38,8 @@ def test_cuda_where_there_is_none(lstm_repository: Path, control: str) -> None:
 def test_a_fallback_that_is_allowed(lstm_repository: Path) -> None:
     """Allowed by name, the CPU runs what CUDA was asked for, with a warning at the start."""
     with ServerProcess(lstm_repository, "--device", "cuda", "--fallback", "allow") as server:
-        (warning,) = [one for one in server.events if one.get("level") == "warning"]
+        full, warning = [one for one in server.events if one.get("level") == "warning"]
     assert warning["event"] == "CUDA was asked for, and the CPU runs the model"
     assert (warning["model"], warning["asked"], warning["device"]) == ("lstm", "cuda", "cpu")
-    assert warning["reason"] == why_no_cuda()
+    assert (full["event"], full["reason"]) == ("CUDA does not start", why_no_cuda())
+    assert warning["reason"] == f"{headline(str(why_no_cuda()))}, see 'CUDA does not start' above"

@@ -153,6 +153,20 @@ def test_the_machine_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is built without CUDA" in str(provider.why_no_cuda.__wrapped__())
 
 
+@pytest.mark.parametrize(
+    ("reason", "first"),
+    [
+        ("no NVIDIA driver (libcuda.so.1: cannot open): a machine needs one", "no NVIDIA driver"),
+        ("the NVIDIA driver is for CUDA 12.8; the libraries want", "the NVIDIA driver is for CUDA 12.8"),
+        ("there is no CUDA device 3 (--gpu-id); there are 1", "there is no CUDA device 3"),
+        ("onnxruntime 1.31.1 is built without CUDA: run", "onnxruntime 1.31.1 is built without CUDA"),
+    ],
+)
+def test_headline(reason: str, first: str) -> None:
+    """Says what is missing, and leaves out the rest."""
+    assert provider.headline(reason) == first
+
+
 @pytest.mark.skipif(provider.why_no_cuda() is None, reason="CUDA starts here")
 def test_no_cuda(tmp_path: Path) -> None:
     """Refused before anything is read, with the reason."""

@@ -24,7 +24,7 @@ from service.settings import Settings
 from service.states.device import HostDevice
 from service.versions import loading
 from service.versions.audit import audit
-from service.versions.loading import load_model
+from service.versions.loading import in_brief, load_model
 from service.versions.tuner import tuned
 from tests.graphs import HIDDEN, write_lstm
 
@@ -134,7 +134,28 @@ def test_without_cuda(tmp_path: Path, flags: dict[str, Any], yaml: str, says: Ch
         load_model(path, settings, threads=2, before=loaded)
     assert (loaded.choice, loaded.provider) == (says, "CPUExecutionProvider")
     (line,) = [one for one in logs if "device" in one]
-    assert (line["log_level"], line["reason"]) == ("warning" if says.fallback else "info", says.reason)
+    reason = in_brief(says.reason, settings, line["log_level"])
+    assert (line["log_level"], line["reason"]) == ("warning" if says.fallback else "info", reason)
+
+
+@pytest.mark.parametrize("level", ["info", "warning", "error"])
+def test_what_the_machine_lacks_is_told_once(monkeypatch: pytest.MonkeyPatch, level: Any) -> None:
+    """In full in a line of its own, and before the first line that points to it, of the same level."""
+    why = "no NVIDIA driver (libcuda.so.1: cannot open shared object file): a machine needs one"
+    monkeypatch.setattr(loading, "why_no_cuda", lambda gpu_id: why)
+    monkeypatch.setattr(loading, "_told", set())
+    refused = f"CUDA does not run it: {why}. Say device: auto"
+    with capture_logs() as logs:
+        said = [in_brief(text, Settings(), level) for text in (why, refused, "peepholes", refused, why)]
+        in_brief(why, Settings(), "info")
+    brief = "no NVIDIA driver, see 'CUDA does not start' above"
+    assert said == [brief, f"CUDA does not run it: {brief}", "peepholes", f"CUDA does not run it: {brief}", brief]
+    told = [(one["event"], one["log_level"], one["reason"]) for one in logs]
+    assert told == [
+        ("CUDA does not start", level, why),
+        ("CUDA does not start", level, f"{why}. Say device: auto"),
+        *([] if level == "info" else [("CUDA does not start", "info", why)]),
+    ]
 
 
 def test_an_obstacle(tmp_path: Path, cuda: list[Path]) -> None:
