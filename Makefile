@@ -20,7 +20,7 @@ test: venv  ## the tests that need no GPU: about 10 minutes on two cores
 lint: venv  ## style, types, the order of imports, stale stubs
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+	$(RUN) -m mypy --exclude-gitignore
 	.venv/bin/lint-imports
 	$(RUN) proto/generate.py --check
 

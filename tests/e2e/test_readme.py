@@ -65,7 +65,9 @@ def test_the_examples_as_pasted(tmp_path: Path) -> None:
             assert f"127.0.0.1:{settings.port}" in code
             (tmp_path / file).write_text(code.replace(f"127.0.0.1:{settings.port}", server.target))
             printed.append(run([file], tmp_path))
-    states, batches, sessions, many, streams, deadlines = printed
+    states, described, batches, sessions, many, streams, deadlines = printed
+    assert described.startswith("['digits', 'mine']\nx float32 (None, None, 8) ('batch', 'time', 'feature')\n")
+    assert re.search(r"\n1 True \w+ \d+ \d+\n$", described), described
     assert states.startswith("8 {")
     assert batches == "[3, 200, 12] [1, 1, 1]\n"
     assert sessions == "found again at 3\n"

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conveyor import AsyncClient, EpochConflict, InvalidRequest, StepsFailed
+from conveyor import AsyncClient, EpochConflict, InvalidRequest, PositionConflict, SessionLost, StepsFailed
 from conveyor.v1 import conveyor_pb2 as pb
 from tests.conftest import running
 from tests.graphs import INPUT, expected
@@ -202,6 +202,34 @@ async def test_a_server_that_is_not_in_service_for_a_moment(
         y, whole, _ = await work
         np.testing.assert_array_equal(whole[0, 4:], y)
         assert len(server.operations.sessions) == 2
+
+
+async def test_two_handles_that_step_from_one_position(lstm_repository: Path) -> None:
+    """What docs/client.md says of them: as many steps are taken for a repetition, another number for a conflict."""
+    async with running(lstm_repository) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+        session = await client.session("lstm")
+        await session.step(x[:4])
+        other = await client.attach(session.session_id)
+        y = await other.step(x[4:6])
+        np.testing.assert_array_equal(await session.step(-x[8:10]), y)
+        assert (session.position, other.position) == (6, 6)
+        await other.step(x[6:8])
+        with pytest.raises(PositionConflict) as conflict:
+            await session.step(x[6])
+        assert conflict.value.position == 8
+
+
+async def test_whoever_takes_over_goes_on_where_nobody_follows(lstm_repository: Path) -> None:
+    """A fork, and the session itself closed: the former handle's next step fails, and the fork goes on undisturbed."""
+    async with running(lstm_repository) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+        session = await client.session("lstm")
+        await session.step(x[:4])
+        attached = await client.attach(session.session_id)
+        mine = await attached.fork()
+        await attached.close()
+        with pytest.raises(SessionLost, match="another handle closed"):
+            await session.step(x[4])
+        np.testing.assert_allclose(await mine.step(x[4:]), expected(x)[4:], rtol=0, atol=BOUND)
 
 
 async def test_a_session_reset_by_another_handle(lstm_repository: Path) -> None:

@@ -7,8 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from prometheus_client import Counter
+from prometheus_client.metrics import MetricWrapperBase
 
 from service.graphs.description import Description, Initial, InputDescription, OutputDescription, StateDescription
+from service.metrics import Metrics
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -19,6 +22,7 @@ DOCUMENTS = [
     "docs/client.md",
     "docs/guarantees.md",
     "docs/models.md",
+    "docs/operating.md",
     "docs/performance.md",
     "docs/weights.md",
     "docs/protocol.md",
@@ -70,6 +74,15 @@ def test_every_room_is_in_the_table(folder: str) -> None:
     (layers,) = (contract["layers"] for contract in contracts if contract.get("containers") == [container])
     level = {room: number for number, layer in enumerate(layers) for room in layer.replace(" ", "").split("|")}
     assert [level[room] for room in rooms] == sorted(level[room] for room in rooms)
+
+
+def test_every_metric_is_in_the_table() -> None:
+    """By the name under which it is scraped, with its labels, and no other."""
+    rows = re.findall(r"^\| `(conveyor_\w+)` \| ([\w, ]*) ?\|", (ROOT / "docs/operating.md").read_text(), re.MULTILINE)
+    named = {name: tuple(re.findall(r"\w+", labels)) for name, labels in rows}
+    metrics = [each for each in vars(Metrics()).values() if isinstance(each, MetricWrapperBase)]
+    have = {each._name + "_total" * isinstance(each, Counter): each._labelnames for each in metrics}
+    assert named == have
 
 
 def test_every_key_is_in_the_table() -> None:
