@@ -33,7 +33,7 @@ class Limits:
         queued_bytes: most bytes that the inputs of waiting rows hold.
         queued_s: most seconds of work that may wait in front of a row.
         short_tick_s: how long a tick may take while chunks come.
-        long_tick_s: how long it may take otherwise.
+        long_tick_s: how long it may take otherwise, and a tick of chunks while none of one step comes.
         delay_s: how long rows may wait for others to fill their tick. By default they do not: a tick takes what has
             come while the engine was busy.
     """
@@ -57,7 +57,7 @@ class Admission:
         rows: how many wait.
         blocks: how many wait.
         efficient_rows: how many rows side by side are about as quick, step for step, as more would be.
-        slice_s: how long a tick may take where more chunks wait than that.
+        slice_s: how long a tick of chunks may take.
 
     Args:
         limits: of its queue.

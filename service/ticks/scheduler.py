@@ -415,16 +415,19 @@ class Scheduler:
         # As many as its blocks have on average; those at the front are not looked at before they are taken.
         ready = len(self._queues[lead]) * self.queued // max(1, self._admission.blocks)
         rows = max(1, min(ready, most if lead[0] else limits.tick_rows))
-        if not lead[0] and len(self._queues[lead]) > self._admission.efficient_rows:
-            rows, seconds = min(rows, self._admission.efficient_rows), self._slice_s(now)
+        if not lead[0]:
+            seconds = self._slice_s(now)
+            if len(self._queues[lead]) > self._admission.efficient_rows:
+                # They are done one after the other in any case, and the first of them sooner.
+                rows = min(rows, self._admission.efficient_rows)
         steps = self._admission.slice_steps(rows, seconds)
         return _Measure(most, rows, seconds, steps)
 
     def _slice_s(self, now: float) -> float:
-        """How long a tick of chunks may take where more of them wait than run at a time.
+        """How long a tick of chunks may take.
 
-        While single steps come they are never behind more than a short one. Chunks of several steps are done one after
-        the other in any case, and in long slices all of them sooner.
+        While single steps come they are never behind more than a short one. Chunks of several steps take longer than
+        that themselves, and cut into short slices all of them are done later.
         """
         return self._limits.short_tick_s if now < self._single_until else self._limits.long_tick_s
 

@@ -320,6 +320,8 @@ def test_a_wide_block_in_front_gets_a_short_tick() -> None:
         pace.learn(rows, 1, seconds)
     for tick_steps, steps in ((1000, 5), (100_000, 15)):
         queue = Scheduler(Limits(1000, 256, tick_steps, queued_s=1000), pace)
+        queue.submit([block([Track(999)])], NOW)
+        queue.clear(Draining("single steps come"))
         chain = Track(0)
         queue.submit([block([Track(n) for n in range(200)], 500)], NOW)
         queue.submit([block([chain], 500, [500 * n]) for n in range(99)], NOW)
@@ -535,6 +537,7 @@ def test_batches_do_not_make_a_tick_of_chunks_long() -> None:
     """They fill it only as far as it then takes no longer than it may: the next chunk waits for one short tick."""
     queue = Scheduler(Limits(1000, 64, 8192, short_tick_s=0.004), linear())
     queue.submit([sequence(100, Track(n)) for n in range(63)], NOW)
+    queue.submit([block([Track(98)])], NOW)
     queue.submit([block([Track(99)], 100)], NOW)
     kinds = set()
     for _ in range(6):
