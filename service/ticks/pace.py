@@ -10,7 +10,9 @@ _WEIGHT = 0.2
 _LEAP = 4
 """As how many times what was known a tick counts at most: one that was held up says little of the next."""
 _NEARLY = 0.75
-"""Share of the highest rate that counts as such: fewer rows in longer slices cost less beside the graph."""
+"""Share of the highest rate that counts as such."""
+_BESIDE_S = 0.0005
+"""About what a tick takes beside its run, which alone is measured when a model is loaded: of a small one, more."""
 _TRY = 32
 """How often more rows are tried than are expected to be quick enough."""
 
@@ -129,11 +131,13 @@ class Pace:
         More of them at a time would not be done sooner, and those that have waited longest would be done later.
         """
         rates = {
-            bucket: max((seen.rows / seen.step_s for seen in known.values() if seen.step_s > 0), default=0.0)
+            bucket: max(
+                (1 << length) * seen.rows / (_BESIDE_S + (1 << length) * seen.step_s) for length, seen in known.items()
+            )
             for bucket, known in self._seen.items()
         }
         best = max(rates.values(), default=0.0)
-        quick = [bucket for bucket, rate in rates.items() if best > 0 and rate >= _NEARLY * best]
+        quick = [bucket for bucket, rate in rates.items() if rate >= _NEARLY * best]
         return min((min(1 << bucket, most) for bucket in quick), default=most)
 
     def work_s(self, rows: int, steps: int, most: int, longest: int) -> float:

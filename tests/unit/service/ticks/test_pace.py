@@ -103,3 +103,13 @@ def test_long_ticks_that_were_seen_at_a_bad_moment_are_tried_again() -> None:
         seen.append(pace.steps_within(16, 0.016, 512))
         pace.learn(16, seen[-1], 0.001 + seen[-1] * 0.001)
     assert seen[-1] in range(13, 17)
+
+
+def test_ticks_of_few_rows_are_not_quick_where_the_model_is_small() -> None:
+    """What a tick takes beside its run is shared by its rows: a run that is quick with few of them is not enough."""
+    small, large = Pace(), Pace()
+    for rows in (1, 4, 16, 64):
+        for steps in (1, 16):
+            small.learn(rows, steps, steps * max(rows, 2) * 7e-6)
+            large.learn(rows, steps, steps * max(rows, 10) * 5e-5)
+    assert (small.efficient_rows(256), large.efficient_rows(256)) == (16, 16)
