@@ -161,21 +161,10 @@ class Codec:
         Returns:
             One array [T, ...] an input, T alike.
         """
-        spec = self._only
-        if spec is not None and len(tensors) == 1:
-            name, dtype, shape, data = tensors[0]
-            if (
-                dtype == spec.dtype
-                and shape[1:] == spec.tail
-                and 1 <= shape[0] <= self.max_steps
-                and name in ("", spec.name)
-                and isinstance(data, bytes)
-                and len(data) == shape[0] * self._step_bytes <= self.max_bytes
-            ):
-                self.check_reply(1, shape[0])
-                array = np.frombuffer(data, little_endian(dtype)).reshape(shape)
-                self._check_values(array, self._what, spec.below)
-                return [array]
+        seen = self._glance(tensors, ())
+        if seen is not None:
+            self._check_values(seen, self._what, self._manifest.inputs[0].below)
+            return [seen]
         pairs = self._pair(self._manifest.inputs, tensors, "input")
         shapes = [self._shape(tensor, f"input {spec.name!r}", spec, (None,), "T") for spec, tensor in pairs]
         steps = shapes[0][0]
@@ -204,23 +193,9 @@ class Codec:
         Returns:
             One array [N, T, ...] an input, T alike; and what is wrong with single rows, by their indices.
         """
-        spec = self._only
-        if spec is not None and len(tensors) == 1:
-            name, dtype, shape, data = tensors[0]
-            if (
-                dtype == spec.dtype
-                and shape[2:] == spec.tail
-                and len(shape) > 1
-                and shape[0] == rows
-                and 1 <= shape[1] <= self.max_steps
-                and name in ("", spec.name)
-                and isinstance(data, bytes)
-                and len(data) == rows * shape[1] * self._step_bytes <= self.max_bytes
-            ):
-                self.check_reply(rows, shape[1])
-                array: Array = np.frombuffer(data, little_endian(dtype)).reshape(shape)
-                if self._wrong(array, self._what, spec.below) is None:
-                    return [array], {}
+        seen = self._glance(tensors, (rows,))
+        if seen is not None and self._wrong(seen, self._what, self._manifest.inputs[0].below) is None:
+            return [seen], {}
         pairs, shapes = self._alike(tensors, (None, None), "N, T")
         if shapes[0][0] != rows:
             raise InvalidRequest(f"input {pairs[0][0].name!r} is {_show(shapes[0])}; expected [{rows}, T, ...]")
@@ -322,6 +297,35 @@ class Codec:
             self._check_values(array, what)
             arrays.append(array)
         return arrays
+
+    def _glance(self, tensors: Sequence[Tensor], lead: tuple[int, ...]) -> Array | None:
+        """Read the one input of a chunk, or of a block of chunks, if all but its values is as it mostly is.
+
+        Args:
+            tensors: the inputs.
+            lead: the sizes of the axes before time.
+
+        Returns:
+            [*lead, T, ...]; None if it has to be looked at more closely.
+        """
+        spec, axis = self._only, len(lead)
+        if spec is None or len(tensors) != 1:
+            return None
+        name, dtype, shape, data = tensors[0]
+        if (
+            dtype != spec.dtype
+            or len(shape) <= axis
+            or shape[:axis] != lead
+            or shape[axis + 1 :] != spec.tail
+            or not 1 <= shape[axis] <= self.max_steps
+            or name not in ("", spec.name)
+            or not isinstance(data, bytes)
+            or not len(data) == math.prod(lead) * shape[axis] * self._step_bytes <= self.max_bytes
+        ):
+            return None
+        self.check_reply(math.prod(lead), shape[axis])
+        array: Array = np.frombuffer(data, little_endian(dtype)).reshape(shape)
+        return array
 
     def check_reply(self, rows: int, steps: int, states: bool = False) -> None:
         """Refuse what could not be answered, before it is run.

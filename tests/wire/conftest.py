@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 
 from tests.resident import MEMORIES, states_on_a_device
@@ -13,3 +16,14 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "device":
         states_on_a_device(monkeypatch)
     return str(request.param)
+
+
+@pytest.fixture
+def collector_off() -> Iterator[None]:
+    """The collector does not come by."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

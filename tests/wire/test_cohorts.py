@@ -6,7 +6,7 @@ import asyncio
 import gc
 import random
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -380,17 +380,6 @@ async def test_a_server_that_stops_tells_a_cohort(lstm_repository: Path) -> None
                 told += [one.error.reason for one in message.results]
                 told += [error.error.reason for one in message.block_results for error in one.errors]
         assert told.count("draining") == 5
-
-
-@pytest.fixture
-def collector_off() -> Iterator[None]:
-    """The collector does not come by."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @pytest.mark.usefixtures("collector_off")

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import tracemalloc
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -26,17 +25,6 @@ from tests.wire.inference import calling, refusal, request
 from tests.wire.native import chunk, streaming
 
 x = np.zeros((2, 5, INPUT), np.float32)
-
-
-@pytest.fixture
-def collector_off() -> Iterator[None]:
-    """The collector does not come by."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def alive() -> int:
