@@ -11,7 +11,8 @@ one in which the positions of its tracks move. Rows that have to end otherwise t
 off first.
 
 Who is next: chunks and batches take turns while both wait, so that neither waits behind more than one tick of the
-other, and while chunks come a tick is short. Within each, callers share the steps evenly.
+other. While single steps come every tick is short, and while longer chunks do, those of batches. Within each, callers
+share the steps evenly.
 """
 
 from __future__ import annotations
