@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from service.copying import FEW, whole
 from service.manifest import StateSpec
 from service.states.memory import PAGE_BYTES, Reserved
 from service.states.slots import Slots
@@ -155,13 +156,13 @@ class Pool:
         if slots.view(np.uintp).max(initial=0) >= self.limit:
             raise IndexError(f"slots {slots.min()} to {slots.max()} of a pool that has {self.limit}")
         for kept, array in zip(self._kept, out, strict=True):
-            kept.array.take(slots, kept.axis, array, "clip")
+            kept.gather(slots, array)
         return out
 
     def scatter(self, slots: NDArray[np.intp], rows: NDArray[np.intp], states: Sequence[Array]) -> None:
         """Copy row ``rows[k]`` of each state, as the graph gives them, into ``slots[k]``; ``rows`` ascends."""
         for kept, state in zip(self._kept, states, strict=True):
-            kept.array[kept.at(slots)] = state if len(rows) == state.shape[kept.axis] else state.take(rows, kept.axis)
+            kept.scatter(slots, state if len(rows) == state.shape[kept.axis] else state.take(rows, kept.axis))
 
     def abandon(self, states: Sequence[Array]) -> None:
         """End a tick that came to nothing: nothing has moved before ``scatter``."""
@@ -207,6 +208,11 @@ class _Kept:
         self._memory = Reserved(slots * self.slot_bytes)
         self._stride = slots * self.row_bytes
         self.array: Array = self._memory.bytes.view(spec.dtype).reshape(shape)
+        # The same, each part of a slot that lies together as one element; how often there are all of them.
+        self._row = whole(self.row_bytes)
+        self._rows = self._memory.bytes.view(self._row)
+        self._lines = math.prod(shape[: self.axis])
+        self._offsets = np.arange(self._lines, dtype=np.intp)[:, np.newaxis] * slots
 
     def at(self, index: int | NDArray[np.intp]) -> tuple[slice | int | NDArray[np.intp], ...]:
         """Index the slots and leave the axes before them whole."""
@@ -217,6 +223,28 @@ class _Kept:
         shape = list(self.array.shape)
         shape[self.axis] = rows
         return np.empty(shape, self.array.dtype)
+
+    def gather(self, slots: NDArray[np.intp], out: Array) -> None:
+        """Copy the rows of slots, all of which there are, into an array in the graph's axes."""
+        if self._few(slots, out):
+            out.reshape(-1).view(self._row)[:] = self._rows[self._places(slots)]
+        else:
+            self.array.take(slots, self.axis, out, "clip")
+
+    def scatter(self, slots: NDArray[np.intp], state: Array) -> None:
+        """Copy an array in the graph's axes to where slots are."""
+        if self._few(slots, state):
+            self._rows[self._places(slots)] = state.reshape(-1).view(self._row)
+        else:
+            self.array[self.at(slots)] = state
+
+    def _few(self, slots: NDArray[np.intp], array: Array) -> bool:
+        """Whether rows are so few that as whole ones they are copied without others running in between."""
+        return self._lines * len(slots) <= FEW and array.flags.c_contiguous
+
+    def _places(self, slots: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Where the rows of slots are."""
+        return slots if self._lines == 1 else (slots + self._offsets).reshape(-1)
 
     def give_back(self, first: int, behind: int) -> None:
         """Give back the memory of slots that nobody uses, as far as no other has a part of the same page."""

@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from service.copying import FEW, copy, duplicate
 from service.manifest import TensorSpec
 
 Array = NDArray[np.generic]
@@ -43,8 +44,10 @@ def pack(blocks: Sequence[Array], lengths: Sequence[int], spec: TensorSpec, out:
     view = _rows_first(out, spec)
     steps = view.shape[1]
     if spec.time_axis is None or all(length == steps for length in lengths):
-        np.concatenate(blocks, out=view)
-        return out
+        if blocks[0].size <= FEW:
+            np.concatenate(blocks, out=view)
+            return out
+        lengths = [steps] * len(blocks)
     if any(block.shape[2:] != view.shape[2:] for block in blocks):
         # Assigned below, a feature of one would be stretched over all.
         raise ValueError("the rows of one tick differ in their features")
@@ -52,7 +55,7 @@ def pack(blocks: Sequence[Array], lengths: Sequence[int], spec: TensorSpec, out:
     for block, length in zip(blocks, lengths, strict=True):
         rows = view[first : first + len(block)]
         if length == steps:
-            rows[:] = block
+            copy(rows, block)
         else:
             rows[:, :length] = block
             rows[:, length:] = 0
@@ -80,8 +83,7 @@ def unpack(packed: Array, spec: TensorSpec, widths: Sequence[int], lengths: Sequ
         view = view[:, : max(lengths)]
     ends = [0, *accumulate(widths)]
     if all(length == lengths[0] for length in lengths):
-        # At one go: NumPy lets other threads run at each larger copy, and then has to wait for them.
-        whole = view.copy()
+        whole = duplicate(view)
         return [whole[first:end] for first, end in pairwise(ends)]
     return [view[first:end, :length].copy() for (first, end), length in zip(pairwise(ends), lengths, strict=True)]
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from service.copying import FEW
 from service.errors import Full
 from service.manifest import StateSpec
 from service.states.pool import Pool, initial_value
@@ -45,6 +46,30 @@ def value(spec: StateSpec, seed: int) -> Array:
 def slots(*numbers: int) -> NDArray[np.intp]:
     """Slots as gather and scatter take them."""
     return np.array(numbers, np.intp)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", [FEW // 2 + 1, FEW + 1])
+def test_many_are_gathered_and_scattered_as_few_are(shape: tuple[int | None, ...], rows: int) -> None:
+    """Whether whole rows are copied as one element or not."""
+    state = spec(shape)
+    pool = Pool([state], rows + 2)
+    taken = pool.allocate_many(rows + 1)
+    order = np.random.default_rng(0).permutation(taken)[:rows]
+    values = np.random.default_rng(1).standard_normal([rows if n is None else n for n in shape]).astype(np.float32)
+    pool.scatter(order, np.arange(rows), [values])
+    out = np.full_like(values, np.nan)
+    (gathered,) = pool.gather(order, [out])
+    assert gathered is out
+    np.testing.assert_array_equal(out, values)
+    (rest,) = pool.read(int(np.setdiff1d(taken, order)[0]))
+    assert not rest.any()
+    # Also into arrays, and from such, whose rows do not lie one behind the other.
+    wide = np.full((*values.shape, 2), np.nan, np.float32)
+    pool.gather(order[::-1].copy(), [wide[..., 0]])
+    np.testing.assert_array_equal(wide[..., 0], np.flip(values, state.batch_axis))
+    pool.scatter(order, np.arange(rows), [wide[..., 0]])
+    np.testing.assert_array_equal(pool.gather(order)[0], np.flip(values, state.batch_axis))
 
 
 def test_many_are_read_as_one_is() -> None:

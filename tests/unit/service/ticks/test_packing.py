@@ -33,6 +33,11 @@ SPECS = [
     spec(1, 0, ()),
     spec(3, 1, (2, 5)),
     spec(1, 0, (), "int64"),
+    # So wide that rows are copied whole.
+    spec(1, 0, (300,)),
+    spec(0, 1, (300,)),
+    spec(1, 0, (2, 150)),
+    spec(0, 2, (300,)),
 ]
 
 
