@@ -124,7 +124,7 @@ class Metrics:
         for metric in of_versions:
             metric.remove(*labels)
         self._forget_device(*labels)
-        for outcome in ("applied", "refused"):
+        for outcome in ("applied", "refused", "turned_away"):
             self.rows.remove(*labels, outcome)
         for direction in ("up", "down"):
             self.state_copies.remove(*labels, direction)

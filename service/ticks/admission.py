@@ -50,6 +50,23 @@ class Limits:
     delay_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why a row was refused that would not have been done in time.
+
+    Attributes:
+        kind: of its block.
+        steps: of it.
+        seconds: that it might have taken.
+        error: what it was told.
+    """
+
+    kind: Kind
+    steps: int
+    seconds: float
+    error: Full
+
+
 class Admission:
     """The account of one model version.
 
@@ -82,6 +99,8 @@ class Admission:
         self._running_steps = 0
         self._running_rows = 0
         self._caution = _CAUTION
+        # The last of one row that was, as long as there is no less to do than there was then.
+        self._refusal: _Refusal | None = None
         # Whether anything has been late since ``learn`` was last called.
         self._late = False
 
@@ -146,11 +165,34 @@ class Admission:
         for block in blocks:
             # It takes part in as many ticks as it has steps at worst, and in each the others that run beside it do too.
             needed = max(work, block.steps * each)
-            if block.deadline is not None and now < block.deadline < now + self._caution * needed:
-                raise Full(
-                    f"it would be done in {needed:.3f} s and its deadline is in {block.deadline - now:.3f} s; "
+            seconds = self._caution * needed
+            if block.deadline is not None and now < block.deadline < now + seconds:
+                error = Full(
+                    f"it may take {seconds:.3f} s with all that is ahead of it, and its deadline comes sooner; "
                     "try again later"
                 )
+                if rows == 1:
+                    self._refusal = _Refusal(block.kind, steps, seconds, error)
+                raise error
+
+    def refuses(self, kind: Kind, steps: int, deadline: float, now: float) -> Full | None:
+        """Say at one glance that a row would not be done in time, if another has just been refused for that.
+
+        Over capacity most are, and to think about each would leave less time for those that are not.
+
+        Args:
+            kind: of its block.
+            steps: of it.
+            deadline: of it.
+            now: the time.
+
+        Returns:
+            What the other was told, if it holds for this one; None if that is to be found out.
+        """
+        last = self._refusal
+        if last is None or last.kind != kind or steps < last.steps or not now < deadline < now + last.seconds:
+            return None
+        return last.error
 
     def slice_steps(self, rows: int, seconds: float) -> int:
         """Most steps of a tick of so many rows that is to take no longer."""
@@ -178,6 +220,7 @@ class Admission:
         """Count a block as one that waits no more."""
         rows = len(block.rows)
         steps = rows * (block.steps - block.done)
+        self._refusal = None
         self.blocks -= 1
         self.rows -= rows
         self._waiting_steps -= steps
@@ -198,6 +241,7 @@ class Admission:
     def stop(self, block: Block) -> None:
         """Count a block as one that runs no more."""
         running, rest, rows = self._running.pop(block, (0, 0, 0))
+        self._refusal = None
         self._running_steps -= running
         self._running_rows -= rows
         self._waiting_steps -= rest
@@ -213,6 +257,7 @@ class Admission:
         Args:
             in_time: whether anything that had a deadline has met it.
         """
+        self._refusal = None
         if self._late:
             self._caution = min(_MOST_CAUTION, self._caution * _LESSON)
         elif in_time:

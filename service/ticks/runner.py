@@ -22,7 +22,7 @@ from queue import SimpleQueue
 
 import structlog
 
-from service.errors import Draining, EngineFailed
+from service.errors import Draining, EngineFailed, Full
 from service.graphs.graph import Graph
 from service.graphs.placement import Choice
 from service.metrics import Metrics
@@ -32,7 +32,7 @@ from service.ticks.completion import Completion
 from service.ticks.execution import Execution
 from service.ticks.flight import Flight
 from service.ticks.pace import Pace
-from service.ticks.row import Block, Phase, Row
+from service.ticks.row import USUAL, Block, Phase, Row
 from service.ticks.scheduler import Scheduler, Tick
 
 log = structlog.get_logger()
@@ -118,6 +118,7 @@ class Runner:
         self._steps = metrics.steps.labels(*labels)
         self._applied = metrics.rows.labels(*labels, "applied")
         self._refused = metrics.rows.labels(*labels, "refused")
+        self._turned_away = metrics.rows.labels(*labels, "turned_away")
 
     @property
     def queued(self) -> int:
@@ -185,13 +186,25 @@ class Runner:
         with self._wake:
             if self._stopping:
                 raise Draining("the model is being stopped")
-            self._scheduler.submit(blocks, self._clock())
+            try:
+                self._scheduler.submit(blocks, self._clock())
+            except Full:
+                self._turned_away.inc(sum(len(block.rows) for block in blocks))
+                raise
         # Not at once: what has come already, in the same message or another, should run in the same tick.
         self._came = True
         if not self._notifying:
             self._notifying = True
             self._turns = 0
             self._loop.call_soon(self._notify)
+
+    def refuses(self, steps: int, deadline: float) -> Full | None:
+        """Say why a chunk would be refused, if that can be told without looking at it; see ``Admission.refuses``."""
+        with self._wake:
+            full = self._scheduler.refuses((False, USUAL), steps, deadline, self._clock())
+        if full is not None:
+            self._turned_away.inc()
+        return full
 
     def _notify(self) -> None:
         """Wake the engine once the event loop brings no more, or has had some turns."""

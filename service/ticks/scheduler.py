@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.errors import Cancelled, ConveyorError, Late, PositionConflict
+from service.errors import Cancelled, ConveyorError, Full, Late, PositionConflict
 from service.ticks.admission import Admission, Limits
 from service.ticks.fair import Fair
 from service.ticks.pace import Pace
@@ -159,6 +159,10 @@ class Scheduler:
                 if block.steps == 1:
                     self._single_until = self._lively_until
 
+    def refuses(self, kind: Kind, steps: int, deadline: float, now: float) -> Full | None:
+        """Say why a block of one row would be refused, if that can be told at one glance; see ``Admission.refuses``."""
+        return self._admission.refuses(kind, steps, deadline, now)
+
     def cancel(self, rows: Sequence[Row]) -> list[Block]:
         """Give rows up; those that run are not applied when their tick is sealed.
 
@@ -244,6 +248,7 @@ class Scheduler:
         order = waiting if len(waiting) == 1 else sorted(waiting, key=lambda kind: (kind != lead, kind[0] != lead[0]))
         lengths: list[int] = []
         taken = longest = 0
+        efficient_rows = self._admission.efficient_rows
         measured: _Measure | None = None
 
         def measure() -> _Measure:
@@ -270,8 +275,11 @@ class Scheduler:
             width = len(block.rows)
             if blocks:
                 # Before anything is looked up about it: many may be offered in vain.
-                length = length_of(block)
                 rows = taken + width
+                # Chunks that take several ticks: more at a time would not be done sooner, and the first of them later.
+                if rows > efficient_rows and block.left > 1 and not block.batch and limits.sliced:
+                    return None
+                length = length_of(block)
                 # It may fill a tick of others, but not change its length much, nor make it take longer than it may.
                 if block.kind != lead and not lengths[0] <= length <= 2 * lengths[0]:
                     return None
@@ -279,9 +287,6 @@ class Scheduler:
                 if block.batch != lead[0] and together * self.pace.step_s(rows, together) > measure().seconds:
                     return None
                 if (limits.sliced or block.kind != lead) and rows * max(length, longest) > limits.tick_steps:
-                    return None
-                # Chunks that take several ticks: more at a time would not be done sooner, and the first of them later.
-                if block.left > 1 and not block.batch and limits.sliced and rows > self._admission.efficient_rows:
                     return None
             # The first one is judged by the time it is, not by what is expected of it: were that far too much, nothing
             # would run any more, and so nothing be learned.

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from conveyor.v1 import conveyor_pb2 as pb
+from service.errors import Full
 from service.manifest import TensorSpec
 from service.session import Reply
 from service.wire.assembly import Written, varint
@@ -33,6 +34,7 @@ _BLOCK_RESULTS = _tag(pb.StreamResponse.BLOCK_RESULTS_FIELD_NUMBER, _BYTES)
 _SESSION_ID = _tag(pb.ChunkResult.SESSION_ID_FIELD_NUMBER, _BYTES)
 _POSITION = _tag(pb.ChunkResult.POSITION_FIELD_NUMBER, _VARINT)
 _STEPS = _tag(pb.ChunkResult.STEPS_FIELD_NUMBER, _VARINT)
+_ERROR = _tag(pb.ChunkResult.ERROR_FIELD_NUMBER, _BYTES)
 _OUTPUTS = _tag(pb.ChunkResult.OUTPUTS_FIELD_NUMBER, _BYTES)
 _BLOCK_OUTPUTS = _tag(pb.BlockResult.OUTPUTS_FIELD_NUMBER, _BYTES)
 _DATA = _tag(pb.Tensor.DATA_FIELD_NUMBER, _BYTES)
@@ -50,6 +52,11 @@ def of_chunk(session_id: str, specs: Sequence[TensorSpec], reply: Reply) -> Writ
 
 def of_refused_chunk(session_id: str, position: int, error: Exception) -> Written:
     """Write what a chunk that was not applied is answered."""
+    if type(error) is Full and position >= 0:
+        # Over capacity nearly all are, and in the same words.
+        identity, told = session_id.encode(), _full(str(error))
+        parts = [_SESSION_ID, varint(len(identity)), identity, _POSITION, varint(position)]
+        return _field(_RESULTS, [*parts, _ERROR, varint(len(told)), told])
     result = pb.ChunkResult(session_id=session_id, position=position, error=detail(error))
     return _field(_RESULTS, [result.SerializeToString()])
 
@@ -107,6 +114,11 @@ def _tensor(field: bytes, spec: TensorSpec, shape: tuple[int, ...], data: Bytes)
 @functools.lru_cache(1024)
 def _head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     return pb.Tensor(name=name, data_type=DATA_TYPES[dtype], shape=shape).SerializeToString()
+
+
+@functools.lru_cache(64)
+def _full(message: str) -> bytes:
+    return detail(Full(message)).SerializeToString()
 
 
 def _field(field: bytes, parts: Sequence[Bytes]) -> Written:

@@ -39,6 +39,12 @@ def decode(messages: Sequence[pb.Tensor]) -> list[Tensor]:
     ]
 
 
+def steps_of(messages: Sequence[pb.Tensor]) -> int:
+    """Return how many steps the inputs of a chunk have, as the first says, before anything is checked; 0 for none."""
+    shape = messages[0].shape if messages else ()
+    return shape[0] if shape else 0
+
+
 def encode(name: str, array: Array) -> pb.Tensor:
     """Return an array as a message."""
     return pb.Tensor(name=name, data_type=_BY_DTYPE[array.dtype], shape=array.shape, data=to_bytes(array))

@@ -18,7 +18,7 @@ from service.ticks.runner import Runner
 from service.wire.assembly import Written
 from service.wire.codec import Array, Codec, Tensor
 from service.wire.conveyor_results import of_block, of_chunk, of_refused_block, of_refused_chunk, of_whole_block
-from service.wire.conveyor_tensors import decode
+from service.wire.conveyor_tensors import decode, steps_of
 from service.wire.flow import Flow
 
 _RESPONSE_BYTES = 1 << 20
@@ -85,9 +85,16 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
                 raise InvalidRequest(
                     f"position is {chunk.position} and timeout_us {chunk.timeout_us}; expected neither to be negative"
                 )
+            deadline = self._deadline(chunk, began)
+            # Over capacity most are refused here, before they cost much; what was applied already is answered even so.
+            if deadline is not None and session.is_next(chunk.epoch, chunk.position):
+                full = runner.refuses(steps_of(chunk.inputs), deadline)
+                if full is not None:
+                    self.count(runner, began, 0, 1)
+                    self.put(of_refused_chunk(chunk.session_id, chunk.position, full))
+                    return
             tensors = decode(chunk.inputs)
             inputs = self._codec(runner).chunk(tensors)
-            deadline = self._deadline(chunk, began)
             waiting = _WaitingChunk(self, self._operations, session, runner, chunk.position, began)
             self.wait(waiting, max(_size(tensors), runner.manifest.reply_bytes(len(inputs[0]))))
             try:

@@ -124,6 +124,45 @@ async def test_queued_rows(lstm_repository: Path) -> None:
         assert house.server.repository.find("lstm").pool.taken == 5
 
 
+async def test_what_would_be_late_is_refused_before_it_is_looked_at(lstm_repository: Path) -> None:
+    """Over capacity only what is new is: repeats, and what is out of place, are answered as ever. Nothing has moved."""
+    async with built(lstm_repository) as house:
+        caller = house.caller
+        held, applied, fresh = [await caller.open() for _ in range(3)]
+        (first,) = await caller.step(chunk(applied, 0, x[:2]))
+        runner = house.server.repository.find("lstm")
+        gate = house.gate()
+        await caller.send(chunk(held, 0, x))
+        await gate.entered()
+        # What is known of ticks that took no time, by the test's clock, is forgotten: each step takes a second.
+        pace = runner._scheduler.pace
+        pace._seen.clear()
+        pace.learn(1, 1, 1.0)
+        failed = runner.statistics.snapshot().fail.count
+        nothing = np.full_like(x, np.nan)
+        for values in (x, nothing, nothing):
+            (refused,) = await caller.step(chunk(fresh, 0, values, timeout_us=1_000_000))
+            assert refused.error.code == EXHAUSTED.value[0]
+            assert "its deadline comes sooner" in refused.error.message
+            assert (refused.session_id, refused.position) == (fresh, 0)
+        assert runner.statistics.snapshot().fail.count == failed + 3
+        away = {"model": "lstm", "version": "1", "outcome": "turned_away"}
+        assert house.server.metrics.registry.get_sample_value("conveyor_rows_total", away) == 3
+        (again,) = await caller.step(chunk(applied, 0, x[:2], timeout_us=1_000_000))
+        assert again == first
+        (wrong,) = await caller.step(chunk(applied, 7, x, timeout_us=1_000_000))
+        assert wrong.error.code == grpc.StatusCode.ABORTED.value[0]
+        (bad,) = await caller.step(chunk(fresh, 0, nothing))
+        assert bad.error.code == INVALID.value[0]
+        await caller.send(chunk(fresh, 0, x))
+        await gate.until_queued(house.server, 1)
+        gate.let(100)
+        for session in (held, fresh):
+            result = await caller.result()
+            assert result.session_id == session
+            equal(array(result.outputs[0]), expected(x))
+
+
 async def test_queued_bytes(lstm_repository: Path) -> None:
     """What waits is bounded in bytes too."""
     async with built(lstm_repository, max_queued_bytes=2 * x.nbytes) as house:

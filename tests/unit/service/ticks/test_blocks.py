@@ -279,12 +279,80 @@ def test_what_runs_is_work_that_is_ahead() -> None:
     tick, _ = queue.cut(NOW)
     assert tick is not None
     assert queue.queued == 0
-    with pytest.raises(Full, match="its deadline is in 20"):
+    with pytest.raises(Full, match="its deadline comes sooner"):
         queue.submit([block([Track(9)], 1, deadline=NOW + 20)], NOW)
     queue.submit([block([Track(9)], 1, deadline=NOW + 40)], NOW)
     queue.resume(tick, queue.seal(tick, NOW))
-    with pytest.raises(Full, match="its deadline is in 10"):
+    with pytest.raises(Full, match="its deadline comes sooner"):
         queue.submit([block([Track(10)], 9, deadline=NOW + 10)], NOW)
+
+
+def test_what_was_just_refused_for_want_of_time_is_refused_at_one_glance() -> None:
+    """As long as there is no less to do than then, and only what would take no less and has no more time."""
+    pace = Pace()
+    pace.learn(1, 1, 1.0)
+    pace.learn(8, 1, 1.0)
+    queue = Scheduler(Limits(1000, 8, 8192), pace)
+    kind = (False, 2)
+    ahead = block([Track(n) for n in range(8)], 20)
+    queue.submit([ahead], NOW)
+    assert queue.refuses(kind, 4, NOW + 20, NOW) is None
+    with pytest.raises(Full) as full:
+        queue.submit([block([Track(9)], 4, deadline=NOW + 20)], NOW)
+    assert queue.refuses(kind, 4, NOW + 20, NOW) is full.value
+    assert queue.refuses(kind, 5, NOW + 19, NOW + 1) is full.value
+    assert queue.refuses(kind, 3, NOW + 20, NOW) is None
+    assert queue.refuses(kind, 4, NOW + 40, NOW) is None
+    assert queue.refuses((True, 2), 4, NOW + 20, NOW) is None
+    # It has passed: that is another answer.
+    assert queue.refuses(kind, 4, NOW - 1, NOW) is None
+    queue.cancel(ahead.rows)
+    assert queue.refuses(kind, 4, NOW + 20, NOW) is None
+    queue.submit([block([Track(9)], 4, deadline=NOW + 20)], NOW)
+
+
+def test_what_a_block_was_refused_for_says_nothing_of_a_row() -> None:
+    """Many rows take longer than one."""
+    pace = Pace()
+    pace.learn(1, 1, 1.0)
+    queue = Scheduler(Limits(1000, 1, 8192), pace)
+    queue.submit([block([Track(0)], 4)], NOW)
+    with pytest.raises(Full):
+        queue.submit([block([Track(n) for n in range(1, 9)], 1, deadline=NOW + 10)], NOW)
+    assert queue.refuses((False, 2), 1, NOW + 10, NOW) is None
+    queue.submit([block([Track(1)], 1, deadline=NOW + 10)], NOW)
+
+
+@given(data=st.data())
+def test_one_glance_says_what_a_longer_look_would(data: st.DataObject) -> None:
+    """Whatever has been queued, run, ended or given up: what is refused at one glance would be refused anyway."""
+    pace = Pace()
+    for rows in (1, 2, 4, 8):
+        pace.learn(rows, 1, 0.5 + 0.1 * rows)
+    queue = Scheduler(Limits(1000, 8, 8192), pace)
+    now, number, tick = NOW, 0, None
+    waiting: list[Block] = []
+    for _ in range(data.draw(st.integers(1, 30))):
+        now += data.draw(st.sampled_from([0.0, 0.1, 2.0]))
+        steps, left_s = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([0.5, 3.0, 10.0, 40.0]))
+        what = data.draw(st.sampled_from(["come", "come", "come", "tick", "cancel"]))
+        if what == "tick":
+            if tick is not None:
+                pace.learn(tick.rows, tick.steps, data.draw(st.sampled_from([0.1, 1.0, 5.0])))
+                queue.resume(tick, queue.seal(tick, now))
+            tick, _ = queue.cut(now)
+        elif what == "cancel" and waiting:
+            queue.cancel(waiting.pop(data.draw(st.integers(0, len(waiting) - 1))).rows)
+        else:
+            number += 1
+            one = block([Track(number)], steps, deadline=now + left_s)
+            refused = queue.refuses((False, 2), steps, now + left_s, now)
+            try:
+                queue.submit([one], now)
+            except Full:
+                continue
+            assert refused is None
+            waiting.append(one)
 
 
 def test_of_a_batch_only_the_slice_that_runs_is_ahead_of_a_chunk() -> None:
