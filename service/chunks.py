@@ -103,9 +103,13 @@ class Chunks:
                 answered then.
         """
         steps = len(inputs[0])
-        pending = self._match(session, epoch, position, steps, waiter)
-        if pending is None or session.pending.get(position) is pending:
-            return pending
+        if session.is_next(epoch, position):
+            pending = Pending(session, position, waiter)
+        else:
+            match = self._match(session, epoch, position, steps, waiter)
+            if match is None or session.pending.get(position) is match:
+                return match
+            pending = match
         if accepted is None:
             self._intake.check()
         replaced = session.last if former is None else former.last
@@ -297,7 +301,7 @@ class Chunks:
 
         Those of a group run together, on its inputs [N, T, ...]. All of them are queued or none.
         """
-        count = sum(len(rows) for rows, _ in groups)
+        count = sum([len(rows) for rows, _ in groups])
         reply_bytes = runner.manifest.reply_bytes(steps) * count
         self._replies.reserve(reply_bytes, replaced)
         blocks = [Block(rows, steps, inputs, self._ended, deadline, priority, caller) for rows, inputs in groups]
@@ -354,7 +358,7 @@ class Chunks:
             assert block.error is not None
             answers = [pending.session.end(pending, block.error) for pending in rows]
         else:
-            size = sum(output.nbytes for output in outputs) // count
+            size = sum([output.nbytes for output in outputs]) // count
             for n, pending in enumerate(rows):
                 session: Session = pending.session
                 if session.last is not None:

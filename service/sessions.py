@@ -109,7 +109,7 @@ class SessionTable:
             gone = self._gone.get(key, SessionUnknown)
             raise gone(_WHY[gone].format(identity=identity[:_LONGEST_ID], timeout_s=self.idle_timeout_s))
         session.part()
-        if session.at_rest and not session.closing and self._clock() - session.used_at >= self.idle_timeout_s:
+        if self._clock() - session.used_at >= self.idle_timeout_s and session.at_rest and not session.closing:
             self._end(key, session, expired=True)
             return self.find(owner, identity)
         return session

@@ -86,6 +86,8 @@ class Admission:
         self.rows = 0
         self.blocks = 0
         self.efficient_rows = efficient_rows
+        # How many blocks wait that are not plain.
+        self._others = 0
         self.slice_s = limits.short_tick_s
         self._limits = limits
         self._pace = pace
@@ -103,6 +105,11 @@ class Admission:
         self._refusal: _Refusal | None = None
         # Whether anything has been late since ``learn`` was last called.
         self._late = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether all that waits are chunks of one step without deadlines: nothing has to be thought about then."""
+        return not self._others
 
     def check(self, blocks: Sequence[Block], now: float) -> None:
         """Refuse blocks for which there is no room, or no time.
@@ -212,6 +219,8 @@ class Admission:
         steps = rows * (block.steps - block.done)
         self.blocks += 1
         self.rows += rows
+        if block.steps > 1 or block.deadline is not None or block.kind[0]:
+            self._others += 1
         self._waiting_steps += steps
         self._steps[block.kind] += steps
         self._bytes += block.size
@@ -223,6 +232,8 @@ class Admission:
         self._refusal = None
         self.blocks -= 1
         self.rows -= rows
+        if block.steps > 1 or block.deadline is not None or block.kind[0]:
+            self._others -= 1
         self._waiting_steps -= steps
         self._steps[block.kind] -= steps
         self._bytes -= block.size

@@ -187,7 +187,10 @@ class Execution:
             workspace.inputs[index] = pack(parts, lengths, spec, room)
         if workspace.lengths is not None:
             workspace.lengths[:] = np.repeat(lengths, [len(block.rows) for block in blocks])
-        flight.slots = np.concatenate([np.asarray(block.slots, np.intp) for block in blocks])
+        if len(blocks) < tick.rows:
+            flight.slots = np.concatenate([np.asarray(block.slots, np.intp) for block in blocks])
+        else:
+            flight.slots = np.array([block.slots[0] for block in blocks], np.intp)
         self.pool.gather(flight.slots, workspace.states)
         flight.gathered = True
 

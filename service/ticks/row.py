@@ -142,7 +142,7 @@ class Block:
                 row.block = self
         self.steps = steps
         self.inputs = inputs
-        self.size: int = sum(array.nbytes for array in inputs)
+        self.size: int = sum([array.nbytes for array in inputs])
         self.on_end = on_end
         self.deadline = deadline
         self.kind: Kind = (batch, priority)

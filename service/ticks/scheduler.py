@@ -245,6 +245,44 @@ class Scheduler:
         if not waiting:
             return None
         lead = self._lead(waiting)
+        if self._admission.plain and len(waiting) == 1 and self.queued <= min(limits.tick_rows, limits.tick_steps):
+            lengths = self._take_all(lead, now, blocks)
+        else:
+            lengths = self._take_some(waiting, lead, now, blocks, rests)
+        for kind in waiting:
+            if kind[0] == lead[0]:
+                self._patience[kind] = _PATIENCE if kind == lead else self._patience[kind] - 1
+        self._batch_led = lead[0]
+        self._first_at = now - limits.delay_s
+        self._due = float("inf")
+        if not blocks:
+            return None
+        tick = Tick(list(blocks), lengths)
+        for block, length in zip(tick.blocks, lengths, strict=True):
+            self._admission.begin(block, length)
+            block.phase = Phase.RUNNING
+        return tick
+
+    def _take_all(self, kind: Kind, now: float, blocks: list[Block]) -> list[int]:
+        """Take everything, where it is chunks of one step without deadlines, as mostly it is; return the lengths."""
+        queue = self._queues[kind]
+        self._stale[kind] = 0
+        # What stands behind a block that is refused comes into the queue meanwhile.
+        while queue:
+            looked_at = len(blocks)
+            blocks += queue.drain()
+            blocks[looked_at:] = [
+                block
+                for block in blocks[looked_at:]
+                if _waits(block) and (not (block.unwanted or _out_of_place(block)) or self._fit(block, now, now))
+            ]
+        return [1] * len(blocks)
+
+    def _take_some(
+        self, waiting: Sequence[Kind], lead: Kind, now: float, blocks: list[Block], rests: list[Block]
+    ) -> list[int]:
+        """Take what belongs into one tick; return the lengths."""
+        limits = self._limits
         order = waiting if len(waiting) == 1 else sorted(waiting, key=lambda kind: (kind != lead, kind[0] != lead[0]))
         lengths: list[int] = []
         taken = longest = 0
@@ -318,14 +356,8 @@ class Scheduler:
         while rests:
             rest = rests.pop()
             self._queues[rest.kind].put_back(rest.caller, rest)
-        for kind in waiting:
-            if kind[0] == lead[0]:
-                self._patience[kind] = _PATIENCE if kind == lead else self._patience[kind] - 1
-        self._batch_led = lead[0]
-        self._first_at = now - limits.delay_s
-        self._due = float("inf")
         if not blocks:
-            return None
+            return []
         steps, chosen = self._choose(blocks, lengths)
         if len(chosen) < len(blocks):
             kept = set(chosen)
@@ -333,11 +365,8 @@ class Scheduler:
                 if index not in kept:
                     block = blocks[index]
                     self._queues[block.kind].put_back(block.caller, block, len(block.rows) * lengths[index])
-        tick = Tick([blocks[index] for index in chosen], [min(lengths[index], steps) for index in chosen])
-        for block, length in zip(tick.blocks, tick.lengths, strict=True):
-            self._admission.begin(block, length)
-            block.phase = Phase.RUNNING
-        return tick
+        blocks[:] = [blocks[index] for index in chosen]
+        return [min(lengths[index], steps) for index in chosen]
 
     def _fit(self, block: Block, now: float, soon: float) -> bool:
         """Refuse a block, or rows of it, that are not to run.
@@ -351,7 +380,7 @@ class Scheduler:
             Whether any of it is to run.
         """
         # The position first: a chunk that was applied already must not be told that the state has not moved.
-        if block.cohort is None and (conflicts := [row for row in block.rows if row.position != row.track.position]):
+        if conflicts := _out_of_place(block):
             part = block if len(conflicts) == len(block.rows) else self._part(block, conflicts)
             self._admission.leave(part)
             # Not needed any more, and to split them would take long.
@@ -537,6 +566,11 @@ class Scheduler:
                 after.behind -= 1
                 if not after.behind:
                     self._queues[after.kind].push(after.caller, after)
+
+
+def _out_of_place(block: Block) -> list[Row]:
+    """The rows of a block that do not begin where their tracks are; those of a cohort do."""
+    return [row for row in block.rows if row.position != row.track.position] if block.cohort is None else []
 
 
 def _place(row: Row) -> tuple[int, int]:

@@ -368,7 +368,7 @@ class _Seat:
 
 def _size(tensors: Sequence[Tensor]) -> int:
     """Bytes that tensors hold; what else a message has is little beside what it costs to keep."""
-    return sum(tensor.size for tensor in tensors)
+    return sum([tensor.size for tensor in tensors])
 
 
 _NOT_YET = EngineFailed("not answered yet")

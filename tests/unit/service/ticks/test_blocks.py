@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import Cancelled, Draining, Full, Late, PositionConflict
+from service.errors import Cancelled, Draining, EngineFailed, Full, Late, PositionConflict
 from service.ticks.admission import Limits
 from service.ticks.pace import Pace
 from service.ticks.row import Block, Phase, Row, Track
@@ -48,6 +48,19 @@ def cut(queue: Scheduler, now: float = NOW) -> tuple[list[Block], list[Block]]:
     """The blocks of the next tick, and those that are refused."""
     tick, refused = queue.cut(now)
     return (tick.blocks if tick else []), refused
+
+
+def cut_all(queue: Scheduler) -> tuple[list[Tick], list[Block]]:
+    """All that can run now, tick after tick, and those that are refused: their end may let others run."""
+    ticks: list[Tick] = []
+    gone: list[Block] = []
+    while True:
+        tick, refused = queue.cut(NOW)
+        gone += refused
+        if tick is not None:
+            ticks.append(tick)
+        elif not refused:
+            return ticks, gone
 
 
 def finish(queue: Scheduler, tick: Tick, now: float = NOW) -> list[Block]:
@@ -353,6 +366,55 @@ def test_one_glance_says_what_a_longer_look_would(data: st.DataObject) -> None:
                 continue
             assert refused is None
             waiting.append(one)
+
+
+@given(data=st.data())
+def test_what_is_taken_all_at_once_is_what_would_be_taken_one_by_one(data: st.DataObject) -> None:
+    """Chunks of one step without deadlines, whoever they are of, given up or out of place: the same run and end."""
+    quick, thorough = scheduler(tick_rows=12), scheduler(tick_rows=12)
+    # As though something else were waiting somewhere.
+    thorough._admission._others += 1
+    tracks = [[Track(n) for n in range(20)] for _ in range(2)]
+    under_way: list[list[Block]] = [[], []]
+    ticks: list[list[Tick]] = [[], []]
+    for _ in range(data.draw(st.integers(1, 25))):
+        what = data.draw(st.sampled_from(["come", "come", "tick", "cancel", "fail"]))
+        if what == "come":
+            chosen = data.draw(st.lists(st.integers(0, 19), min_size=1, max_size=4, unique=True))
+            ahead = data.draw(st.integers(0, 1))
+            caller = data.draw(st.integers(0, 2))
+            for n, queue in enumerate((quick, thorough)):
+                mine = [tracks[n][slot] for slot in chosen]
+                one = block(mine, 1, [track.position + len(track.waiting) + ahead for track in mine])
+                one.caller = caller
+                queue.submit([one], NOW)
+                under_way[n].append(one)
+        elif what == "cancel" and under_way[0]:
+            which = data.draw(st.integers(0, len(under_way[0]) - 1))
+            row = data.draw(st.integers(0, len(under_way[0][which].rows) - 1))
+            told = [
+                sorted(places_of(one, tracks[n])[0] for one in queue.cancel([under_way[n][which].rows[row]]))
+                for n, queue in enumerate((quick, thorough))
+            ]
+            assert told[0] == told[1]
+        else:
+            ran: list[list[list[int]]] = []
+            refused: list[list[tuple[list[int], str]]] = []
+            for n, queue in enumerate((quick, thorough)):
+                for tick in ticks[n]:
+                    if what == "fail":
+                        queue.fail(tick.blocks, EngineFailed("broken"))
+                    else:
+                        finish(queue, tick)
+                ticks[n], gone = cut_all(queue)
+                ran.append(sorted(places_of(one, tracks[n]) for tick in ticks[n] for one in tick.blocks))
+                refused.append(sorted((places_of(one, tracks[n]), type(one.error).__name__) for one in gone))
+            assert ran[0] == ran[1]
+            assert refused[0] == refused[1]
+        for one, other in zip(*under_way, strict=True):
+            assert (one.phase, len(one.rows)) == (other.phase, len(other.rows))
+        assert [track.position for track in tracks[0]] == [track.position for track in tracks[1]]
+        assert quick.queued == thorough.queued
 
 
 def test_of_a_batch_only_the_slice_that_runs_is_ahead_of_a_chunk() -> None:
