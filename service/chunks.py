@@ -15,7 +15,7 @@ import structlog
 from numpy.typing import NDArray
 
 from service.cohort import SessionCohort, Waiters
-from service.errors import ConveyorError
+from service.errors import ConveyorError, Full
 from service.intake import Intake
 from service.metrics import Metrics
 from service.replies import Replies
@@ -257,7 +257,7 @@ class Chunks:
         runner = runner_of(cohort.sessions[0])
         count = len(cohort.sessions)
         reply_bytes = runner.manifest.reply_bytes(1) * count
-        self._replies.reserve(reply_bytes, cohort.kept)
+        self._reserve(runner, count, reply_bytes, cohort.kept)
         block = Block(cohort.rows, 1, inputs, self._ended, deadline, USUAL, caller, cohort=cohort)
         cohort.begin(block, waiters)
         try:
@@ -303,7 +303,7 @@ class Chunks:
         """
         count = sum([len(rows) for rows, _ in groups])
         reply_bytes = runner.manifest.reply_bytes(steps) * count
-        self._replies.reserve(reply_bytes, replaced)
+        self._reserve(runner, count, reply_bytes, replaced)
         blocks = [Block(rows, steps, inputs, self._ended, deadline, priority, caller) for rows, inputs in groups]
         try:
             runner.submit(blocks)
@@ -316,6 +316,14 @@ class Chunks:
         for rows, _ in groups:
             for pending in rows:
                 pending.session.pending[pending.position] = pending
+
+    def _reserve(self, runner: Runner, count: int, size: int, former: int) -> None:
+        """Hold room for the replies of chunks, in place of those that they had."""
+        try:
+            self._replies.reserve(size, former)
+        except Full:
+            runner.turn_away(count)
+            raise
 
     def count_replay(self) -> None:
         """Note a chunk as answered with a reply that was kept."""

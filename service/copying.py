@@ -8,6 +8,7 @@ because an element that stands for a whole row counts as one. Must not know what
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ Array = NDArray[np.generic]
 
 FEW = 500
 """Up to so many elements NumPy copies without letting others run."""
+HELD_BYTES = 1 << 19
+"""Others are kept from running for as long as it takes to copy so much, and no longer: some tens of microseconds."""
 
 
 def copy(target: Array, source: Array) -> None:
@@ -25,12 +28,30 @@ def copy(target: Array, source: Array) -> None:
         target: to be filled.
         source: of the same shape, or one that NumPy would stretch to it.
     """
-    if source.size > FEW and source.shape == target.shape and source.dtype == target.dtype:
-        size, item = source.shape[-1], source.itemsize
-        if source.size <= size * FEW and source.strides[-1] == target.strides[-1] == item:
-            row = whole(size * item)
+    if source.size > FEW and source.nbytes <= HELD_BYTES and source.shape == target.shape:
+        size = source.shape[-1]
+        if source.size <= size * FEW and _has_rows(source, target, size):
+            row = whole(size * source.itemsize)
             target, source = target.view(row), source.view(row)
     target[...] = source
+
+
+def lay_side_by_side(parts: Sequence[Array], out: Array) -> None:
+    """Copy arrays into one, one behind the other along its first axis.
+
+    Args:
+        parts: at least one.
+        out: as long as all of them.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    if max([part.size for part in parts]) > FEW and out.nbytes <= HELD_BYTES:
+        size = out.shape[-1]
+        if all(_has_rows(part, out, size) for part in parts):
+            row = whole(size * out.itemsize)
+            parts, out = [part.view(row) for part in parts], out.view(row)
+    np.concatenate(parts, out=out)
 
 
 def duplicate(source: Array) -> Array:
@@ -38,6 +59,15 @@ def duplicate(source: Array) -> Array:
     target = np.empty(source.shape, source.dtype)
     copy(target, source)
     return target
+
+
+def _has_rows(array: Array, other: Array, size: int) -> bool:
+    """Whether the last axis of both has so many elements, of one type, which lie together."""
+    return (
+        array.shape[-1] == size
+        and array.dtype == other.dtype
+        and array.strides[-1] == other.strides[-1] == array.itemsize
+    )
 
 
 @functools.lru_cache(256)

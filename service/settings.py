@@ -134,10 +134,11 @@ class Settings(BaseModel):
     load_timeout_s: Seconds = 300.0
     """Seconds that loading a model may take; one that takes longer, or whose run never ends, is left out."""
     short_tick_ms: Milliseconds = 2.0
-    """Milliseconds that one run of a model should take while steps of sessions come: longer chunks, and the sequences
-    of batches, run in slices."""
+    """Milliseconds that one run of a model should take while many single steps come, or any chunks beside batches: what
+    is longer runs in slices."""
     long_tick_ms: Milliseconds = 50.0
-    """The same while there are only batches, or chunks of several steps."""
+    """The same while there are only batches, or chunks of several steps; the more single steps come beside these, the
+    less."""
     max_queue_delay_us: Annotated[int, Field(ge=0)] = 0
     """Microseconds that rows may wait for others to fill their tick. By default they do not: a tick takes what has come
     while the one before ran."""

@@ -163,8 +163,8 @@ class Description(Section):
         tf32: whether CUDA may multiply in TF32.
         threads: inside one run.
         max_tick_rows: most rows in one run.
-        short_tick_ms: milliseconds that a run should take while chunks come.
-        long_tick_ms: the same while there are only batches.
+        short_tick_ms: milliseconds that a run should take while many single steps come, or any chunks beside batches.
+        long_tick_ms: the same otherwise.
         max_queue_delay_us: microseconds that rows may wait for others to fill their tick.
     """
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.copying import FEW, whole
+from service.copying import FEW, HELD_BYTES, whole
 from service.manifest import StateSpec
 from service.states.memory import PAGE_BYTES, Reserved
 from service.states.slots import Slots
@@ -211,7 +211,8 @@ class _Kept:
         # The same, each part of a slot that lies together as one element; how often there are all of them.
         self._row = whole(self.row_bytes)
         self._rows = self._memory.bytes.view(self._row)
-        self._lines = math.prod(shape[: self.axis])
+        self._before, self._behind = tuple(shape[: self.axis]), tuple(shape[self.axis + 1 :])
+        self._lines = math.prod(self._before)
         self._offsets = np.arange(self._lines, dtype=np.intp)[:, np.newaxis] * slots
 
     def at(self, index: int | NDArray[np.intp]) -> tuple[slice | int | NDArray[np.intp], ...]:
@@ -239,8 +240,14 @@ class _Kept:
             self.array[self.at(slots)] = state
 
     def _few(self, slots: NDArray[np.intp], array: Array) -> bool:
-        """Whether rows are so few that as whole ones they are copied without others running in between."""
-        return self._lines * len(slots) <= FEW and array.flags.c_contiguous
+        """Whether rows are so few and small that whole ones should be copied, without others running in between."""
+        return (
+            self._lines * len(slots) <= FEW
+            and array.nbytes <= HELD_BYTES
+            and array.shape == (*self._before, len(slots), *self._behind)
+            and array.dtype == self.array.dtype
+            and array.flags.c_contiguous
+        )
 
     def _places(self, slots: NDArray[np.intp]) -> NDArray[np.intp]:
         """Where the rows of slots are."""

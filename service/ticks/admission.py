@@ -6,7 +6,7 @@ Must not know in which order blocks run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from service.errors import Full, InvalidRequest
@@ -32,8 +32,9 @@ class Limits:
         sliced: whether a row may run in slices. Not where a layer reads backward: it needs the whole row at once.
         queued_bytes: most bytes that the inputs of waiting rows hold.
         queued_s: most seconds of work that may wait in front of a row.
-        short_tick_s: how long a tick may take while chunks come.
-        long_tick_s: how long it may take otherwise, and a tick of chunks while none of one step comes.
+        short_tick_s: how long a tick of batches may take while chunks come, and one of chunks while many single steps
+            do.
+        long_tick_s: how long either may take otherwise.
         delay_s: how long rows may wait for others to fill their tick. By default they do not: a tick takes what has
             come while the engine was busy.
     """
@@ -58,13 +59,13 @@ class _Refusal:
         kind: of its block.
         steps: of it.
         seconds: that it might have taken.
-        error: what it was told.
+        text: what it was told.
     """
 
     kind: Kind
     steps: int
     seconds: float
-    error: Full
+    text: str
 
 
 class Admission:
@@ -74,21 +75,21 @@ class Admission:
         rows: how many wait.
         blocks: how many wait.
         efficient_rows: how many rows side by side are about as quick, step for step, as more would be.
-        slice_s: how long a tick of chunks may take.
 
     Args:
         limits: of its queue.
         pace: how long ticks take.
         efficient_rows: as it was measured with nothing else going on; what is learned later goes up and down too much.
+        slice_s: tells how long a tick of chunks may take, now.
     """
 
-    def __init__(self, limits: Limits, pace: Pace, efficient_rows: int) -> None:
+    def __init__(self, limits: Limits, pace: Pace, efficient_rows: int, slice_s: Callable[[float], float]) -> None:
         self.rows = 0
         self.blocks = 0
         self.efficient_rows = efficient_rows
         # How many blocks wait that are not plain.
         self._others = 0
-        self.slice_s = limits.short_tick_s
+        self._slice_s = slice_s
         self._limits = limits
         self._pace = pace
         self._bytes = 0
@@ -101,14 +102,14 @@ class Admission:
         self._running_steps = 0
         self._running_rows = 0
         self._caution = _CAUTION
-        # The last of one row that was, as long as there is no less to do than there was then.
+        # The last of one row that was, as long as nothing has come, run, ended or been given up since.
         self._refusal: _Refusal | None = None
         # Whether anything has been late since ``learn`` was last called.
         self._late = False
 
     @property
     def plain(self) -> bool:
-        """Whether all that waits are chunks of one step without deadlines: nothing has to be thought about then."""
+        """Whether all that waits is plain: nothing has to be thought about then."""
         return not self._others
 
     def check(self, blocks: Sequence[Block], now: float) -> None:
@@ -160,7 +161,7 @@ class Admission:
         before = self._running_steps + self._ahead(blocks[0].kind)
         under_way = self.rows + self._running_rows
         # What runs in slices takes longer than in one go.
-        longest = self.slice_steps(most, self.slice_s)
+        longest = self.slice_steps(most, self._slice_s(now))
         ahead = self._pace.work_s(under_way, before, most, longest)
         if ahead > limit_s:
             raise Full(
@@ -174,18 +175,19 @@ class Admission:
             needed = max(work, block.steps * each)
             seconds = self._caution * needed
             if block.deadline is not None and now < block.deadline < now + seconds:
-                error = Full(
-                    f"it may take {seconds:.3f} s with all that is ahead of it, and its deadline comes sooner; "
-                    "try again later"
+                text = (
+                    f"with the work that is ahead of them these steps may take {seconds:.3f} s, and their deadline "
+                    "comes sooner; the state has not moved, try again later"
                 )
                 if rows == 1:
-                    self._refusal = _Refusal(block.kind, steps, seconds, error)
-                raise error
+                    self._refusal = _Refusal(block.kind, steps, seconds, text)
+                raise Full(text)
 
     def refuses(self, kind: Kind, steps: int, deadline: float, now: float) -> Full | None:
         """Say at one glance that a row would not be done in time, if another has just been refused for that.
 
-        Over capacity most are, and to think about each would leave less time for those that are not.
+        Over capacity most are, and to think about each would leave less time for those that are not. But for the time
+        nothing has changed since.
 
         Args:
             kind: of its block.
@@ -199,7 +201,7 @@ class Admission:
         last = self._refusal
         if last is None or last.kind != kind or steps < last.steps or not now < deadline < now + last.seconds:
             return None
-        return last.error
+        return Full(last.text)
 
     def slice_steps(self, rows: int, seconds: float) -> int:
         """Most steps of a tick of so many rows that is to take no longer."""
@@ -217,10 +219,11 @@ class Admission:
         """Count a block as one that waits."""
         rows = len(block.rows)
         steps = rows * (block.steps - block.done)
+        # Also what comes may let others be done sooner: more of them run side by side.
+        self._refusal = None
         self.blocks += 1
         self.rows += rows
-        if block.steps > 1 or block.deadline is not None or block.kind[0]:
-            self._others += 1
+        self._others += not block.plain
         self._waiting_steps += steps
         self._steps[block.kind] += steps
         self._bytes += block.size
@@ -232,8 +235,7 @@ class Admission:
         self._refusal = None
         self.blocks -= 1
         self.rows -= rows
-        if block.steps > 1 or block.deadline is not None or block.kind[0]:
-            self._others -= 1
+        self._others -= not block.plain
         self._waiting_steps -= steps
         self._steps[block.kind] -= steps
         self._bytes -= block.size

@@ -11,7 +11,7 @@ _LEAP = 4
 """As how many times what was known a tick counts at most: one that was held up says little of the next."""
 _NEARLY = 0.75
 """Share of the highest rate that counts as such."""
-_BESIDE_S = 0.0005
+BESIDE_S = 0.0005
 """About what a tick takes beside its run, which alone is measured when a model is loaded: of a small one, more."""
 _TRY = 32
 """How often more rows are tried than are expected to be quick enough."""
@@ -132,7 +132,7 @@ class Pace:
         """
         rates = {
             bucket: max(
-                (1 << length) * seen.rows / (_BESIDE_S + (1 << length) * seen.step_s) for length, seen in known.items()
+                (1 << length) * seen.rows / (BESIDE_S + (1 << length) * seen.step_s) for length, seen in known.items()
             )
             for bucket, known in self._seen.items()
         }

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from service.copying import FEW, copy, duplicate
+from service.copying import duplicate, lay_side_by_side
 from service.manifest import TensorSpec
 
 Array = NDArray[np.generic]
@@ -44,10 +44,8 @@ def pack(blocks: Sequence[Array], lengths: Sequence[int], spec: TensorSpec, out:
     view = _rows_first(out, spec)
     steps = view.shape[1]
     if spec.time_axis is None or all(length == steps for length in lengths):
-        if blocks[0].size <= FEW:
-            np.concatenate(blocks, out=view)
-            return out
-        lengths = [steps] * len(blocks)
+        lay_side_by_side(blocks, view)
+        return out
     if any(block.shape[2:] != view.shape[2:] for block in blocks):
         # Assigned below, a feature of one would be stretched over all.
         raise ValueError("the rows of one tick differ in their features")
@@ -55,7 +53,7 @@ def pack(blocks: Sequence[Array], lengths: Sequence[int], spec: TensorSpec, out:
     for block, length in zip(blocks, lengths, strict=True):
         rows = view[first : first + len(block)]
         if length == steps:
-            copy(rows, block)
+            rows[:] = block
         else:
             rows[:, :length] = block
             rows[:, length:] = 0

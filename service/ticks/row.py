@@ -164,6 +164,11 @@ class Block:
         """Whether the rows are sequences of a batch."""
         return self.kind[0]
 
+    @property
+    def plain(self) -> bool:
+        """Whether the rows are chunks of one step without a deadline."""
+        return self.steps == 1 and self.deadline is None and not self.kind[0]
+
     def tell(self) -> None:
         """Call ``on_end``, and hold no longer what it does."""
         on_end, self.on_end = self.on_end, _told

@@ -39,6 +39,8 @@ log = structlog.get_logger()
 
 _TURNS = 8
 """Of the event loop, for which an idle engine lets chunks come together as long as each brings more."""
+_QUIET_S = 60.0
+"""How long is waited before it is said again that the model is over capacity."""
 
 
 class Runner:
@@ -119,6 +121,9 @@ class Runner:
         self._applied = metrics.rows.labels(*labels, "applied")
         self._refused = metrics.rows.labels(*labels, "refused")
         self._turned_away = metrics.rows.labels(*labels, "turned_away")
+        # Since that was last said.
+        self._away = 0
+        self._quiet_until = float("-inf")
 
     @property
     def queued(self) -> int:
@@ -181,7 +186,9 @@ class Runner:
         """Queue blocks, all or none. Each one's ``on_end`` is called once, later, on the event loop.
 
         Raises:
-            Full: if they would pass the limit.
+            InvalidRequest: if they would not fit into an empty queue.
+            Full: if they do not fit now, or would not be done in time.
+            Draining: if the model is being stopped.
         """
         with self._wake:
             if self._stopping:
@@ -189,7 +196,7 @@ class Runner:
             try:
                 self._scheduler.submit(blocks, self._clock())
             except Full:
-                self._turned_away.inc(sum(len(block.rows) for block in blocks))
+                self.turn_away(sum(len(block.rows) for block in blocks))
                 raise
         # Not at once: what has come already, in the same message or another, should run in the same tick.
         self._came = True
@@ -201,10 +208,21 @@ class Runner:
     def refuses(self, steps: int, deadline: float) -> Full | None:
         """Say why a chunk would be refused, if that can be told without looking at it; see ``Admission.refuses``."""
         with self._wake:
+            if self._stopping:
+                return None
             full = self._scheduler.refuses((False, USUAL), steps, deadline, self._clock())
         if full is not None:
-            self._turned_away.inc()
+            self.turn_away(1)
         return full
+
+    def turn_away(self, rows: int) -> None:
+        """Count rows that were refused for want of room or time before they were queued, and say so now and then."""
+        self._turned_away.inc(rows)
+        self._away += rows
+        now = self._clock()
+        if now >= self._quiet_until:
+            log.warning("over capacity", model=self.name, version=self.version, turned_away=self._away)
+            self._away, self._quiet_until = 0, now + _QUIET_S
 
     def _notify(self) -> None:
         """Wake the engine once the event loop brings no more, or has had some turns."""

@@ -11,26 +11,30 @@ one in which the positions of its tracks move. Rows that have to end otherwise t
 off first.
 
 Who is next: chunks and batches take turns while both wait, so that neither waits behind more than one tick of the
-other. While single steps come every tick is short, and while longer chunks do, those of batches. Within each, callers
-share the steps evenly.
+other. While chunks come ticks of batches are short, and those of longer chunks the shorter the more single steps come.
+Within each, callers share the steps evenly.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.errors import Cancelled, ConveyorError, Full, Late, PositionConflict
 from service.ticks.admission import Admission, Limits
 from service.ticks.fair import Fair
-from service.ticks.pace import Pace
+from service.ticks.pace import BESIDE_S, Pace
+from service.ticks.rate import Rate
 from service.ticks.row import PRIORITIES, Block, Kind, Phase, Row
 from service.ticks.shape import choose, choose_whole
 
 _PATIENCE = 7
 """How many ticks in a row a priority lets higher ones lead."""
 _LIVELY_S = 1.0
-"""How long after the last chunk ticks stay short, and after the last of one step slices of other chunks do."""
+"""How long after the last chunk ticks of batches stay short; and for how long about a single step counts as recent."""
+_DEAR = 10.0
+"""As dear as how many seconds of the engine it is that a single step waits for one second."""
 _STALE = 64
 """How many blocks that were given up may stand in a queue beyond those that wait."""
 
@@ -104,14 +108,15 @@ class Scheduler:
         self.pace = pace or Pace()
         self._limits = limits
         efficient_rows = limits.tick_rows if pace is None else pace.efficient_rows(limits.tick_rows)
-        self._admission = Admission(limits, self.pace, efficient_rows)
+        self._admission = Admission(limits, self.pace, efficient_rows, self._slice_s)
+        self._singles = Rate(_LIVELY_S)
         kinds = [(batch, priority) for batch in (False, True) for priority in PRIORITIES]
         self._queues: dict[Kind, Fair[Block]] = {kind: Fair() for kind in kinds}
         # Blocks that were given up and still stand in the queue.
         self._stale = dict.fromkeys(kinds, 0)
         self._patience = dict.fromkeys(kinds, _PATIENCE)
         self._batch_led = True
-        self._lively_until = self._single_until = float("-inf")
+        self._lively_until = float("-inf")
         # When those came that have not been passed over by a tick, and till when they may wait for others.
         self._first_at = float("-inf")
         self._due = float("inf")
@@ -134,7 +139,6 @@ class Scheduler:
             InvalidRequest: if they would not fit into an empty queue.
             Full: if they do not fit now, or would not be done in time.
         """
-        self._admission.slice_s = self._slice_s(now)
         self._admission.check(blocks, now)
         if not self.queued:
             self._first_at = now
@@ -157,7 +161,7 @@ class Scheduler:
             if not block.batch:
                 self._lively_until = now + _LIVELY_S
                 if block.steps == 1:
-                    self._single_until = self._lively_until
+                    self._singles.note(len(block.rows), now)
 
     def refuses(self, kind: Kind, steps: int, deadline: float, now: float) -> Full | None:
         """Say why a block of one row would be refused, if that can be told at one glance; see ``Admission.refuses``."""
@@ -461,10 +465,16 @@ class Scheduler:
     def _slice_s(self, now: float) -> float:
         """How long a tick of chunks may take.
 
-        While single steps come they are never behind more than a short one. Chunks of several steps take longer than
-        that themselves, and cut into short slices all of them are done later.
+        Chunks of several steps take longer than a short one themselves, and cut into short slices all of them are done
+        later. Single steps wait for half a tick on average: of those that come in a second, at this rate, each second
+        costs ``_DEAR * rate * tick / 2``, and beginning ticks costs ``BESIDE_S / tick``. The sum is least here.
         """
-        return self._limits.short_tick_s if now < self._single_until else self._limits.long_tick_s
+        limits, rate = self._limits, self._singles.per_s(now)
+        if _DEAR * rate * limits.long_tick_s**2 <= 2 * BESIDE_S:
+            return limits.long_tick_s
+        seconds = math.sqrt(2 * BESIDE_S / (_DEAR * rate))
+        # Few lengths, so that what is known of one is asked for again.
+        return max(limits.short_tick_s, 2 ** (round(2 * math.log2(seconds)) / 2))
 
     def seal(self, tick: Tick, now: float) -> Sealed:
         """End a tick whose run succeeded: the one moment in which positions move.

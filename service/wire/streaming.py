@@ -87,7 +87,11 @@ class Stream(Flow[pb.StreamRequest, pb.Chunk | pb.Block, Written]):
                 )
             deadline = self._deadline(chunk, began)
             # Over capacity most are refused here, before they cost much; what was applied already is answered even so.
-            if deadline is not None and session.is_next(chunk.epoch, chunk.position):
+            if (
+                deadline is not None
+                and session.is_next(chunk.epoch, chunk.position)
+                and not self._operations.intake.draining
+            ):
                 full = runner.refuses(steps_of(chunk.inputs), deadline)
                 if full is not None:
                     self.count(runner, began, 0, 1)

@@ -143,7 +143,7 @@ async def test_what_would_be_late_is_refused_before_it_is_looked_at(lstm_reposit
         for values in (x, nothing, nothing):
             (refused,) = await caller.step(chunk(fresh, 0, values, timeout_us=1_000_000))
             assert refused.error.code == EXHAUSTED.value[0]
-            assert "its deadline comes sooner" in refused.error.message
+            assert "their deadline comes sooner" in refused.error.message
             assert (refused.session_id, refused.position) == (fresh, 0)
         assert runner.statistics.snapshot().fail.count == failed + 3
         away = {"model": "lstm", "version": "1", "outcome": "turned_away"}
@@ -152,6 +152,10 @@ async def test_what_would_be_late_is_refused_before_it_is_looked_at(lstm_reposit
         assert again == first
         (wrong,) = await caller.step(chunk(applied, 7, x, timeout_us=1_000_000))
         assert wrong.error.code == grpc.StatusCode.ABORTED.value[0]
+        house.server.operations.intake.draining = True
+        (elsewhere,) = await caller.step(chunk(fresh, 0, x, timeout_us=1_000_000))
+        assert elsewhere.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        house.server.operations.intake.draining = False
         (bad,) = await caller.step(chunk(fresh, 0, nothing))
         assert bad.error.code == INVALID.value[0]
         await caller.send(chunk(fresh, 0, x))
@@ -322,6 +326,8 @@ async def test_kept_replies(lstm_repository: Path) -> None:
         (refused,) = await house.caller.step(chunk(third, 0, x))
         assert refused.error.code == EXHAUSTED.value[0]
         assert "the replies that sessions keep hold" in refused.error.message
+        away = {"model": "lstm", "version": "1", "outcome": "turned_away"}
+        assert house.server.metrics.registry.get_sample_value("conveyor_rows_total", away) == 1
         (again,) = await house.caller.step(chunk(first, 0, x))
         assert not again.HasField("error")
         (shorter,) = await house.caller.step(chunk(first, len(x), x[:1]))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from service.copying import FEW, copy, duplicate
+from service.copying import FEW, HELD_BYTES, copy, duplicate, lay_side_by_side
 
 Array = NDArray[Any]
 
@@ -60,6 +60,35 @@ def test_other_axes_other_types_and_numbers_without_axes() -> None:
     assert number == 3
 
 
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [3, 1, 2], [2]], ids=str)
+@pytest.mark.parametrize("shape", [(4, 300), (1, 3), (300,), ()], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_side_by_side(sizes: list[int], shape: tuple[int, ...], turned: bool) -> None:
+    """One behind the other along the first axis, into arrays that lie otherwise too."""
+    parts = [values(size, *shape) + 1000 * n for n, size in enumerate(sizes)]
+    expected = np.concatenate(parts)
+    out = np.full(expected.shape[::-1] if turned else expected.shape, np.nan, np.float32)
+    lay_side_by_side(parts, out.T if turned else out)
+    np.testing.assert_array_equal(out.T if turned else out, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 300), (2, 299), (3, 1, 300)], ids=str)
+def test_what_does_not_fit_side_by_side_is_refused(shape: tuple[int, ...]) -> None:
+    """Nothing is stretched, left out or left over."""
+    with pytest.raises(ValueError, match=r"shape|dimension"):
+        lay_side_by_side([values(2, 300)], np.zeros(shape, np.float32))
+
+
+def test_more_than_takes_a_moment_is_copied_as_numpy_does() -> None:
+    """Large ones, and many."""
+    rows = HELD_BYTES // 4 // 300 + 1
+    for given in (values(rows, 300), values(2, 3 * FEW, 2)):
+        np.testing.assert_array_equal(duplicate(given[::-1]), given[::-1])
+        out = np.zeros_like(given)
+        lay_side_by_side([given[:1], given[1:]], out)
+        np.testing.assert_array_equal(out, given)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     """As NumPy does."""
     with pytest.raises(ValueError, match="broadcast"):
@@ -77,7 +106,7 @@ def test_a_duplicate_is_in_row_major_order() -> None:
 
 def test_nobody_else_runs_in_the_middle() -> None:
     """Others that would run have to wait; NumPy's own copy lets them."""
-    given = values(FEW // 2, 2, 300)
+    given = values(FEW // 2, 2, 256)
     filled = np.empty_like(given)
     turns = [0]
     over = threading.Event()

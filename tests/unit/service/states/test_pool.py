@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from service.copying import FEW
+from service.copying import FEW, HELD_BYTES
 from service.errors import Full
 from service.manifest import StateSpec
 from service.states.pool import Pool, initial_value
@@ -70,6 +70,23 @@ def test_many_are_gathered_and_scattered_as_few_are(shape: tuple[int | None, ...
     np.testing.assert_array_equal(wide[..., 0], np.flip(values, state.batch_axis))
     pool.scatter(order, np.arange(rows), [wide[..., 0]])
     np.testing.assert_array_equal(pool.gather(order)[0], np.flip(values, state.batch_axis))
+
+
+def test_rows_that_are_large_and_such_that_do_not_fit() -> None:
+    """Rows of more than a moment's copying are gathered too; what is of another shape is refused, not stretched."""
+    wide = HELD_BYTES // 4 + 1
+    pool = Pool([spec((None, wide))], 2)
+    taken = pool.allocate_many(2)
+    given = np.arange(2 * wide, dtype=np.float32).reshape(2, wide)
+    pool.scatter(taken, np.arange(2), [given])
+    np.testing.assert_array_equal(pool.gather(taken[::-1].copy())[0], given[::-1])
+    small = Pool([spec((None, 3))], 4)
+    taken = small.allocate_many(2)
+    with pytest.raises(ValueError, match="shape"):
+        small.scatter(taken, np.arange(3), [np.zeros((3, 3), np.float32)])
+    # Of another type it is converted, bits are not taken for what they are not.
+    small.scatter(taken, np.arange(2), [np.ones((2, 3), np.int32)])
+    np.testing.assert_array_equal(small.gather(taken)[0], np.ones((2, 3)))
 
 
 def test_many_are_read_as_one_is() -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from structlog.testing import capture_logs
 
-from service.errors import Cancelled, Draining, EngineFailed, Full, Late
+from service.errors import Cancelled, Draining, EngineFailed, Full, InvalidRequest, Late
 from service.metrics import Metrics
 from service.ticks.admission import Limits
 from service.ticks.execution import Execution
@@ -459,6 +460,23 @@ async def test_what_is_counted(bench: Bench) -> None:
     assert bench.counted("conveyor_rows_total", outcome="refused") == 1
     assert bench.counted("conveyor_tick_rows_sum") == 5
     assert bench.counted("conveyor_tick_seconds_count") == 1
+
+
+async def test_what_is_turned_away(bench: Bench) -> None:
+    """Counted apart from what was queued, and said once a minute with how many they were since."""
+    bench.runner.turn_away(2)
+    with capture_logs() as logs:
+        bench.clock.now += 59
+        with pytest.raises(InvalidRequest, match="never fit"):
+            bench.runner.submit([bench.row(1) for _ in range(LIMITS.queued_rows + 1)])
+        bench.runner.turn_away(3)
+        assert logs == []
+        bench.clock.now += 1
+        bench.runner.turn_away(1)
+    (said,) = logs
+    assert (said["event"], said["model"], said["turned_away"]) == ("over capacity", "sums", 4)
+    assert bench.counted("conveyor_rows_total", outcome="turned_away") == 6
+    assert bench.counted("conveyor_rows_total", outcome="refused") == 0
 
 
 async def test_what_is_measured(bench: Bench) -> None:
