@@ -65,7 +65,7 @@ def test_every_target_rests_on_something_measured(results: Results) -> None:
     assert in_time[2:] == ["0.9", "reached"]
     int8 = next(line for what, line in lines.items() if "int8" in what)
     errors = "outputs 1.0e-02 off, 1.0e-06 in float32; states 2.0e-02 off, 2.0e-06 in float32"
-    assert int8[2] == f"1 (a bare server: 1; {errors})"
+    assert int8[2] == f"1 (a bare server: 1; the graph alone: 1; {errors})"
 
 
 def test_a_bare_server_stands_beside_every_target_of_cost(results: Results) -> None:
