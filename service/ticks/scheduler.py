@@ -474,7 +474,7 @@ class Scheduler:
             return limits.long_tick_s
         seconds = math.sqrt(2 * BESIDE_S / (_DEAR * rate))
         # Few lengths, so that what is known of one is asked for again.
-        return max(limits.short_tick_s, 2 ** (round(2 * math.log2(seconds)) / 2))
+        return max(limits.short_tick_s, min(limits.long_tick_s, 2 ** (round(2 * math.log2(seconds)) / 2)))
 
     def seal(self, tick: Tick, now: float) -> Sealed:
         """End a tick whose run succeeded: the one moment in which positions move.

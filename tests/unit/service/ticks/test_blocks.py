@@ -295,6 +295,17 @@ def test_single_steps_keep_the_slices_of_others_short() -> None:
     assert lengths[-1] == 16
 
 
+@pytest.mark.parametrize("long_s", [0.01, 0.05, 0.06, 0.064, 0.09])
+def test_no_tick_is_longer_than_the_longest_nor_shorter_than_the_shortest(long_s: float) -> None:
+    """However long ago the last single step came."""
+    queue = Scheduler(Limits(1000, 64, 8192, short_tick_s=0.002, long_tick_s=long_s))
+    queue.submit([block([Track(n) for n in range(50)])], NOW)
+    lengths = [queue._slice_s(NOW + late / 20) for late in range(400)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] == 0.002
+    assert lengths[-1] == max(lengths) == long_s
+
+
 def test_what_runs_is_work_that_is_ahead() -> None:
     """A deadline that leaves no time for the tick that runs, and for the steps of one's own, is refused at once."""
     pace = Pace()
